@@ -1,0 +1,18 @@
+"""The errors a user can cause. Their text is one line: what was wrong, and what to do."""
+
+__all__ = ['DeviceUnavailable', 'UnknownDialect', 'UserError']
+
+
+class UserError(Exception):
+    """Something the user can put right. Scripts print its text, without a traceback, and exit with 2."""
+
+
+class DeviceUnavailable(UserError):
+    """The device asked for is not there, or its software is incomplete."""
+
+
+class UnknownDialect(UserError, RuntimeError):
+    """A state dict that belongs to no known dialect of Inception-ResNet-v2.
+
+    It is a RuntimeError too, since that is what ``Module.load_state_dict`` raises for weights that do not fit.
+    """
