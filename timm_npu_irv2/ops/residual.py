@@ -1,0 +1,68 @@
+r"""The end of a residual block: $y = \max(0,\; x + s \cdot b)$.
+
+Inception-ResNet scales the residual branch $b$ by a constant $s$ before it adds it to the block's input $x$
+(Szegedy et al., 2016, https://arxiv.org/abs/1602.07261, section 3.3). Written out, that is a multiplication, an
+addition and a ReLU: three passes over the largest tensors of the network. Here it is one operator.
+
+With $g$ the gradient of $y$ and $m = g \cdot [y > 0]$ the gradients are $\partial x = m$ and $\partial b = s \cdot m$.
+The mask is read off the output, so the backward needs no other tensor, and the output is what the next block keeps
+anyway: the operator saves nothing of its own.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import device
+from ._library import LIBRARY
+
+__all__ = ['scaled_residual_relu', 'scaled_residual_relu_reference']
+
+
+def scaled_residual_relu_reference(x: Tensor, branch: Tensor, scale: float) -> Tensor:
+    """relu(x + scale * branch), in plain tensor operations."""
+    return torch.relu(torch.add(x, branch, alpha=scale))
+
+
+def scaled_residual_relu(x: Tensor, branch: Tensor, scale: float) -> Tensor:
+    """relu(x + scale * branch).
+
+    Args:
+        x: The block's input, of any shape.
+        branch: The block's residual branch, of the same shape.
+        scale: The constant the branch is multiplied by.
+
+    Returns:
+        A tensor of that shape, in the dtype that ``x`` and ``branch`` promote to.
+    """
+    # A compiler fuses the plain operations better than any operator it can't look into, and an exported or scripted
+    # program must run where this package is not installed.
+    if torch.jit.is_scripting() or torch.compiler.is_compiling():
+        return torch.relu(torch.add(x, branch, alpha=scale))
+    return torch.ops.timm_npu_irv2.scaled_residual_relu(x, branch, scale)
+
+
+def _forward(x: Tensor, branch: Tensor, scale: float) -> Tensor:
+    if x.dtype == branch.dtype and device.has_add_relu_kernel(x):
+        return torch.ops.aten._add_relu(x, branch, alpha=scale)
+    return torch.add(x, branch, alpha=scale).relu_()
+
+
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    x, branch, ctx.scale = inputs
+    ctx.dtypes = x.dtype, branch.dtype
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    (output,) = ctx.saved_tensors
+    masked = torch.ops.aten.threshold_backward(grad, output, 0)
+    x_dtype, branch_dtype = ctx.dtypes
+    return masked.to(x_dtype), (masked * ctx.scale).to(branch_dtype), None
+
+
+LIBRARY.define('scaled_residual_relu(Tensor x, Tensor branch, float scale) -> Tensor')
+LIBRARY.impl('scaled_residual_relu', _forward, 'CompositeExplicitAutograd')
+torch.library.register_fake('timm_npu_irv2::scaled_residual_relu', scaled_residual_relu_reference, lib=LIBRARY)
+torch.library.register_autograd(
+    'timm_npu_irv2::scaled_residual_relu', _backward, setup_context=_setup_context, lib=LIBRARY,
+)

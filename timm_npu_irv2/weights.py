@@ -1,0 +1,228 @@
+"""State dicts of Inception-ResNet-v2 in every dialect, told apart by their keys and translated bit for bit.
+
+===============  =======================================================================================================
+``npu``          this package: siblings merged (``repeat.0.siblings.conv.weight``), classifier ``classif``
+``npu_separate`` this package with a norm that can't be merged: ``repeat.0.siblings.1.conv.weight``
+``timm``         timm's ``inception_resnet_v2``: ``repeat.0.branch1.0.conv.weight``, classifier ``classif``
+``cadene``       Cadene's pretrained-models.pytorch and Ascend's model zoo: timm's names, classifier ``last_linear``
+===============  =======================================================================================================
+
+The zoo's checkpoints wrap the last one in a ``state_dict`` key and a ``module.`` prefix; :func:`load_file` unwraps.
+Translation moves and renames tensors and computes nothing. The number of logits stays what it is: Cadene's and the
+zoo's have 1001, index 0 being a background class, which timm's ``label_offset`` drops for pretrained weights.
+
+    python -m timm_npu_irv2.weights IN OUT --to timm|cadene|npu
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from .errors import UnknownDialect, UserError
+
+__all__ = ['DIALECTS', 'convert', 'detect_dialect', 'load_file', 'save_file']
+
+DIALECTS = ('npu', 'timm', 'cadene')
+
+StateDict = Dict[str, Tensor]
+
+# Blocks whose first layers share their input: {pattern: [(layer in timm's network, output channels), …]}.
+_SIBLINGS: Dict[str, Tuple[Tuple[str, int], ...]] = {
+    r'mixed_5b': (('branch0', 96), ('branch1.0', 48), ('branch2.0', 64)),
+    r'repeat\.\d+': (('branch0', 32), ('branch1.0', 32), ('branch2.0', 32)),
+    r'repeat_1\.\d+': (('branch0', 192), ('branch1.0', 128)),
+    r'mixed_7a': (('branch0.0', 256), ('branch1.0', 256), ('branch2.0', 256)),
+    r'repeat_2\.\d+|block8': (('branch0', 192), ('branch1.0', 192)),
+}
+_BLOCKS = tuple((re.compile(rf'({block})\.(.+)'), siblings) for block, siblings in _SIBLINGS.items())
+_CLASSIFIER = {'npu': 'classif', 'npu_separate': 'classif', 'timm': 'classif', 'cadene': 'last_linear'}
+
+
+def _split_key(key: str) -> Tuple[str, Sequence[Tuple[str, int]], str]:
+    """A key as (block, the block's siblings, the rest); no siblings for a key outside such a block."""
+    for pattern, siblings in _BLOCKS:
+        match = pattern.fullmatch(key)
+        if match:
+            return match[1], siblings, match[2]
+    return '', (), key
+
+
+def _sibling_index(siblings: Sequence[Tuple[str, int]], rest: str) -> Tuple[int, str]:
+    """Which sibling of its block a key of timm's names, and the key below it; -1 for none."""
+    for index, (layer, _) in enumerate(siblings):
+        if rest.startswith(layer + '.') and rest[len(layer) + 1:].split('.')[0] in ('conv', 'bn'):
+            return index, rest[len(layer) + 1:]
+    return -1, rest
+
+
+def detect_dialect(state_dict: Mapping[str, Tensor]) -> str:
+    """The dialect of a state dict, by its keys; a part of one will do, as long as it tells.
+
+    Raises:
+        UnknownDialect: The keys are not Inception-ResNet-v2's. The message names keys expected and found.
+    """
+    split_keys = [_split_key(key) for key in state_dict]
+    if any(rest.startswith('siblings.') and block for block, _, rest in split_keys):
+        separate = any(re.match(r'siblings\.\d', rest) for _, _, rest in split_keys)
+        return 'npu_separate' if separate else 'npu'
+    if any(_sibling_index(siblings, rest)[0] >= 0 for _, siblings, rest in split_keys):
+        return 'cadene' if any(key.startswith('last_linear.') for key in state_dict) else 'timm'
+    found = ', '.join(list(state_dict)[:3]) or 'no key at all'
+    raise UnknownDialect(
+        'these are not weights of Inception-ResNet-v2: expected keys like repeat.0.siblings.conv.weight (npu), '
+        f'repeat.0.branch0.conv.weight (timm, with classif.weight; Cadene, with last_linear.weight); found {found}.'
+    )
+
+
+def convert(state_dict: Mapping[str, Tensor], to: str) -> StateDict:
+    """Translate a state dict of any dialect; merged tensors are new, all others are the given ones.
+
+    Args:
+        state_dict: Weights in any dialect.
+        to: 'npu', 'timm', 'cadene' (or 'npu_separate').
+
+    Raises:
+        UnknownDialect: See :func:`detect_dialect`.
+        UserError: A dialect that does not exist, or a merged tensor whose channels do not add up.
+    """
+    if to not in _CLASSIFIER:
+        raise UserError(f"unknown dialect '{to}': use one of {', '.join(DIALECTS)}.")
+    dialect = detect_dialect(state_dict)
+    if dialect == to:
+        return dict(state_dict)
+    timm_names = _to_timm(state_dict, dialect)
+    return _merge(timm_names, to) if to.startswith('npu') else _rename_classifier(timm_names, 'timm', to)
+
+
+def _rename_classifier(state_dict: Mapping[str, Tensor], source: str, target: str) -> StateDict:
+    old, new = _CLASSIFIER[source] + '.', _CLASSIFIER[target] + '.'
+    return {new + key[len(old):] if key.startswith(old) else key: value for key, value in state_dict.items()}
+
+
+def _to_timm(state_dict: Mapping[str, Tensor], dialect: str) -> StateDict:
+    if dialect in ('timm', 'cadene'):
+        return _rename_classifier(state_dict, dialect, 'timm')
+    out: StateDict = {}
+    for key, value in state_dict.items():
+        block, siblings, rest = _split_key(key)
+        if not siblings or not rest.startswith('siblings.'):
+            out[key] = value
+        elif dialect == 'npu_separate':
+            _, index, tail = rest.split('.', 2)
+            out[f'{block}.{siblings[int(index)][0]}.{tail}'] = value
+        else:
+            for (layer, _), part in zip(siblings, _split_tensor(key, value, siblings), strict=True):
+                out[f'{block}.{layer}.{rest.removeprefix("siblings.")}'] = part
+    return out
+
+
+def _split_tensor(key: str, value: Tensor, siblings: Sequence[Tuple[str, int]]) -> List[Tensor]:
+    """The siblings' parts of a merged tensor; a scalar (the count of batches) is the same for all."""
+    channels = [count for _, count in siblings]
+    if value.ndim == 0:
+        return [value.clone() for _ in channels]
+    if value.shape[0] != sum(channels):
+        raise UserError(f'{key} has {value.shape[0]} channels where {sum(channels)} are expected: the file is damaged.')
+    return [part.clone() for part in value.split(channels)]
+
+
+def _merge(timm_names: Mapping[str, Tensor], to: str) -> StateDict:
+    """timm's siblings joined (npu) or renamed (npu_separate)."""
+    out: StateDict = {}
+    parts: Dict[str, Dict[int, Tensor]] = {}
+    for key, value in timm_names.items():
+        block, siblings, rest = _split_key(key)
+        index, tail = _sibling_index(siblings, rest)
+        if index < 0:
+            out[key] = value
+        elif to == 'npu_separate':
+            out[f'{block}.siblings.{index}.{tail}'] = value
+        else:
+            merged = f'{block}.siblings.{tail}'
+            parts.setdefault(merged, {})[index] = value
+            if len(parts[merged]) == len(siblings):
+                out[merged] = _join_tensors([parts[merged][i] for i in range(len(siblings))])
+    incomplete = sorted(key for key in parts if key not in out)
+    if incomplete:
+        raise UserError(f'the siblings that make up {incomplete[0]} are not all there: the file is damaged.')
+    return out
+
+
+def _join_tensors(parts: List[Tensor]) -> Tensor:
+    # Siblings see the same batches, so their counts agree in every file that training wrote.
+    return torch.stack(parts).amax(0) if parts[0].ndim == 0 else torch.cat(parts)
+
+
+def load_file(path: str | os.PathLike, use_ema: bool = False) -> StateDict:
+    """The state dict in a .safetensors or .pth file, out of its wrappers; nothing in the file is executed.
+
+    Args:
+        path: A file as timm, Cadene, the model zoo or this package writes it.
+        use_ema: Take the averaged weights where the file has both.
+
+    Raises:
+        UserError: No such file, or a file that is not a checkpoint.
+    """
+    from timm.models import load_state_dict  # noqa: PLC0415 - the rest of this module knows only tensors
+
+    if not Path(path).is_file():
+        raise UserError(f'{path}: no such file.')
+    try:
+        state_dict = load_state_dict(str(path), use_ema=use_ema)
+    except Exception as error:  # zip, pickle, safetensors and struct errors all mean the same to the reader
+        raise UserError(f'{path} can\'t be read as weights: {str(error).splitlines()[0]}') from error
+    tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f'{path} holds no weights.')
+    return tensors
+
+
+def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Write a state dict as .safetensors, or else as a .pth with a ``state_dict`` key; all of it, or nothing."""
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        if path.suffix == '.safetensors':
+            import safetensors.torch  # noqa: PLC0415
+
+            contiguous = {key: value.contiguous() for key, value in state_dict.items()}
+            safetensors.torch.save_file(contiguous, temporary, metadata={'format': 'pt'})
+        else:
+            torch.save({'state_dict': dict(state_dict)}, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f'{path} can\'t be written: {error.strerror or error}.') from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_npu_irv2.weights', description='Translate weights of Inception-ResNet-v2 between dialects.',
+    )
+    parser.add_argument('input', metavar='IN', help='a .safetensors or .pth file in any dialect')
+    parser.add_argument('output', metavar='OUT', help='the file to write: .safetensors, or .pth')
+    parser.add_argument('--to', required=True, choices=DIALECTS, help='the dialect to write')
+    parser.add_argument('--use-ema', action='store_true', help='take the averaged weights where the file has both')
+    args = parser.parse_args(argv)
+    try:
+        source = load_file(args.input, use_ema=args.use_ema)
+        dialect = detect_dialect(source)
+        save_file(convert(source, to=args.to), args.output)
+    except UserError as error:
+        print(f'{parser.prog}: error: {error}', file=sys.stderr)
+        return 2
+    print(f'{args.input} ({dialect}) -> {args.output} ({args.to}), {len(source)} tensors read')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
