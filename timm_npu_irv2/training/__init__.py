@@ -1,0 +1,1 @@
+"""The pieces of train_scripts/train.py: options, processes, data, engine, checkpoints, report."""
