@@ -10,10 +10,10 @@ import importlib.metadata
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,14 +29,19 @@ __all__ = [
     'describe',
     'fused_optimizer_class',
     'half_dtype',
+    'has_add_relu_kernel',
     'is_out_of_memory',
     'load_backends',
     'memory_format',
     'needs_loss_scaling',
     'resolve_device',
+    'run_ahead',
     'synchronize',
     'versions',
 ]
+
+T = TypeVar('T')
+R = TypeVar('R')
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,11 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     return torch.autocast(device_type=device.type, dtype=dtype)
 
 
+def has_add_relu_kernel(x: torch.Tensor) -> bool:
+    """Whether ATen's ``_add_relu`` takes ``x`` as one kernel: on the NPU (aclnnAddRelu), and for float32 on the CPU."""
+    return x.device.type == 'npu' or (x.device.type == 'cpu' and x.dtype == torch.float32)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until ``device`` has done all that was asked of it. For clocks; never inside a training step."""
     runtime = _runtime(device.type)
@@ -285,3 +295,26 @@ def describe(device: torch.device) -> dict[str, Any]:
     runtime = _runtime(device.type)
     name = runtime.get_device_name(device) if runtime is not None else torch.backends.cpu.get_cpu_capability()
     return {'type': device.type, 'name': name}
+
+
+def run_ahead(items: Iterable[T], place: Callable[[T], R], device: torch.device) -> Iterator[R]:
+    """``map(place, items)``; on an accelerator ``place`` works on a stream of its own, one item ahead of the consumer.
+
+    So the transfer of the next batch overlaps the work on this one. A result must be used on the stream that is
+    current when the iterator is advanced. The side stream waits for the consumer before each item, since the memory
+    it allocates may be what the consumer's queued work still reads.
+    """
+    runtime = _runtime(device.type)
+    if runtime is None:
+        yield from map(place, items)
+        return
+    stream = runtime.Stream(device=device)
+    ready: list[R] = []
+    for item in items:
+        stream.wait_stream(runtime.current_stream(device))
+        with runtime.stream(stream):
+            ready.append(place(item))
+        if len(ready) == 2:
+            yield ready.pop(0)
+        runtime.current_stream(device).wait_stream(stream)
+    yield from ready

@@ -1,0 +1,568 @@
+"""Images from disk to the device: data sets, augmentation, and the two loaders.
+
+timm makes the data sets, the transforms, Mixup and random erasing. What is added is order: a *plan* (``plan.py``)
+decides in the main process which samples a batch holds and with which seeds; a worker maps a plan's :class:`Batch` to
+uint8 images (:class:`BatchDataset`); :class:`DeviceLoader` brings them to the device and normalises, mixes and erases
+there, one batch ahead.
+"""
+
+import logging
+import signal
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.data import Mixup, create_dataset, create_loader, create_transform
+from timm.data.loader import adapt_to_chs, fast_collate
+from timm.data.mixup import FastCollateMixup
+from timm.data.random_erasing import RandomErasing
+from timm.data.scheduled_sampler import ScheduledBatchSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from .. import device as devices
+from ..errors import UserError
+from ..ops.normalize import normalize_images
+from .plan import Batch, Draw, EpochShare, TrainPlan, generators_kept, reseed, seed_of
+
+if TYPE_CHECKING:
+    from .distributed import World
+
+__all__ = ['DeviceLoader', 'IterableLoader', 'create_eval_loader', 'create_train_loader', 'mixup_active']
+
+_logger = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------------- workers
+
+
+class SplitTransform:
+    """timm's three transforms for augmentation splits as one: a clean image and ``num_splits - 1`` augmented ones."""
+
+    def __init__(self, transforms: Sequence[Callable], num_splits: int):
+        self.base, self.augment, self.finish = transforms
+        self.num_splits = num_splits
+
+    def __call__(self, image: Any) -> tuple[Any, ...]:
+        image = self.base(image)
+        augmented = (self.augment(image) for _ in range(self.num_splits - 1))
+        return tuple(self.finish(each) for each in (image, *augmented))
+
+
+class BatchDataset(Dataset[tuple[Tensor, Tensor, int, bool]]):
+    """A map-style data set whose keys are whole batches.
+
+    Args:
+        samples: timm's or torchvision's data set of (PIL image, class index), without a transform.
+        transforms: One for each image size that a batch can have.
+        image_mode: The PIL mode that every image is brought to.
+        collate: Makes tensors of a list of (image, class index).
+        seed: The run's seed; None for transforms without randomness.
+    """
+
+    def __init__(
+            self,
+            samples: Dataset,
+            transforms: Sequence[Callable],
+            image_mode: str,
+            collate: Callable,
+            seed: int | None = None,
+    ):
+        self.samples, self.transforms, self.image_mode, self.collate = samples, transforms, image_mode, collate
+        self.seed = seed
+
+    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor, int, bool]:
+        with generators_kept():
+            images, targets = self.collate([self._sample(batch, draw) for draw in batch.draws])
+        return images, targets, batch.seed, batch.mixup
+
+    def _sample(self, batch: Batch, draw: Draw) -> tuple[Any, Any]:
+        image, target = self._read(draw.index)
+        if self.seed is not None:
+            reseed(seed_of(self.seed, batch.epoch, *draw))
+        return self.transforms[batch.size](image), target
+
+    def _read(self, index: int) -> tuple[Any, Any]:
+        """Decode one image. The place where a broken file is met."""
+        image, target = self.samples[index]
+        return image if image.mode == self.image_mode else image.convert(self.image_mode), target
+
+
+def _start_worker(worker_id: int) -> None:
+    # Ctrl-C reaches the whole process group; the main process decides when its workers stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------------------------- loaders
+
+
+class DeviceLoader:
+    """Batches on the device: images (N, C, H, W), normalised, in ``dtype`` and the device's layout; and targets.
+
+    Attributes:
+        plan: The batches of an epoch.
+        indices: The data set's indices in the order in which an evaluation loader yields them; None in training.
+        samples: The data set.
+        class_to_idx: Class name to index, where the data set knows it.
+        average_batch_size: The expected batch size of this process.
+    """
+
+    def __init__(
+            self,
+            batches: BatchDataset,
+            plan: TrainPlan | Sequence[Batch],
+            world: 'World',
+            *,
+            num_workers: int,
+            mean: Sequence[float],
+            std: Sequence[float],
+            dtype: torch.dtype,
+            mixup: Mixup | None = None,
+            erasing: RandomErasing | None = None,
+    ):
+        self.plan, self.samples, self.device, self.dtype = plan, batches.samples, world.device, dtype
+        self.mixup, self.erasing = mixup, erasing
+        self.mean = torch.tensor(mean, device=world.device)
+        self.std = torch.tensor(std, device=world.device)
+        self.memory_format = devices.memory_format(world.device)
+        self.class_to_idx = class_to_idx(batches.samples)
+        self.indices = None if isinstance(plan, TrainPlan) else [draw.index for batch in plan for draw in batch.draws]
+        self._loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=plan,
+            num_workers=num_workers,
+            pin_memory=world.device.type != 'cpu',
+            persistent_workers=num_workers > 0,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # iterating leaves torch's global generator alone
+        )
+        self._running: Iterator | None = None  # the workers' endless stream, and where it stands
+        self._position: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        """The batches of a whole epoch, wherever the iteration starts."""
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(devices.run_ahead(self._from_workers(), self._to_device, self.device))
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch that the next iteration yields, without its first ``start_batch`` batches."""
+        self.plan.set_epoch(epoch, start_batch)
+
+    @property
+    def average_batch_size(self) -> float:
+        """The expected batch size, which differs from --batch-size where several image sizes are scheduled."""
+        return self.plan.schedule.average_batch_size
+
+    @property
+    def mixup_enabled(self) -> bool:
+        """Whether the next epoch's batches are mixed. It can be switched off."""
+        return self.mixup is not None and self.plan.mixes(self.plan.epoch)
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        self.plan.mixup_enabled = enabled
+
+    def _from_workers(self) -> Iterator:
+        if not getattr(self.plan, 'endless', False):
+            yield from self._loader
+            return
+        epoch, start = self.plan.epoch, self.plan.start_batch
+        if self._running is None or self._position != (epoch, start):
+            self._running = iter(self._loader)
+        self._position = None
+        yield from islice(self._running, len(self.plan) - start)
+        self._position = (epoch + 1, 0)
+
+    def _to_device(self, batch: tuple[Tensor, Tensor, int, bool]) -> tuple[Tensor, Tensor]:
+        images, targets, seed, mixes = batch
+        images = images.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = normalize_images(images, self.mean, self.std, self.dtype, self.memory_format)
+        else:
+            images = images.to(self.dtype, memory_format=self.memory_format)
+        if self.mixup is None and self.erasing is None:
+            return images, targets
+        with generators_kept(self.device):
+            reseed(seed, self.device)
+            if self.mixup is not None:
+                self.mixup.mixup_enabled = mixes
+                images, targets = self.mixup(images, targets)
+            if self.erasing is not None:
+                images = self.erasing(images)
+        return images, targets
+
+
+class IterableLoader:
+    """timm's own loader behind the interface of :class:`DeviceLoader`, for data sets that are streams.
+
+    A stream has no sample index, so neither augmentation nor a restart in mid-epoch is exact here.
+    """
+
+    def __init__(self, loader: Any, device: torch.device, dtype: torch.dtype, mixup: Mixup | None = None):
+        self._loader, self.device, self.dtype, self.mixup = loader, device, dtype, mixup
+        self.memory_format = devices.memory_format(device)
+        self.samples, self.class_to_idx, self.indices = loader.dataset, class_to_idx(loader.dataset), None
+        self.average_batch_size = float(getattr(loader, 'loader', loader).batch_size)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, targets in self._loader:
+            images_there = images.to(self.device, self.dtype, memory_format=self.memory_format)
+            yield images_there, targets.to(self.device)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch. A stream always starts at its beginning."""
+        if start_batch:
+            _logger.warning(f'A stream cannot start in mid-epoch: epoch {epoch} starts again from its first batch.')
+        self.samples.set_epoch(epoch)
+
+    @property
+    def mixup_enabled(self) -> bool:
+        """Whether batches are mixed. It can be switched off."""
+        return self.mixup is not None and self.mixup.mixup_enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        if self.mixup is not None:
+            self.mixup.mixup_enabled = enabled
+
+
+# ------------------------------------------------------------------------------------------------------ creation
+
+
+def create_train_loader(
+        args: Namespace,
+        data_config: dict[str, Any],
+        world: 'World',
+        num_aug_splits: int = 0,
+        dtype: torch.dtype = torch.float32,
+) -> DeviceLoader | IterableLoader:
+    """The shuffled, augmented training set, whole batches only.
+
+    Args:
+        args: The options of train.py; ``args.num_classes`` is the model's.
+        data_config: What timm's ``resolve_data_config`` gives.
+        world: This process among all, and its device.
+        num_aug_splits: Clean and augmented copies in a batch (--aug-splits), 0 for none.
+        dtype: The type of the images.
+
+    Raises:
+        UserError: The data is missing, empty or does not fit the options or the model.
+    """
+    samples = open_dataset(args, args.train_split, data_config, training=True)
+    mean, std = (adapt_to_chs(data_config[key], channels_of(args, data_config)) for key in ('mean', 'std'))
+    if isinstance(samples, IterableDataset):
+        return _iterable_train_loader(args, data_config, world, samples, num_aug_splits, dtype)
+    _check_num_classes(samples, args)
+    transforms = [
+        create_transform(size, **_train_transform_options(args, data_config, num_aug_splits, mean, std))
+        for size in args.train_img_sizes or [data_config['input_size'][-2:]]
+    ]
+    if num_aug_splits:
+        transforms = [SplitTransform(parts, num_aug_splits) for parts in transforms]
+    batches = BatchDataset(
+        samples,
+        transforms,
+        image_mode(args, data_config),
+        default_collate if args.no_prefetcher else fast_collate,
+        args.seed,
+    )
+    return DeviceLoader(
+        batches,
+        _train_plan(args, len(samples), world),
+        world,
+        num_workers=args.workers,
+        mean=mean,
+        std=std,
+        dtype=dtype,
+        mixup=Mixup(**_mixup_options(args)) if mixup_active(args) else None,
+        erasing=_erasing(args, num_aug_splits, world.device),
+    )
+
+
+def create_eval_loader(
+        args: Namespace,
+        data_config: dict[str, Any],
+        world: 'World',
+        dtype: torch.dtype = torch.float32,
+        train_loader: DeviceLoader | IterableLoader | None = None,
+) -> DeviceLoader | IterableLoader:
+    """The validation set in its order: rank r yields samples r, r + world.size, …, each of them once.
+
+    Args:
+        args: The options of train.py or validate.py.
+        data_config: What timm's ``resolve_data_config`` gives.
+        world: This process among all, and its device.
+        dtype: The type of the images.
+        train_loader: The training set that the validation set must agree with.
+
+    Raises:
+        UserError: The data is missing, empty, or has other classes than the training set or more than the model.
+    """
+    samples = open_dataset(args, args.val_split, data_config, training=False)
+    channels = channels_of(args, data_config)
+    mean, std = (adapt_to_chs(data_config[key], channels) for key in ('mean', 'std'))
+    batch_size = args.validation_batch_size or args.batch_size
+    options = {
+        'interpolation': data_config['interpolation'],
+        'crop_pct': data_config['crop_pct'],
+        'crop_mode': data_config.get('crop_mode'),
+        'crop_border_pixels': getattr(args, 'crop_border_pixels', None),
+        'mean': mean,
+        'std': std,
+        'use_prefetcher': not args.no_prefetcher,
+    }
+    if isinstance(samples, IterableDataset):
+        return _iterable_loader(args, data_config, world, samples, dtype, batch_size=batch_size, **options)
+    _check_num_classes(samples, args)
+    if train_loader is not None:
+        _check_same_classes(train_loader.samples, samples)
+    transform = create_transform(data_config['input_size'], is_training=False, **options)
+    collate = default_collate if args.no_prefetcher else fast_collate
+    own = [Draw(index, 0) for index in range(world.rank, len(samples), world.size)]
+    return DeviceLoader(
+        BatchDataset(samples, [transform], image_mode(args, data_config), collate),
+        [Batch(own[start:start + batch_size]) for start in range(0, len(own), batch_size)],
+        world,
+        num_workers=args.workers,
+        mean=mean,
+        std=std,
+        dtype=dtype,
+    )
+
+
+def mixup_active(args: Namespace) -> bool:
+    """Whether Mixup or CutMix is asked for, so that targets are distributions over classes."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def channels_of(args: Namespace, data_config: dict[str, Any]) -> int:
+    """The channels of the images."""
+    return args.in_chans or data_config['input_size'][0]
+
+
+def image_mode(args: Namespace, data_config: dict[str, Any]) -> str:
+    """The PIL mode of the images: --input-img-mode, else by the number of channels."""
+    return args.input_img_mode or ('L' if channels_of(args, data_config) == 1 else 'RGB')
+
+
+def class_to_idx(samples: Any) -> dict[str, int] | None:
+    """Class name to index, where the data set knows it (folders, tar files, most of torchvision's)."""
+    return getattr(getattr(samples, 'reader', samples), 'class_to_idx', None)
+
+
+def open_dataset(args: Namespace, split: str, data_config: dict[str, Any], training: bool) -> Dataset:
+    """timm's ``create_dataset`` with its failures in one line each.
+
+    Raises:
+        UserError: There is no such folder, no image in it, or no such data set.
+    """
+    folder = not args.dataset or '/' not in args.dataset
+    if folder and not args.data_dir:
+        raise UserError('no data: name the folder that holds train/ and val/ with --data-dir.')
+    if folder and not Path(args.data_dir).exists():
+        raise UserError(f"data folder '{args.data_dir}' does not exist: check --data-dir.")
+    num_samples = args.train_num_samples if training else args.val_num_samples
+    try:
+        return create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            is_training=training,
+            class_map=args.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            repeats=args.epoch_repeats if training else 0,
+            input_img_mode=image_mode(args, data_config),
+            input_key=args.input_key,
+            target_key=args.target_key,
+            num_samples=num_samples,
+            trust_remote_code=args.dataset_trust_remote_code,
+        )
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"data set '{args.dataset or args.data_dir}', split '{split}': {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _train_plan(args: Namespace, size: int, world: 'World') -> TrainPlan:
+    # One image size is a schedule with one choice.
+    share = EpochShare(size, world.rank, world.size, args.seed, args.epoch_repeats, args.aug_repeats)
+    progressive = args.train_size_schedule == 'progressive'
+    sizes = args.train_img_sizes or [0]
+    batch_sizes = args.train_batch_sizes or [args.batch_size] * len(sizes)
+    if len(batch_sizes) != len(sizes):
+        raise UserError('--train-batch-sizes must have as many values as --train-img-sizes.')
+    if mixup_active(args) and any(batch_size % 2 for batch_size in batch_sizes):
+        raise UserError('Mixup and CutMix pair the images of a batch: use an even --batch-size.')
+    if len(share) < min(batch_sizes) and not args.train_batches_per_epoch:
+        raise UserError(
+            f'{size} training images make no whole batch of {min(batch_sizes)} for each of {world.size} '
+            'process(es): use a smaller --batch-size.'
+        )
+    try:
+        schedule = ScheduledBatchSampler(
+            share,
+            batch_sizes,
+            choice_weights=args.train_size_probs,
+            seed=args.seed,
+            num_batches=args.train_batches_per_epoch,
+            choice_schedule=args.train_size_schedule,
+            schedule_epochs=args.epochs if progressive else None,
+            schedule_spread=args.train_size_schedule_spread,
+            schedule_random_mix=args.train_size_random_mix,
+        )
+    except ValueError as error:
+        raise UserError(f'--train-img-sizes: {_first_line(error)}') from error
+    return TrainPlan(schedule, args.seed, world.rank, args.mixup_off_epoch, args.use_multi_epochs_loader)
+
+
+def _train_transform_options(
+        args: Namespace,
+        data_config: dict[str, Any],
+        num_aug_splits: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+) -> dict[str, Any]:
+    if num_aug_splits and (args.no_aug or args.no_prefetcher or args.train_img_sizes or mixup_active(args)):
+        raise UserError(
+            '--aug-splits goes with none of --no-aug, --no-prefetcher, --train-img-sizes, --mixup and --cutmix.')
+    return {
+        'is_training': True,
+        'no_aug': args.no_aug,
+        'train_crop_mode': args.train_crop_mode,
+        'scale': args.scale,
+        'ratio': args.ratio,
+        'hflip': args.hflip,
+        'vflip': args.vflip,
+        'color_jitter': args.color_jitter,
+        'color_jitter_prob': args.color_jitter_prob,
+        'grayscale_prob': args.grayscale_prob or 0.0,
+        'gaussian_blur_prob': args.gaussian_blur_prob or 0.0,
+        'auto_augment': args.aa,
+        'interpolation': _train_interpolation(args, data_config),
+        'mean': mean,
+        'std': std,
+        're_prob': args.reprob,
+        're_mode': args.remode,
+        're_count': args.recount,
+        'use_prefetcher': not args.no_prefetcher,
+        'separate': num_aug_splits > 0,
+    }
+
+
+def _train_interpolation(args: Namespace, data_config: dict[str, Any]) -> str:
+    return data_config['interpolation'] if args.no_aug or not args.train_interpolation else args.train_interpolation
+
+
+def _mixup_options(args: Namespace) -> dict[str, Any]:
+    return {
+        'mixup_alpha': args.mixup,
+        'cutmix_alpha': args.cutmix,
+        'cutmix_minmax': args.cutmix_minmax,
+        'prob': args.mixup_prob,
+        'switch_prob': args.mixup_switch_prob,
+        'mode': args.mixup_mode,
+        'label_smoothing': args.smoothing,
+        'num_classes': args.num_classes,
+    }
+
+
+def _erasing(args: Namespace, num_aug_splits: int, device: torch.device) -> RandomErasing | None:
+    # Without the prefetcher the transform erases, sample by sample.
+    if not args.reprob or args.no_aug or args.no_prefetcher:
+        return None
+    splits = (num_aug_splits or 2) if args.resplit else 0
+    return RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, num_splits=splits, device=device)
+
+
+def _check_num_classes(samples: Any, args: Namespace) -> None:
+    classes = class_to_idx(samples)
+    count = max(classes.values()) + 1 if classes else 0
+    if args.num_classes and count > args.num_classes and not getattr(args, 'valid_labels', None):
+        raise UserError(
+            f'the data has {count} classes and the model {args.num_classes}: set --num-classes {count}, or name the '
+            'right folder with --data-dir.'
+        )
+
+
+def _check_same_classes(train: Any, val: Any) -> None:
+    if hasattr(train, 'reader') and hasattr(val, 'reader'):
+        _check_apart(*(Path(samples.reader.root).resolve() for samples in (train, val)))
+    expected, found = class_to_idx(train), class_to_idx(val)
+    if expected is None or found is None or expected == found:
+        return
+    examples = sorted(set(expected) ^ set(found), key=str)[:3]
+    raise UserError(
+        f'the classes of the validation set ({len(found)}) are not those of the training set ({len(expected)}); '
+        f"they differ in {', '.join(map(str, examples)) or 'their numbers'}: correct the folders, or use --class-map."
+    )
+
+
+def _check_apart(train: Path, val: Path) -> None:
+    # timm takes the root itself where it finds no folder for a split, and would train on what it evaluates.
+    if train == val or train in val.parents or val in train.parents:
+        raise UserError(
+            f"the training images ('{train}') and the validation images ('{val}') are not apart: make folders train/ "
+            "and val/, or train without validation (--val-split '')."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- streams
+
+
+def _iterable_train_loader(
+        args: Namespace,
+        data_config: dict[str, Any],
+        world: 'World',
+        samples: IterableDataset,
+        num_aug_splits: int,
+        dtype: torch.dtype,
+) -> IterableLoader:
+    if num_aug_splits or args.train_img_sizes or args.aug_repeats:
+        raise UserError('--aug-splits, --aug-repeats and --train-img-sizes need a data set with an index.')
+    if args.no_prefetcher and mixup_active(args):
+        raise UserError('--no-prefetcher does not go with --mixup or --cutmix where the data set is a stream.')
+    _logger.info('The data set is a stream: augmentation and resuming follow timm, not (seed, epoch, sample index).')
+    options = _train_transform_options(args, data_config, 0, data_config['mean'], data_config['std'])
+    del options['separate']
+    mixup = FastCollateMixup(**_mixup_options(args)) if mixup_active(args) else None
+    return _iterable_loader(
+        args, data_config, world, samples, dtype, mixup, batch_size=args.batch_size,
+        re_split=args.resplit, worker_seeding=args.worker_seeding, persistent_workers=False, **options,
+    )
+
+
+def _iterable_loader(
+        args: Namespace,
+        data_config: dict[str, Any],
+        world: 'World',
+        samples: IterableDataset,
+        dtype: torch.dtype,
+        mixup: FastCollateMixup | None = None,
+        **options: Any,
+) -> IterableLoader:
+    loader = create_loader(
+        samples,
+        input_size=data_config['input_size'],
+        num_workers=args.workers,
+        distributed=world.distributed,
+        pin_memory=args.pin_mem,
+        img_dtype=dtype,
+        device=world.device,
+        collate_fn=mixup,
+        **options,
+    )
+    return IterableLoader(loader, world.device, dtype, mixup)
