@@ -75,7 +75,14 @@ def key_values(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _flag(names: str, help: str, type: Any = str, default: Any = None, within: str = '(-inf, inf)', **rest: Any) -> Flag:
+def _flag(
+        names: str,
+        help: str,
+        type: Any = str,
+        default: Any = None,
+        within: str = '(-inf, inf)',
+        **rest: Any,
+) -> Flag:
     return Flag(names, help, type, False if type is bool else default, within, rest)
 
 
@@ -118,15 +125,19 @@ _model = Group('Model', (
     _flag('--gp', "global pool type: avg, max, avgmax, ... (default: the model's)", metavar='POOL'),
     _flag('--img-size', "size of the square images in pixels (default: the model's)", int, None, POSITIVE, metavar='N'),
     _flag('--in-chans', 'number of image channels (default: 3)', int, None, POSITIVE, metavar='N'),
-    _flag('--input-size', "channels, height and width (default: the model's)", int, None, POSITIVE, nargs=3, metavar='N'),
-    _flag('--crop-pct', 'part of the image that the centre crop of validation keeps', float, None, ANY_SIZE, metavar='PCT'),
+    _flag('--input-size', "channels, height and width (default: the model's)", int, None, POSITIVE, nargs=3,
+          metavar='N'),
+    _flag('--crop-pct', 'part of the image that the centre crop of validation keeps', float, None, ANY_SIZE,
+          metavar='PCT'),
     _flag('--mean', "mean of the pixels, per channel (default: the model's)", float, nargs='+'),
-    _flag('--std', "standard deviation of the pixels, per channel (default: the model's)", float, None, ANY_SIZE, nargs='+'),
+    _flag('--std', "standard deviation of the pixels, per channel (default: the model's)", float, None, ANY_SIZE,
+          nargs='+'),
     _flag('--interpolation', "resize method of validation (default: the model's)", default='', choices=INTERPOLATIONS,
           metavar='NAME'),
     _flag('-b --batch-size', 'images a process takes in a step; with --multiprocessing-distributed, as in the zoo, '
           'those of all cards together', int, 128, POSITIVE, metavar='N'),
-    _flag('-vb --validation-batch-size', 'the same for validation (default: --batch-size)', int, None, POSITIVE, metavar='N'),
+    _flag('-vb --validation-batch-size', 'the same for validation (default: --batch-size)', int, None, POSITIVE,
+          metavar='N'),
     _switch('--channels-last', 'channels_last memory layout, where the device has it (it is chosen by itself there)'),
     _flag('--fuser', "TorchScript's fuser", default='', choices=('', 'te', 'old', 'nvfuser')),
     _flag('--grad-accum-steps', 'batches whose gradients make one update', int, 1, NATURAL, metavar='N'),
@@ -159,13 +170,15 @@ _device = Group('Device and precision', (
 ))
 
 _processes = Group('Processes', (
-    _switch('--multiprocessing-distributed', 'start one process per card of --device-list (torchrun is not needed then)'),
+    _switch('--multiprocessing-distributed',
+          'start one process per card of --device-list (torchrun is not needed then)'),
     _flag('--device-list', "cards to use, e.g. '0,1,2,3' (default: all)", metavar='LIST'),
     _flag('--addr', "address of the machine that rank 0 runs on (default: this one)", metavar='HOST'),
     _flag('--dist-url', "where processes meet: tcp://host:port or env:// (default: torchrun's, or a free port)",
           metavar='URL'),
     _flag('--dist-backend', "collectives (default: the device's: hccl, nccl, gloo)", metavar='NAME'),
-    _flag('--world-size', 'number of machines with --multiprocessing-distributed, else of processes', int, None, POSITIVE,
+    _flag('--world-size', 'number of machines with --multiprocessing-distributed, else of processes', int, None,
+          POSITIVE,
           metavar='N'),
     _flag('--rank', 'index of this machine, or of this process', int, None, NATURAL, metavar='N'),
     _flag('--local-rank', "torch.distributed.launch's; torchrun sets LOCAL_RANK instead", int, 0, NATURAL, metavar='N'),
@@ -178,7 +191,8 @@ _optimizer = Group('Optimizer', (
     _flag('--opt-betas', "betas (default: the optimizer's)", float, None, SHARE, nargs='+', metavar='BETA'),
     _flag('--momentum --mom', 'momentum', float, 0.9, NATURAL, metavar='M'),
     _flag('--weight-decay --wd', 'weight decay', float, 2e-5, NATURAL, metavar='W'),
-    _flag('--clip-grad', 'clip gradients to this norm, value or factor (default: not)', float, None, NATURAL, metavar='NORM'),
+    _flag('--clip-grad', 'clip gradients to this norm, value or factor (default: not)', float, None, NATURAL,
+          metavar='NORM'),
     _flag('--clip-mode', 'what --clip-grad means', default='norm', choices=('norm', 'value', 'agc')),
     _flag('--layer-decay', 'factor on the learning rate per layer from the top', float, None, ANY_SIZE),
     _flag('--layer-decay-min-scale', 'least factor of --layer-decay', float, 0.0, NATURAL),
@@ -243,13 +257,16 @@ _augmentation = Group('Augmentation and regularisation', (
     _switch('--resplit', 'do not erase in the first, clean split'),
     _flag('--mixup', 'alpha of mixup, on if above 0', float, 0.0, NATURAL, metavar='A'),
     _flag('--cutmix', 'alpha of cutmix, on if above 0', float, 0.0, NATURAL, metavar='A'),
-    _flag('--cutmix-minmax', 'least and largest side of cutmix; switches it on', float, None, SHARE, nargs='+', metavar='F'),
+    _flag('--cutmix-minmax', 'least and largest side of cutmix; switches it on', float, None, SHARE, nargs='+',
+          metavar='F'),
     _flag('--mixup-prob', 'probability of either', float, 1.0, SHARE, metavar='P'),
     _flag('--mixup-switch-prob', 'probability of cutmix where both are on', float, 0.5, SHARE, metavar='P'),
-    _flag('--mixup-mode', 'one choice for a batch, a pair or each image', default='batch', choices=('batch', 'pair', 'elem')),
+    _flag('--mixup-mode', 'one choice for a batch, a pair or each image', default='batch', choices=('batch', 'pair',
+          'elem')),
     _flag('--mixup-off-epoch', 'switch mixup off from this epoch on, 0: never', int, 0, NATURAL, metavar='N'),
     _flag('--smoothing --label-smoothing', 'label smoothing', float, 0.1, '[0, 1)', metavar='F'),
-    _flag('--train-interpolation', 'resize method of training', default='random', choices=INTERPOLATIONS, metavar='NAME'),
+    _flag('--train-interpolation', 'resize method of training', default='random', choices=INTERPOLATIONS,
+          metavar='NAME'),
     _flag('--drop', 'dropout rate', float, 0.0, '[0, 1)', metavar='P'),
     _flag('--drop-connect', 'the old name of --drop-path', float, SUPPRESS, '[0, 1)', dest='drop_path', metavar='P'),
     _flag('--drop-path', 'drop path rate, for models that have it', float, None, '[0, 1)', metavar='P'),
@@ -274,7 +291,8 @@ _ema = Group('Moving average of the weights', (
 
 _misc = Group('Running, logging and saving', (
     _flag('--seed', 'random seed', int, 42, '[0, 4294967295]', metavar='S'),
-    _flag('--worker-seeding', "'all' or 'part': which generators a worker seeds; results do not depend on it", default='all',
+    _flag('--worker-seeding', "'all' or 'part': which generators a worker seeds; results do not depend on it",
+          default='all',
           choices=('all', 'part')),
     _flag('-p --log-interval --print-freq', 'updates between two lines of the log', int, 50, POSITIVE, metavar='N'),
     _flag('--val-interval', 'epochs between validations and checkpoints', int, 1, POSITIVE, metavar='N'),
@@ -287,7 +305,8 @@ _misc = Group('Running, logging and saving', (
     _flag('--output', 'folder of the experiments (default: ./output/train)', default='', metavar='DIR'),
     _flag('--experiment', 'subfolder of this one (default: date, model and image size)', default='', metavar='NAME'),
     _flag('--eval-metric', 'what the best checkpoint is chosen by', default='top1', choices=('top1', 'top5', 'loss')),
-    _flag('--tta', 'average the logits of this many views in a row in validation, 0: none', int, 0, NATURAL, metavar='N'),
+    _flag('--tta', 'average the logits of this many views in a row in validation, 0: none', int, 0, NATURAL,
+          metavar='N'),
     _switch('--use-multi-epochs-loader', 'keep the loading processes from one epoch to the next'),
     _switch('--log-wandb', 'log to Weights & Biases (pip install wandb)'),
     _flag('--wandb-project', 'its project', metavar='NAME'),
@@ -297,13 +316,16 @@ _misc = Group('Running, logging and saving', (
 
 _sizes = Group('Training with several image sizes', (
     _flag('--train-img-sizes', 'sizes to choose from, batch by batch', int, None, POSITIVE, nargs='+', metavar='N'),
-    _flag('--train-batch-sizes', 'batch size of each (default: --batch-size)', int, None, POSITIVE, nargs='+', metavar='N'),
+    _flag('--train-batch-sizes', 'batch size of each (default: --batch-size)', int, None, POSITIVE, nargs='+',
+          metavar='N'),
     _flag('--train-size-probs', 'weight of each (default: equal)', float, None, NATURAL, nargs='+', metavar='P'),
     _flag('--train-size-schedule', 'constant, or progressive from the first to the last', default='constant',
           choices=('constant', 'progressive')),
-    _flag('--train-size-schedule-spread', 'width of the progressive choice, in sizes', float, 0.65, NATURAL, metavar='F'),
+    _flag('--train-size-schedule-spread', 'width of the progressive choice, in sizes', float, 0.65, NATURAL,
+          metavar='F'),
     _flag('--train-size-random-mix', 'part of the progressive choice that is uniform', float, 0.1, SHARE, metavar='P'),
-    _flag('--train-batches-per-epoch --train-steps-per-epoch', 'batches in an epoch (default: what the data gives)', int,
+    _flag('--train-batches-per-epoch --train-steps-per-epoch', 'batches in an epoch (default: what the data gives)',
+          int,
           None, POSITIVE, metavar='N'),
     _flag('--variable-batch-loss-scale', 'weight of a batch by its size, against the average one', default='none',
           choices=('none', 'sqrt', 'linear')),
@@ -322,7 +344,8 @@ _distillation = Group('Distillation', (
           metavar='N'),
     _flag('--kd-teacher-feature-dim', "width of the teacher's features (default: found out)", int, None, POSITIVE,
           metavar='N'),
-    _flag('--kd-token-distill-type', 'soft or hard targets of token distillation', default='soft', choices=('soft', 'hard')),
+    _flag('--kd-token-distill-type', 'soft or hard targets of token distillation', default='soft', choices=('soft',
+          'hard')),
 ))
 
 TRAIN_FLAGS: tuple[Group, ...] = (

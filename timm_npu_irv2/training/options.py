@@ -242,7 +242,7 @@ def _model_contradictions(args: argparse.Namespace) -> _Rules:
         (args.torchscript and args.sync_bn, '--torchscript cannot script the layers of --sync-bn: leave one out.'),
         (args.sync_bn and args.split_bn, '--sync-bn and --split-bn exclude each other.'),
         (args.torchcompile_mode and not args.torchcompile, '--torchcompile-mode needs --torchcompile.'),
-        *((len(values or [0]) not in (1, channels), f'{name}: expected 1 or {channels} numbers, not {len(values or [])}.')
+        *((values is not None and len(values) not in (1, channels), f'{name}: expected one number, or {channels}.')
           for name, values in (('--mean', args.mean), ('--std', args.std))),
         (args.kd_model_name is None and (args.distill_loss_weight is not None or args.task_loss_weight is not None),
          '--distill-loss-weight and --task-loss-weight need a teacher: --kd-model-name.'),
@@ -250,6 +250,7 @@ def _model_contradictions(args: argparse.Namespace) -> _Rules:
 
 
 def _loss_contradictions(args: argparse.Namespace) -> _Rules:
+    ranges = {'--scale': args.scale, '--ratio': args.ratio, '--cutmix-minmax': args.cutmix_minmax}
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     return [
         (args.aug_splits == 1, '--aug-splits 1: one split is none; use 0, or at least 2.'),
@@ -259,7 +260,7 @@ def _loss_contradictions(args: argparse.Namespace) -> _Rules:
         (mixed and args.aug_splits > 1, '--mixup and --cutmix do not work with --aug-splits.'),
         *((values is not None and (len(values) != 2 or values[0] > values[1]),
            f'{name}: expected two numbers, the smaller one first.')
-          for name, values in (('--scale', args.scale), ('--ratio', args.ratio), ('--cutmix-minmax', args.cutmix_minmax))),
+          for name, values in ranges.items()),
         (args.train_img_sizes and args.aug_splits > 1, '--train-img-sizes does not work with --aug-splits.'),
         (args.train_img_sizes and args.use_multi_epochs_loader,
          '--train-img-sizes does not work with --use-multi-epochs-loader.'),
@@ -279,7 +280,7 @@ def _process_contradictions(args: argparse.Namespace) -> _Rules:
     devices = (args.device_list or '').replace(' ', '').strip(',')
     names = devices.split(',') if devices else []
     return [
-        (args.device_list is not None and not (names and all(map(str.isdecimal, names)) and len(set(names)) == len(names)),
+        (args.device_list is not None and not (all(map(str.isdecimal, names)) and len(set(names)) == len(names) > 0),
          f"--device-list '{args.device_list}': expected different numbers of cards such as '0,1,2,3'."),
         (len(names) > 1 and not args.multiprocessing_distributed,
          '--device-list with several cards needs --multiprocessing-distributed.'),
@@ -293,16 +294,14 @@ def _process_contradictions(args: argparse.Namespace) -> _Rules:
 
 
 def _schedule_contradictions(args: argparse.Namespace) -> _Rules:
-    sizes = args.train_img_sizes
+    sizes = args.train_img_sizes or ()
     return [
         (args.lr_noise is not None and len(args.lr_noise) > 2, '--lr-noise: expected one or two numbers.'),
         (sorted(set(args.decay_milestones)) != args.decay_milestones, '--decay-milestones must be increasing.'),
-        *((values is not None and sizes is None, f'{name} needs --train-img-sizes.')
-          for name, values in (('--train-batch-sizes', args.train_batch_sizes), ('--train-size-probs', args.train_size_probs))),
-        *((values is not None and sizes is not None and len(values) != len(sizes),
-           f'{name}: expected a number for each of the {len(sizes or ())} --train-img-sizes.')
-          for name, values in (('--train-batch-sizes', args.train_batch_sizes), ('--train-size-probs', args.train_size_probs))),
-        (args.train_size_schedule == 'progressive' and len(sizes or ()) < 2,
+        *((values is not None and len(values) != len(sizes), f'{name}: expected a number for each of --train-img-sizes.')
+          for name, values in (
+              ('--train-batch-sizes', args.train_batch_sizes), ('--train-size-probs', args.train_size_probs))),
+        (args.train_size_schedule == 'progressive' and len(sizes) < 2,
          '--train-size-schedule progressive needs at least two --train-img-sizes.'),
         (args.train_size_probs is not None and sum(args.train_size_probs) <= 0, '--train-size-probs must not all be 0.'),
     ]
