@@ -12,9 +12,10 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import Mixup, create_dataset, create_loader, create_transform
 from timm.data.loader import adapt_to_chs, fast_collate
 from timm.data.mixup import FastCollateMixup
@@ -26,10 +27,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from .. import device as devices
 from ..errors import UserError
 from ..ops.normalize import normalize_images
+from .distributed import World
 from .plan import Batch, Draw, EpochShare, TrainPlan, generators_kept, reseed, seed_of
-
-if TYPE_CHECKING:
-    from .distributed import World
 
 __all__ = ['DeviceLoader', 'IterableLoader', 'create_eval_loader', 'create_train_loader', 'mixup_active']
 
@@ -61,6 +60,7 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, int, bool]]):
         image_mode: The PIL mode that every image is brought to.
         collate: Makes tensors of a list of (image, class index).
         seed: The run's seed; None for transforms without randomness.
+        on_bad_image: 'stop' with a UserError at an image that cannot be read, or 'skip' it.
     """
 
     def __init__(
@@ -70,9 +70,10 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, int, bool]]):
             image_mode: str,
             collate: Callable,
             seed: int | None = None,
+            on_bad_image: str = 'stop',
     ):
         self.samples, self.transforms, self.image_mode, self.collate = samples, transforms, image_mode, collate
-        self.seed = seed
+        self.seed, self.on_bad_image = seed, on_bad_image
 
     def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor, int, bool]:
         with generators_kept():
@@ -86,9 +87,17 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, int, bool]]):
         return self.transforms[batch.size](image), target
 
     def _read(self, index: int) -> tuple[Any, Any]:
-        """Decode one image. The place where a broken file is met."""
-        image, target = self.samples[index]
-        return image if image.mode == self.image_mode else image.convert(self.image_mode), target
+        """Decode one image. Only here is a broken file met; 'skip' leaves it to timm, which takes the next."""
+        try:
+            if self.on_bad_image == 'skip' or not hasattr(self.samples, 'reader'):
+                image, target = self.samples[index]
+            else:
+                file, target = self.samples.reader[index]
+                image = Image.open(file)
+            return image if image.mode == self.image_mode else image.convert(self.image_mode), target
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            name = self.samples.filename(index, absolute=True) if hasattr(self.samples, 'filename') else index
+            raise UserError(f'image {name} cannot be read: {_first_line(error)}') from error
 
 
 def _start_worker(worker_id: int) -> None:
@@ -114,7 +123,7 @@ class DeviceLoader:
             self,
             batches: BatchDataset,
             plan: TrainPlan | Sequence[Batch],
-            world: 'World',
+            world: World,
             *,
             num_workers: int,
             mean: Sequence[float],
@@ -122,9 +131,10 @@ class DeviceLoader:
             dtype: torch.dtype,
             mixup: Mixup | None = None,
             erasing: RandomErasing | None = None,
+            mirror: bool = False,
     ):
         self.plan, self.samples, self.device, self.dtype = plan, batches.samples, world.device, dtype
-        self.mixup, self.erasing = mixup, erasing
+        self.mixup, self.erasing, self.mirror = mixup, erasing, mirror
         self.mean = torch.tensor(mean, device=world.device)
         self.std = torch.tensor(std, device=world.device)
         self.memory_format = devices.memory_format(world.device)
@@ -148,7 +158,10 @@ class DeviceLoader:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(devices.run_ahead(self._from_workers(), self._to_device, self.device))
+        try:
+            yield from devices.run_ahead(self._from_workers(), self._to_device, self.device)
+        except UserError as error:  # a worker's comes with a traceback in its text
+            raise UserError(str(error).strip().splitlines()[-1].rpartition('UserError: ')[2]) from error
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch that the next iteration yields, without its first ``start_batch`` batches."""
@@ -187,6 +200,8 @@ class DeviceLoader:
             images = normalize_images(images, self.mean, self.std, self.dtype, self.memory_format)
         else:
             images = images.to(self.dtype, memory_format=self.memory_format)
+        if self.mirror:  # each image, then its mirror image
+            return torch.stack((images, images.flip(3)), 1).flatten(0, 1), targets.repeat_interleave(2)
         if self.mixup is None and self.erasing is None:
             return images, targets
         with generators_kept(self.device):
@@ -242,7 +257,7 @@ class IterableLoader:
 def create_train_loader(
         args: Namespace,
         data_config: dict[str, Any],
-        world: 'World',
+        world: World,
         num_aug_splits: int = 0,
         dtype: torch.dtype = torch.float32,
 ) -> DeviceLoader | IterableLoader:
@@ -275,6 +290,7 @@ def create_train_loader(
         image_mode(args, data_config),
         default_collate if args.no_prefetcher else fast_collate,
         args.seed,
+        args.on_bad_image,
     )
     return DeviceLoader(
         batches,
@@ -292,7 +308,7 @@ def create_train_loader(
 def create_eval_loader(
         args: Namespace,
         data_config: dict[str, Any],
-        world: 'World',
+        world: World,
         dtype: torch.dtype = torch.float32,
         train_loader: DeviceLoader | IterableLoader | None = None,
 ) -> DeviceLoader | IterableLoader:
@@ -308,6 +324,8 @@ def create_eval_loader(
     Raises:
         UserError: The data is missing, empty, or has other classes than the training set or more than the model.
     """
+    if args.tta > 2:
+        raise UserError(f'--tta {args.tta}: there are two views of an image, itself and its mirror image; use --tta 2.')
     samples = open_dataset(args, args.val_split, data_config, training=False)
     channels = channels_of(args, data_config)
     mean, std = (adapt_to_chs(data_config[key], channels) for key in ('mean', 'std'))
@@ -330,13 +348,14 @@ def create_eval_loader(
     collate = default_collate if args.no_prefetcher else fast_collate
     own = [Draw(index, 0) for index in range(world.rank, len(samples), world.size)]
     return DeviceLoader(
-        BatchDataset(samples, [transform], image_mode(args, data_config), collate),
+        BatchDataset(samples, [transform], image_mode(args, data_config), collate, None, args.on_bad_image),
         [Batch(own[start:start + batch_size]) for start in range(0, len(own), batch_size)],
         world,
         num_workers=args.workers,
         mean=mean,
         std=std,
         dtype=dtype,
+        mirror=args.tta == 2,
     )
 
 
@@ -397,7 +416,7 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _train_plan(args: Namespace, size: int, world: 'World') -> TrainPlan:
+def _train_plan(args: Namespace, size: int, world: World) -> TrainPlan:
     # One image size is a schedule with one choice.
     share = EpochShare(size, world.rank, world.size, args.seed, args.epoch_repeats, args.aug_repeats)
     progressive = args.train_size_schedule == 'progressive'
@@ -526,7 +545,7 @@ def _check_apart(train: Path, val: Path) -> None:
 def _iterable_train_loader(
         args: Namespace,
         data_config: dict[str, Any],
-        world: 'World',
+        world: World,
         samples: IterableDataset,
         num_aug_splits: int,
         dtype: torch.dtype,
@@ -548,7 +567,7 @@ def _iterable_train_loader(
 def _iterable_loader(
         args: Namespace,
         data_config: dict[str, Any],
-        world: 'World',
+        world: World,
         samples: IterableDataset,
         dtype: torch.dtype,
         mixup: FastCollateMixup | None = None,
