@@ -177,7 +177,8 @@ def load_file(path: str | os.PathLike, use_ema: bool = False) -> StateDict:
     try:
         state_dict = load_state_dict(str(path), use_ema=use_ema)
     except Exception as error:  # zip, pickle, safetensors and struct errors all mean the same to the reader
-        raise UserError(f'{path} can\'t be read as weights: {str(error).splitlines()[0]}') from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} can't be read as weights: {reason}") from error
     tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f'{path} holds no weights.')
@@ -187,6 +188,8 @@ def load_file(path: str | os.PathLike, use_ema: bool = False) -> StateDict:
 def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     """Write a state dict as .safetensors, or else as a .pth with a ``state_dict`` key; all of it, or nothing."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"{path} can't be written: there is no folder {path.parent}.")
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         if path.suffix == '.safetensors':
@@ -198,7 +201,7 @@ def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None
             torch.save({'state_dict': dict(state_dict)}, temporary)
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f'{path} can\'t be written: {error.strerror or error}.') from error
+        raise UserError(f"{path} can't be written: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
