@@ -1,0 +1,321 @@
+"""What a run tells: its progress on the console, summary.csv, report.json, curves.png, and the zoo's three last lines.
+
+Epochs are counted from 0, as in the names of the checkpoints. Percentages are percentages: 79.14, not 0.7914.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from .. import device as devices
+
+__all__ = ['Progress', 'Report', 'draw_curves', 'final_lines', 'write_atomically']
+
+_logger = logging.getLogger(__name__)
+
+# timm's, then ours
+COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr', 'train_top1', 'images_per_second')
+
+Row = dict[str, Any]
+
+
+class Report:
+    """The results of a run in its output folder.
+
+    Args:
+        folder: Where the files go.
+        first_epoch: The epoch the run starts with; rows of earlier epochs are kept, later ones are dropped.
+        metric: What the best epoch is chosen by: 'top1', 'top5' or 'loss'.
+
+    Attributes:
+        rows: One for each epoch, with the columns of summary.csv; None where an epoch was not evaluated.
+    """
+
+    def __init__(self, folder: Path | str, first_epoch: int = 0, metric: str = 'top1'):
+        self.folder, self.metric = Path(folder), metric
+        self.rows: list[Row] = [row for row in _read_summary(self._path('summary.csv')) if row['epoch'] < first_epoch]
+
+    def add_epoch(self, epoch: int, train: Mapping[str, float], evaluation: Mapping[str, float] | None) -> Row:
+        """Add an epoch to summary.csv.
+
+        Args:
+            epoch: From 0.
+            train: 'loss', 'top1', 'lr' and 'images_per_second' (0 if it was not measured) of the epoch.
+            evaluation: 'loss', 'top1' and 'top5' after it, if it was evaluated.
+        """
+        values = {f'train_{key}': train.get(key) for key in ('loss', 'top1')}
+        values |= {'lr': train.get('lr'), 'images_per_second': train.get('images_per_second') or None}
+        values |= {f'eval_{key}': (evaluation or {}).get(key) for key in ('loss', 'top1', 'top5')}
+        row = {'epoch': epoch, **{column: values[column] for column in COLUMNS[1:]}}
+        self.rows.append(row)
+        self._write_summary()
+        return row
+
+    @property
+    def best(self) -> Row | None:
+        """The row of the best epoch: by the validation set, or by the training set where there is none."""
+        sign = -1 if self.metric == 'loss' else 1
+        for column in (f'eval_{self.metric}', f'train_{self.metric}', 'train_top1'):
+            known = [row for row in self.rows if row.get(column) is not None]
+            if known:
+                return max(known, key=lambda row: sign * row[column])
+        return None
+
+    def finish(
+            self,
+            *,
+            model: str,
+            num_classes: int,
+            parameters: int,
+            device: torch.device,
+            world_size: int,
+            precision: str,
+            batch_size: int,
+            seconds: float,
+            images_per_second: float,
+            evaluation: Mapping[str, float] | None = None,
+            **further: Any,
+    ) -> dict[str, Any]:
+        """Write report.json and curves.png, and print the three last lines.
+
+        Args:
+            model: Its name.
+            num_classes: Its logits.
+            parameters: How many it has.
+            device: Where it was trained.
+            world_size: How many processes trained it.
+            precision: What it was computed in.
+            batch_size: Images in a step of all processes together.
+            seconds: How long the run took, all in all.
+            images_per_second: How fast it trained, all processes together.
+            evaluation: What an evaluation without training found; otherwise the best epoch's is reported.
+            further: More entries.
+
+        Returns:
+            What was written to report.json.
+        """
+        best = self.best
+        results = evaluation or {key: (best or {}).get(f'eval_{key}') for key in ('top1', 'top5', 'loss')}
+        report = {
+            'model': model,
+            'top1': results.get('top1'),
+            'top5': results.get('top5'),
+            'loss': results.get('loss'),
+            'images_per_second': images_per_second,
+            'seconds': seconds,
+            'epochs': len(self.rows),
+            'best_epoch': best['epoch'] if best else None,
+            'last_epoch': self.rows[-1] if self.rows else None,
+            'num_classes': num_classes,
+            'parameters': parameters,
+            'batch_size': batch_size,
+            'world_size': world_size,
+            'device': devices.describe(device),
+            'precision': precision,
+            'versions': devices.versions(),
+            **further,
+        }
+        write_atomically(self._path('report.json'), json.dumps(report, indent=2) + '\n')
+        if self.rows:
+            draw_curves(self.rows, self._path('curves.png'), title=f'{model} · {precision} · batch {batch_size}')
+        top1 = report['top1'] if report['top1'] is not None else (best or {}).get('train_top1')
+        print(final_lines(images_per_second, top1, seconds), flush=True)
+        return report
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name
+
+    def _write_summary(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self._path('summary.csv'), text.getvalue())
+
+
+def final_lines(images_per_second: float, top1: float | None, seconds: float) -> str:
+    """The three lines that Ascend ModelZoo's scripts end with, which other people's scripts read."""
+    return (
+        f'Final Performance images/sec : {images_per_second:.3f}\n'
+        f'Final Train Accuracy : {math.nan if top1 is None else top1:.2f}\n'
+        f'E2E Training Duration sec : {seconds:.0f}'
+    )
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that no reader, and no crash, ever meets half of it."""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_summary(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline='') as file:
+        rows = [{name: _number(row.get(name)) for name in COLUMNS} for row in csv.DictReader(file)]
+    return [{**row, 'epoch': int(row['epoch'])} for row in rows if row['epoch'] is not None]
+
+
+def _number(cell: str | None) -> float | None:
+    return float(cell) if cell else None
+
+
+# ------------------------------------------------------------------------------------------------------- console
+
+
+class Progress:
+    """Tells how far a run is: a bar on a terminal, a line of the log each time where there is none.
+
+    Args:
+        epochs: How many the run has.
+        stream: Where the bar goes.
+    """
+
+    def __init__(self, epochs: int, stream: TextIO | None = None):
+        self.epochs, self.stream = epochs, stream or sys.stderr
+        self.bar: tqdm | None = None
+
+    def update(self, figures: Mapping[str, Any]) -> None:
+        """Tell 'epoch', 'batch' of 'batches', and 'loss', 'top1', 'lr' and 'images_per_second' of the last batches."""
+        if not self.stream.isatty():
+            _logger.info(_step_line(figures))
+            return
+        if self.bar is None:
+            self.bar = tqdm(total=figures['batches'], desc=f'Epoch {figures["epoch"]}', unit='batch', leave=False,
+                            file=self.stream, dynamic_ncols=True, initial=figures['batch'])
+        self.bar.set_postfix_str(_step_figures(figures), refresh=False)
+        self.bar.update(figures['batch'] - self.bar.n)
+        self.bar.refresh()
+
+    def epoch_done(self, row: Row) -> None:
+        """Tell the results of an epoch, a row of summary.csv."""
+        self.close()
+        _logger.info(f'Epoch {row["epoch"]} ({row["epoch"] + 1} of {self.epochs}): {_epoch_figures(row)}')
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _step_line(figures: Mapping[str, Any]) -> str:
+    batch, batches = figures['batch'], figures['batches']
+    width = len(str(batches))
+    return (f'Train {figures["epoch"]} [{batch:>{width}}/{batches} {100 * batch / batches:3.0f} %]  '
+            f'{_step_figures(figures)}')
+
+
+def _step_figures(figures: Mapping[str, Any]) -> str:
+    speed = figures['images_per_second']
+    parts = [f'loss {figures["loss"]:.4f}', f'top-1 {figures["top1"]:.2f} %', f'lr {figures["lr"]:.3g}']
+    return '  '.join([*parts, f'{speed:.1f} images/s'] if speed else parts)
+
+
+def _epoch_figures(row: Row) -> str:
+    parts = [f'loss {row["train_loss"]:.4f}']
+    if row['train_top1'] is not None:
+        parts.append(f'top-1 {row["train_top1"]:.2f} %')
+    if row['eval_loss'] is not None:
+        parts.append(f'validation loss {row["eval_loss"]:.4f}, top-1 {row["eval_top1"]:.2f} %, '
+                     f'top-5 {row["eval_top5"]:.2f} %')
+    if row['images_per_second']:
+        parts.append(f'{row["images_per_second"]:.1f} images/s')
+    return ', '.join(parts)
+
+
+# -------------------------------------------------------------------------------------------------------- curves
+
+
+INK, GREY = '#222222', '#555555'
+BLUE, RED, VIOLET, GREEN = '#2f6fde', '#d1495b', '#7b5ea7', '#2a8c7f'
+
+
+def draw_curves(rows: Sequence[Row], path: Path, title: str) -> bool:
+    """Draw loss, accuracy, learning rate and throughput over the epochs.
+
+    Args:
+        rows: The rows of summary.csv, at least one.
+        path: The PNG to write.
+        title: The first line of the picture.
+
+    Returns:
+        Whether it was drawn: matplotlib may be missing, which is said in the log.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 (an optional dependency)
+    except ImportError:
+        _logger.warning(f"{path.name} is not drawn: matplotlib is missing (pip install 'timm-npu-irv2[plot]').")
+        return False
+    figure = Figure(figsize=(12, 8), dpi=120, layout='constrained', facecolor='white')
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    figure.suptitle(title, fontsize=14, fontweight='bold', color=INK)
+    loss, accuracy, rate, speed = figure.subplots(2, 2, sharex=True).flat
+    _draw_panel(loss, rows, 'Loss', 'cross entropy',
+                {'training': ('train_loss', BLUE), 'validation': ('eval_loss', RED)})
+    _draw_panel(accuracy, rows, 'Accuracy', 'top-1 (%)',
+                {'training': ('train_top1', BLUE), 'validation': ('eval_top1', RED)})
+    _draw_panel(rate, rows, 'Learning rate', 'learning rate', {'': ('lr', VIOLET)}, from_zero=True)
+    _draw_panel(speed, rows, 'Throughput', 'images / s', {'': ('images_per_second', GREEN)}, from_zero=True)
+    _mark_best(accuracy, rows)
+    if len(rows) == 1:
+        accuracy.set_ylim(-3, 103)
+    picture = io.BytesIO()
+    figure.savefig(picture, format='png')
+    write_atomically(path, picture.getvalue())
+    return True
+
+
+def _draw_panel(
+        panel: Any,
+        rows: Sequence[Row],
+        title: str,
+        unit: str,
+        lines: dict[str, tuple[str, str]],
+        from_zero: bool = False,
+) -> None:
+    for label, (column, color) in lines.items():
+        points = [(row['epoch'], row[column]) for row in rows if row.get(column) is not None]
+        if points:
+            marker = 'o' if len(points) <= 40 else ''
+            panel.plot(*zip(*points, strict=True), color=color, label=label, linewidth=2, marker=marker, markersize=4)
+    panel.set_title(title, loc='left', fontsize=12, fontweight='bold', color=INK)
+    panel.set_xlabel('epoch', color=GREY)
+    panel.set_ylabel(unit, color=GREY)
+    margin = max(0.5, len(rows) / 50)
+    panel.set_xlim(rows[0]['epoch'] - margin, rows[-1]['epoch'] + margin)
+    panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    if from_zero:
+        highest = max((value for line in panel.lines for value in line.get_ydata()), default=0)
+        panel.set_ylim(0, 1.15 * highest or 1)
+    panel.grid(color='#e6e6e6', linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[['top', 'right']].set_visible(False)
+    panel.spines[['left', 'bottom']].set_color('#bbbbbb')
+    panel.tick_params(colors=GREY, labelbottom=True)
+    if len(panel.lines) > 1:
+        panel.legend(frameon=False)
+    elif not panel.lines:
+        panel.text(0.5, 0.5, 'not measured', transform=panel.transAxes, ha='center', color=GREY)
+
+
+def _mark_best(panel: Any, rows: Sequence[Row]) -> None:
+    known = [row for row in rows if row.get('eval_top1') is not None]
+    if known:
+        best = max(known, key=lambda row: row['eval_top1'])
+        panel.plot(best['epoch'], best['eval_top1'], marker='*', markersize=14, color=RED, linestyle='')
+        panel.set_title(f'★ {best["eval_top1"]:.2f} % in epoch {best["epoch"]}', loc='right', fontsize=11, color=RED)
