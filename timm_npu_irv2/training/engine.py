@@ -6,6 +6,7 @@ of the log is due. The clock is read there too, after waiting for the device, so
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -34,12 +35,12 @@ class Stopped(Exception):
     """All processes were asked to stop, and have saved what they had.
 
     Attributes:
-        signal: The number of the signal.
+        number: The number of the signal.
     """
 
-    def __init__(self, signal: int) -> None:
-        super().__init__(f'stopped by signal {signal}')
-        self.signal = signal
+    def __init__(self, number: int, checkpoint: str) -> None:
+        super().__init__(f'stopped by {signal.Signals(number).name}; --resume {checkpoint} goes on from there.')
+        self.number = number
 
 
 @dataclass
@@ -164,7 +165,6 @@ class TrainSettings:
         synchronize_step: Wait for the device after each update.
         batch_size_reference: The batch size whose loss has weight 1, and
         batch_size_power: how weight grows with the batch: 0 not at all, 0.5 by the root, 1 linearly.
-        images_folder: Where a batch of images goes at each reading, if anywhere.
     """
 
     grad_accum_steps: int = 1
@@ -175,7 +175,6 @@ class TrainSettings:
     synchronize_step: bool = False
     batch_size_reference: float = 1.0
     batch_size_power: float = 0.0
-    images_folder: Path | None = None
 
 
 def _nothing(*_: Any) -> None:
@@ -197,7 +196,8 @@ class Trainer:
         stop: Polled after each update.
         on_log: Called on every process with the figures of a line of the log.
         on_recovery: Called on every process to save a checkpoint in mid-epoch.
-        last_good: Names the checkpoint to go back to, for the message when the loss is lost.
+        last_good: Names the newest checkpoint, for messages.
+        images_folder: Where a batch of images goes with each line of the log, if anywhere.
         position: How far the run has come; kept up to date.
     """
 
@@ -212,6 +212,7 @@ class Trainer:
     on_log: Callable[[dict[str, Any]], None] = _nothing
     on_recovery: Callable[['Trainer'], None] = _nothing
     last_good: Callable[[], str] = lambda: 'none was saved'
+    images_folder: Path | None = None
     position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
@@ -304,7 +305,7 @@ class Trainer:
             self.on_recovery(self)
             self.throughput.skip()
         if stop:
-            raise Stopped(stop)
+            raise Stopped(stop, self.last_good())
 
     def _log(self) -> None:
         """Read the meter and the clock for a line of the log, unless this was just done."""
@@ -323,7 +324,7 @@ class Trainer:
             'top1_avg': averages['top1'], 'images_per_second': images_per_second, 'lr': self.learning_rate})
 
     def _save_images(self, images: Tensor) -> None:
-        folder = self.settings.images_folder
+        folder = self.images_folder
         if folder is not None and self.world.is_primary:
             path = folder / f'train-batch-{self.position.batch - 1}.jpg'
             torchvision.utils.save_image(images.float(), path, padding=0, normalize=True)

@@ -298,10 +298,10 @@ def _schedule_contradictions(args: argparse.Namespace) -> _Rules:
     return [
         (args.lr_noise is not None and len(args.lr_noise) > 2, '--lr-noise: expected one or two numbers.'),
         (sorted(set(args.decay_milestones)) != args.decay_milestones, '--decay-milestones must be increasing.'),
-        *((values is not None and len(values) != len(sizes), f'{name}: expected a number for each of --train-img-sizes.')
+        *((values is not None and len(values) != len(sizes), f'{name}: expected one for each of --train-img-sizes.')
           for name, values in (
               ('--train-batch-sizes', args.train_batch_sizes), ('--train-size-probs', args.train_size_probs))),
         (args.train_size_schedule == 'progressive' and len(sizes) < 2,
          '--train-size-schedule progressive needs at least two --train-img-sizes.'),
-        (args.train_size_probs is not None and sum(args.train_size_probs) <= 0, '--train-size-probs must not all be 0.'),
+        (args.train_size_probs is not None and sum(args.train_size_probs) <= 0, '--train-size-probs: all are 0.'),
     ]

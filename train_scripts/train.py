@@ -1,0 +1,220 @@
+#!/usr/bin/env python3
+"""Train Inception-ResNet-v2, or any timm model, on NPU, CUDA or CPU.
+
+    python train_scripts/train.py --data-dir DIR [options]                          # one device
+    torchrun --nproc-per-node 8 train_scripts/train.py --data-dir DIR [options]     # eight
+    python train_scripts/train.py --data DIR --multiprocessing-distributed --device-list '0,1' [options]
+
+The options are those of timm's train.py, the parameters of Ascend ModelZoo's script, and what an NPU needs: --help.
+"""
+
+import contextlib
+import logging
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timm.data import resolve_data_config
+from timm.utils import random_seed
+
+from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2.training import checkpoint, setup
+from timm_npu_irv2.training.data import create_eval_loader, create_train_loader
+from timm_npu_irv2.training.distributed import StopRequest, World, initialize, launch, launches, shutdown
+from timm_npu_irv2.training.engine import Position, Stopped, Trainer, evaluate
+from timm_npu_irv2.training.options import as_yaml, parse_args
+from timm_npu_irv2.training.report import Progress, Report, write_atomically
+from timm_npu_irv2.training.script import run_script, start_log
+
+_logger = logging.getLogger('train')
+
+
+@dataclass
+class Run:
+    """What the functions below share."""
+
+    args: Namespace
+    world: World
+    trainer: Trainer
+    eval_loader: Any
+    epochs: int
+    image_size: int
+    parameters: int
+    metric: str  # what the best checkpoint is chosen by
+    started: float
+    seconds_before: float = 0.0  # what the run took before it was interrupted
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning of the run, interruptions not counted."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    @property
+    def batch_size(self) -> int:
+        """Images in an update, of all processes together."""
+        return round(self.trainer.loader.average_batch_size * self.world.size * self.args.grad_accum_steps)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read the options, become one process of the run (or start them all), and train."""
+    started = time.monotonic()
+    args = parse_args(argv)
+    if launches(args):
+        return launch(args, __file__, argv)
+    options = as_yaml(args)  # as given, before anything is worked out from them
+    setup.global_options(args)
+    world = initialize(
+        args.device, dist_url=args.dist_url, backend=args.dist_backend, addr=args.addr, rank=args.rank,
+        world_size=None if args.multiprocessing_distributed else args.world_size)
+    try:
+        start_log(world)
+        device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
+        with setup.explained_memory_errors(args, world), StopRequest(world) as stop:
+            train(assemble(args, world, stop, started), options)
+    finally:
+        shutdown(world)
+    return 0
+
+
+def assemble(args: Namespace, world: World, stop: StopRequest, started: float) -> Run:
+    """Make everything that training needs, in the only order that works."""
+    args.batch_size = setup.share_of_batch(args, world)
+    random_seed(args.seed)  # the same initial weights in every process
+    model = setup.build_model(args)
+    parameters = sum(p.numel() for p in model.parameters())
+    data_config = resolve_data_config(vars(args), model=model)
+    model = setup.place_model(model, args, world)
+    precision = setup.build_precision(args, world)
+
+    train_loader = create_train_loader(args, data_config, world, args.aug_splits, precision.input_dtype)
+    eval_loader = None
+    if args.val_split:
+        eval_loader = create_eval_loader(args, data_config, world, precision.input_dtype, train_loader)
+    metric = args.eval_metric if eval_loader is not None else 'loss'
+
+    task = setup.build_task(model, args, world)
+    module = task.get_trainable_module()
+    optimizer = setup.build_optimizer(module, args, world, train_loader.average_batch_size)
+    task.trainable_module, optimizer = precision.prepare(module, optimizer)
+    setup.average_weights(task, precision, args)
+    updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
+    scheduler, epochs = setup.build_scheduler(optimizer, args, updates_per_epoch, metric == 'loss')
+    random_seed(args.seed, world.rank)  # different dropout in every process
+
+    settings = setup.train_settings(args, train_loader.average_batch_size)
+    trainer = Trainer(task, train_loader, optimizer, precision, world, scheduler, settings, stop)
+    return Run(args, world, trainer, eval_loader, epochs, data_config['input_size'][-1], parameters, metric, started)
+
+
+def train(run: Run, options: str) -> None:
+    """Resume if asked to, train epoch by epoch, report."""
+    args, world, trainer = run.args, run.world, run.trainer
+    folder = setup.output_folder(args, run.image_size, world)
+    saver = checkpoint.CheckpointSaver(folder, args, world, decreasing=run.metric == 'loss')
+    resume(run, saver)
+    setup.compile_and_distribute(trainer.task, args, world)
+    report = Report(folder, trainer.position.epoch, run.metric)
+    log_wandb = setup.start_wandb(args, folder.name) if world.is_primary else None
+    if world.is_primary:
+        write_atomically(folder / 'args.yaml', options)
+    describe(run, folder)
+    with contextlib.closing(Progress(run.epochs)) as progress:
+        if world.is_primary:
+            trainer.on_log = progress.update
+        trainer.on_recovery = lambda trainer: saver.save_recovery(trainer, {'seconds': run.seconds})
+        trainer.last_good = saver.last_good
+        trainer.images_folder = folder if args.save_images else None
+        for epoch in range(trainer.position.epoch, run.epochs):
+            trained = trainer.train_one_epoch()
+            setup.share_statistics(trainer.task, args, world)
+            due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.epochs
+            validated = validate(run) if due else None
+            if world.is_primary:
+                row = report.add_epoch(epoch, trained, validated)
+                progress.epoch_done(row)
+                log_wandb(row)
+            end_epoch(run, saver, epoch, (validated or trained)[run.metric] if due else None)
+    finish(run, folder, report, saver, validate(run) if args.epochs == 0 else None)
+
+
+def resume(run: Run, saver: checkpoint.CheckpointSaver) -> None:
+    """Go to where --resume or --start-epoch says; to the beginning if '--resume auto' finds nothing."""
+    args, trainer = run.args, run.trainer
+    path = Path(args.resume) if args.resume else None
+    if args.resume == 'auto':
+        path = checkpoint.find_newest(saver.folder)
+        _logger.info(f"--resume auto: {path or 'nothing to resume, so this is a new run'}.")
+    if path is not None:
+        state = checkpoint.resume(trainer, path, args)
+        run.seconds_before = state.get('seconds', 0.0)
+        saver.load_state_dict(state.get('saver', {}), path)
+    if args.start_epoch is not None:
+        trainer.position = Position(args.start_epoch, 0, args.start_epoch * trainer.updates_per_epoch)
+    setup.reach(trainer.scheduler, trainer.position)
+
+
+def end_epoch(run: Run, saver: checkpoint.CheckpointSaver, epoch: int, metric: float | None) -> None:
+    """The next epoch's learning rate, a checkpoint if one is due, and the question whether to stop here."""
+    trainer = run.trainer
+    if trainer.scheduler is not None:
+        trainer.scheduler.step(epoch + 1, metric)
+    if metric is not None:
+        saver.save_epoch(trainer, epoch, metric, {'seconds': run.seconds})
+    if (number := trainer.stop.poll()) and epoch + 1 < run.epochs:
+        if metric is None:
+            trainer.on_recovery(trainer)
+        raise Stopped(number, saver.last_good())
+
+
+def validate(run: Run) -> dict[str, float] | None:
+    """Evaluate the weights, and their moving average where there is one, whose figures then count."""
+    if run.eval_loader is None:
+        return None
+    task, precision, args = run.trainer.task, run.trainer.precision, run.args
+    measured = None
+    for ema in (False, True) if task.has_ema() and not args.model_ema_force_cpu else (False,):
+        before, measured = measured, evaluate(
+            task.get_eval_model(ema=ema), run.eval_loader, run.world, autocast=precision.autocast, tta=args.tta)
+        if before is not None:
+            _logger.info(f'Validation of the weights themselves: top-1 {before["top1"]:.2f} %; of their average: '
+                         f'{measured["top1"]:.2f} %.')
+    return measured
+
+
+def describe(run: Run, folder: Path) -> None:
+    """One line about what is about to happen."""
+    trainer, size = run.trainer, run.world.size
+    _logger.info(
+        f'{run.args.model}: {run.parameters / 1e6:.2f} M parameters, {run.args.num_classes} classes, {run.image_size} px; '
+        f'{size} × {run.world.device.type}, {trainer.precision.description}; batch {run.batch_size}, '
+        f'{type(trainer.optimizer).__name__}, learning rate {run.args.lr:.4g}; '
+        f'epoch {trainer.position.epoch} of {run.epochs}; output in {folder}')
+
+
+def finish(
+        run: Run,
+        folder: Path,
+        report: Report,
+        saver: checkpoint.CheckpointSaver,
+        evaluation: dict[str, float] | None,
+) -> None:
+    """report.json, the curves, where the weights are, and the three lines that the zoo's scripts end with."""
+    if not run.world.is_primary:
+        return
+    trainer = run.trainer
+    if saver.best_epoch is not None:
+        _logger.info(f'Best {run.metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}. Weights: '
+                     f'{folder / "model_best.pth.tar"} (best), {folder / "last.pth.tar"} (last).')
+    report.finish(
+        model=run.args.model, num_classes=run.args.num_classes, parameters=run.parameters, device=run.world.device,
+        world_size=run.world.size, precision=trainer.precision.description, batch_size=run.batch_size,
+        seconds=run.seconds, images_per_second=trainer.throughput.images_per_second, evaluation=evaluation,
+        skipped_steps=trainer.precision.skipped_steps)
+
+
+if __name__ == '__main__':
+    sys.exit(run_script('train.py', main, sys.argv[1:]))
