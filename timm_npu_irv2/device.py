@@ -28,6 +28,7 @@ __all__ = [
     'default_device',
     'describe',
     'fused_optimizer_class',
+    'grad_scaler',
     'half_dtype',
     'has_add_relu_kernel',
     'is_out_of_memory',
@@ -265,17 +266,34 @@ def apex_amp() -> ModuleType:
         ) from error
 
 
-def fused_optimizer_class(name: str, use_apex: bool = False) -> Callable[..., torch.optim.Optimizer] | None:
-    """The vendor's fused optimizer ``name`` (e.g. 'NpuFusedSGD'), or None where there is none.
+def fused_optimizer_class(
+        name: str,
+        device: torch.device | str,
+        use_apex: bool = False,
+) -> Callable[..., torch.optim.Optimizer] | None:
+    """The fused optimizer ``name`` (e.g. 'NpuFusedSGD') of the vendor of ``device``, or None where there is none.
 
     Args:
         name: The class's name, the same in torch_npu and in Ascend's apex.
+        device: Where the parameters are.
         use_apex: Take apex's, whose combined tensors apex's own loss scaling knows how to unscale.
     """
-    module_name = 'apex.optimizers' if use_apex else 'torch_npu.optim'
-    if device_count('npu') == 0 or importlib.util.find_spec(module_name.split('.')[0]) is None:
+    package, module = ('apex', 'apex.optimizers') if use_apex else ('torch_npu', 'torch_npu.optim')
+    if torch.device(device).type != 'npu' or importlib.util.find_spec(package) is None:
         return None
-    return getattr(importlib.import_module(module_name), name, None)
+    return getattr(importlib.import_module(module), name, None)
+
+
+def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
+    """A dynamic loss scaler that notices overflows on ``device``.
+
+    It is torch's, which reads the device once a step. NPUs that saturate at the largest number instead of producing
+    infinities (the 910A) need torch_npu's: it reads the chip's overflow flag and tells the other processes, for
+    three readings more.
+    """
+    if device.type == 'npu' and not torch.npu.utils.is_support_inf_nan():
+        return torch.npu.amp.GradScaler()
+    return torch.amp.GradScaler(device.type)
 
 
 def versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from . import device as device_seam
 from .errors import UserError
+from .optim import gradient_holders
 
 __all__ = ['Apex', 'Autocast', 'FullPrecision', 'HalfWeights', 'Precision', 'create_precision']
 
@@ -211,7 +212,7 @@ class _StaticScale(_NoScale):
 
     @torch.no_grad()
     def unscale(self, optimizer: Optimizer) -> None:
-        gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+        gradients = [p.grad for p in gradient_holders(optimizer) if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, 1 / self.value)
 
@@ -265,6 +266,10 @@ class _Watched:
         self.optimizer = optimizer
         self.stepped = False
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [{'params': gradient_holders(self.optimizer)}]
+
     def step(self) -> None:
         self.stepped = True
         self.optimizer.step()
@@ -277,7 +282,7 @@ def _create_scaler(device: torch.device, dtype: torch.dtype, loss_scale: float |
     if loss_scale is None:
         loss_scale = 'dynamic' if device_seam.needs_loss_scaling(device, dtype) else 1.0
     if loss_scale == 'dynamic':
-        return _DynamicScale(torch.amp.GradScaler(device.type))
+        return _DynamicScale(device_seam.grad_scaler(device))
     return _NoScale() if loss_scale == 1 else _StaticScale(loss_scale)
 
 

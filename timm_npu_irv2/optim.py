@@ -1,0 +1,189 @@
+"""The NPU's fused optimizers in timm's registry: ``create_optimizer_v2(model, 'npufusedsgd')``, ``--opt npufusedsgd``.
+
+A name stands for one algorithm, with the vendor's defaults, on every device. On an NPU it is torch_npu's class (apex's
+with apex), which combines parameters, gradients and states into one tensor each and updates them with a few kernels.
+Elsewhere it is the optimizer of torch or timm that computes the same, fused or foreach where there is such a kind.
+"""
+
+import functools
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm.optim
+import torch
+from timm.optim import OptimInfo
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import device as device_seam
+from .errors import UserError
+
+__all__ = ['create_optimizer', 'gradient_holders', 'register_optimizers']
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """A vendor's optimizer, what stands for it elsewhere, and what timm must know of its arguments."""
+
+    vendor_name: str
+    stand_in: type[Optimizer]
+    same_with: dict[str, Any] = field(default_factory=dict)
+    has_eps: bool = True
+    has_momentum: bool = False
+    has_betas: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.vendor_name.lower()
+
+
+_OPTIMIZERS = (
+    _Fused('NpuFusedSGD', torch.optim.SGD, {'fused': True}, has_eps=False, has_momentum=True),
+    _Fused('NpuFusedAdam', torch.optim.Adam, {'fused': True}, has_betas=True),
+    _Fused('NpuFusedAdamW', torch.optim.AdamW, {'fused': True}, has_betas=True),
+    _Fused('NpuFusedAdadelta', torch.optim.Adadelta),
+    # The vendor's LAMB is the first version of the paper's: no bias correction, no clipping by the global norm, every
+    # layer adapted. It also takes no weight norm for greater than 10, which timm's does not.
+    _Fused('NpuFusedLamb', timm.optim.Lamb, {'bias_correction': False, 'max_grad_norm': None, 'always_adapt': True},
+           has_betas=True),
+    _Fused('NpuFusedRMSprop', torch.optim.RMSprop, has_momentum=True),
+    _Fused('NpuFusedRMSpropTF', timm.optim.RMSpropTF, has_momentum=True),
+    _Fused('NpuFusedAdamP', timm.optim.AdamP, has_betas=True),
+)
+
+
+def register_optimizers() -> None:
+    """Make the names known to timm. Once is enough; twice does no harm."""
+    try:
+        from timm.optim._optim_factory import default_registry  # noqa: PLC0415 - private, so it may go
+    except ImportError as error:
+        warnings.warn(f'timm has no optimizer registry to add the fused optimizers to ({error}).', stacklevel=2)
+        return
+    known = set(default_registry.list_optimizers())
+    for fused in _OPTIMIZERS:
+        if fused.name not in known:
+            default_registry.register(_info(fused))
+
+
+def _info(fused: _Fused) -> OptimInfo:
+    return OptimInfo(
+        name=fused.name,
+        opt_class=functools.partial(_create, fused),
+        description=f'{fused.vendor_name} on Ascend NPUs, {_full_name(fused.stand_in)} elsewhere',
+        has_eps=fused.has_eps,
+        has_momentum=fused.has_momentum,
+        has_betas=fused.has_betas,
+    )
+
+
+def create_optimizer(model: nn.Module, options: Any, **kwargs: Any) -> Optimizer:
+    """timm's ``create_optimizer_v2`` for the options of train.py.
+
+    Args:
+        model: The model; timm makes the parameter groups (weight-decay exclusions, layer decay) from it.
+        options: The parsed options; ``amp_impl='apex'`` takes the fused optimizers of apex.
+        **kwargs: Further arguments of ``create_optimizer_v2``.
+
+    Raises:
+        UserError: There is no optimizer of that name.
+    """
+    arguments = {**timm.optim.optimizer_kwargs(options), **kwargs}
+    name = arguments['opt'].lower().split('_')[-1]  # timm's 'lookahead_NAME'
+    if name not in timm.optim.list_optimizers():
+        raise UserError(f"--opt {arguments['opt']}: no such optimizer; `timm.optim.list_optimizers()` lists them.")
+    if any(fused.name == name for fused in _OPTIMIZERS):
+        arguments['use_apex'] = getattr(options, 'amp_impl', None) == 'apex'
+    return timm.optim.create_optimizer_v2(model, **arguments)
+
+
+def _create(fused: _Fused, params: Iterable[Any], use_apex: bool = False, **kwargs: Any) -> Optimizer:
+    groups = list(params)
+    first = _first_parameter(groups)
+    device = 'cpu' if first is None else first.device
+    vendor_class = device_seam.fused_optimizer_class(fused.vendor_name, device, use_apex)
+    if vendor_class is None:
+        return _create_stand_in(fused, groups, kwargs)
+    _check_dtypes(fused, groups)
+    for name in ('foreach', 'fused'):  # combined tensors are the vendor's answer to both
+        kwargs.pop(name, None)
+    optimizer = _construct(fused, vendor_class, groups, kwargs)
+    optimizer.register_load_state_dict_post_hook(_combine_again)
+    _logger.info('%s: %s', fused.name, _full_name(vendor_class))
+    return optimizer
+
+
+def _create_stand_in(fused: _Fused, groups: list[Any], kwargs: dict[str, Any]) -> Optimizer:
+    same_with = dict(fused.same_with)
+    if kwargs.get('foreach') is not None:
+        same_with.pop('fused', None)
+    optimizer = _construct(fused, fused.stand_in, groups, {**same_with, **kwargs})
+    # Asks GradScaler not to call `step` after an overflow. A fused SGD whose first step it skips by a flag keeps
+    # momentum buffers that nobody wrote (torch 2.14).
+    optimizer._step_supports_amp_scaling = False
+    arguments = ', '.join(f'{name}={value}' for name, value in same_with.items())
+    _logger.info('%s: no NPU, %s(%s) stands for it.', fused.name, _full_name(fused.stand_in), arguments)
+    return optimizer
+
+
+def _construct(fused: _Fused, factory: Callable[..., Optimizer], groups: list, kwargs: dict[str, Any]) -> Optimizer:
+    unknown = kwargs.keys() - inspect.signature(factory).parameters.keys()
+    if unknown:
+        raise UserError(f"--opt {fused.name} ({_full_name(factory)}) has no argument {', '.join(sorted(unknown))}.")
+    try:
+        return factory(groups, **kwargs)
+    except ValueError as error:
+        raise UserError(f'--opt {fused.name}: {error}'.splitlines()[0]) from error
+
+
+def _first_parameter(groups: list[Any]) -> Tensor | None:
+    return next(iter(_flat(groups)), None)
+
+
+def _flat(groups: list[Any]) -> list[Tensor]:
+    """The tensors of parameter groups, of (name, parameter) pairs or of plain parameters."""
+    parameters = [p for group in groups for p in (group['params'] if isinstance(group, dict) else [group])]
+    return [p[1] if isinstance(p, tuple) else p for p in parameters]
+
+
+def _check_dtypes(fused: _Fused, groups: list[Any]) -> None:
+    refused = {p.dtype for p in _flat(groups)} - {torch.float32, torch.float16}
+    if refused:
+        names = ', '.join(str(dtype).removeprefix('torch.') for dtype in refused)
+        raise UserError(f'--opt {fused.name} updates float32 and float16 weights, not {names}: use --amp, '
+                        'or another --opt.')
+
+
+def _full_name(factory: Callable[..., Optimizer]) -> str:
+    package = factory.__module__.split('.')[0]
+    return f'{package}.{"optimizers" if package == "apex" else "optim"}.{factory.__name__}'
+
+
+def _combine_again(optimizer: Optimizer) -> None:
+    """After a load: the combined states of the vendor's classes are stale, and their counters are plain integers.
+
+    torch counts in tensors, which the vendor's classes would advance twice a step.
+    """
+    optimizer.is_states_combined = False
+    for state in optimizer.state.values():
+        if state:
+            state['step'] = int(state.get('step', 0))
+
+
+def gradient_holders(optimizer: Optimizer) -> list[Tensor]:
+    """Tensors whose ``.grad`` together hold every gradient of the optimizer, in as few tensors as it keeps them.
+
+    The parameters themselves, or the combined tensors of an optimizer that has combined its own.
+    """
+    if not getattr(optimizer, 'is_params_grads_combined', False):
+        return [p for group in optimizer.param_groups for p in group['params']]
+    holders = [p for p in optimizer.get_combined_params() if p is not None]
+    gradients = [g for g in optimizer.get_combined_grads() if g is not None]
+    for holder, gradient in zip(holders, gradients, strict=True):
+        holder.grad = gradient
+    return holders
