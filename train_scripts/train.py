@@ -187,10 +187,10 @@ def validate(run: Run) -> dict[str, float] | None:
 
 def describe(run: Run, folder: Path) -> None:
     """One line about what is about to happen."""
-    trainer, size = run.trainer, run.world.size
+    trainer, where = run.trainer, f'{run.world.size} × {run.world.device.type}'
     _logger.info(
-        f'{run.args.model}: {run.parameters / 1e6:.2f} M parameters, {run.args.num_classes} classes, {run.image_size} px; '
-        f'{size} × {run.world.device.type}, {trainer.precision.description}; batch {run.batch_size}, '
+        f'{run.args.model}: {run.parameters / 1e6:.2f} M parameters, {run.args.num_classes} classes, '
+        f'{run.image_size} px; {where}, {trainer.precision.description}; batch {run.batch_size}, '
         f'{type(trainer.optimizer).__name__}, learning rate {run.args.lr:.4g}; '
         f'epoch {trainer.position.epoch} of {run.epochs}; output in {folder}')
 

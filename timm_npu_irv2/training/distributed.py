@@ -209,7 +209,7 @@ def launch(args: Namespace, script: str, argv: Sequence[str]) -> int:
     kind = (args.device or device_seam.default_device()).split(':')[0]
     count = _select_cards(kind, args.device_list)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // count)))
-    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)  # our own lines say what happened
+    logging.disable(logging.ERROR)  # the launcher's own lines: those of the processes say what happened
     config = LaunchConfig(
         min_nodes=args.world_size or 1, max_nodes=args.world_size or 1, nproc_per_node=count, max_restarts=0,
         run_id='train', **_meeting_point(args))

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib
+import inspect
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from timm.task import (
 from timm.utils import ModelEmaV3, distribute_bn, set_jit_fuser
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from .. import device as device_seam
 from ..errors import UserError
@@ -76,7 +78,8 @@ def build_model(args: Namespace) -> nn.Module:
     """
     if ':' not in args.model and not is_model(args.model.split('.')[0]):
         close = difflib.get_close_matches(args.model, list_models(), n=3)
-        raise UserError(f'--model {args.model}: timm has no such model.' + (f' It has {", ".join(close)}.' if close else ''))
+        hint = f' It has {", ".join(close)}.' if close else ''
+        raise UserError(f'--model {args.model}: timm has no such model.{hint}')
     try:
         model = _create(args)
     except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
@@ -210,7 +213,7 @@ def build_optimizer(model: nn.Module, args: Namespace, world: World, batch_size:
         adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
         scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
         args.lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
-        _logger.info(f'Learning rate {args.lr:.4g}: {args.lr_base:g} per batch of {args.lr_base_size}, {scale} scaling.')
+        _logger.info(f'Learning rate {args.lr:.4g}: {args.lr_base:g} for {args.lr_base_size} images, {scale} scaling.')
     return create_optimizer(model, args, **args.opt_kwargs)
 
 
@@ -231,10 +234,12 @@ def compile_and_distribute(task: TrainingTask, args: Namespace, world: World) ->
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     if world.distributed:
+        # torch 2.14 renamed the argument.
+        renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
         task.prepare_distributed(
             device_ids=None if world.device.type == 'cpu' else [world.device],
-            broadcast_buffers=not args.no_ddp_bb,
             gradient_as_bucket_view=True,
+            **{'forward_sync_buffers' if renamed else 'broadcast_buffers': not args.no_ddp_bb},
         )
 
 
