@@ -94,7 +94,7 @@ class MergedSiblings(ConvNormAct):
 
     def forward(self, x: Tensor) -> List[Tensor]:
         """(N, in_channels, H, W) -> one (N, branch_channels[i], H, W) a branch, views of one tensor."""
-        return list(self.bn(self.conv(x)).split(self.branch_channels, 1))
+        return self.bn(self.conv(x)).split(self.branch_channels, 1)
 
 
 class SeparateSiblings(nn.ModuleList):

@@ -237,7 +237,7 @@ class InceptionResnetV2Npu(nn.Module):
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """The layers in order, from the input, for layer-wise learning rates: timm's groups, or its stages."""
         if coarse:
-            return {str(i): rf'^({"|".join(stage)})\.' for i, stage in enumerate(STAGES)}
+            return {str(i): rf'^(?:{"|".join(stage)})\.' for i, stage in enumerate(STAGES)}
         return dict(
             stem=[(r'^conv2d_[12]', (0,)), (r'^conv2d_[34]', (1,))],
             mixed_5b=r'^mixed_5b',
