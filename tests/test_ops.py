@@ -12,7 +12,8 @@ SCALE = 0.17
 def inputs(dtype=torch.float32, memory_format=torch.contiguous_format, requires_grad=False):
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.randn(2, 8, 5, 7, generator=generator).to(dtype, memory_format=memory_format).requires_grad_(requires_grad)
+        torch.randn(2, 8, 5, 7, generator=generator).to(dtype, memory_format=memory_format)
+        .requires_grad_(requires_grad)
         for _ in range(2)
     ]
 

@@ -172,7 +172,7 @@ def test_the_command_converts_files(tmp_path, reference_state_dict):
     run(tmp_path / 'npu.safetensors', tmp_path / 'back.pth', '--to', 'cadene')
     expected = to_cadene(reference_state_dict)
     assert_equal(weights.load_file(tmp_path / 'back.pth'), expected)
-    with open(tmp_path / 'npu.safetensors', 'rb') as file:
+    with (tmp_path / 'npu.safetensors').open('rb') as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
     assert header['__metadata__'] == {'format': 'pt'}
 

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import List, Optional, Sequence, Tuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d as TimmBatchNormAct2d
 from timm.layers import ConvNormAct
 from timm.models import register_notrace_module
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ['BatchNormAct2d', 'BlockSequence', 'MergedSiblings', 'SeparateSiblings', 'conv_block_factory']

@@ -13,13 +13,12 @@ from collections import OrderedDict
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
-import torch.nn as nn
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import create_classifier
 from timm.models import _builder as timm_builder
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import weights
 from .layers import BlockSequence, MergedSiblings, conv_block_factory

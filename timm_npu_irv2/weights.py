@@ -57,7 +57,7 @@ def _split_key(key: str) -> Tuple[str, Sequence[Tuple[str, int]], str]:
 def _sibling_index(siblings: Sequence[Tuple[str, int]], rest: str) -> Tuple[int, str]:
     """Which sibling of its block a key of timm's names, and the key below it; -1 for none."""
     for index, (layer, _) in enumerate(siblings):
-        if rest.startswith(layer + '.') and rest[len(layer) + 1:].split('.')[0] in ('conv', 'bn'):
+        if rest.startswith((f'{layer}.conv.', f'{layer}.bn.')):
             return index, rest[len(layer) + 1:]
     return -1, rest
 
@@ -209,7 +209,8 @@ def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog='python -m timm_npu_irv2.weights', description='Translate weights of Inception-ResNet-v2 between dialects.',
+        prog='python -m timm_npu_irv2.weights',
+        description='Translate weights of Inception-ResNet-v2 between dialects.',
     )
     parser.add_argument('input', metavar='IN', help='a .safetensors or .pth file in any dialect')
     parser.add_argument('output', metavar='OUT', help='the file to write: .safetensors, or .pth')
