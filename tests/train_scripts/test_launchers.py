@@ -1,0 +1,225 @@
+"""The shell launchers: what they run, with which words, and one line for what can be known to be wrong before."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.training.options import parse_args
+
+SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
+LAUNCHERS = sorted(path.name for path in SCRIPTS.glob('*.sh'))
+AWKWARD = ['a b', "it's", '$(touch spoiled)', '`touch spoiled`', '"quoted"', '*', '']
+
+sys.path.insert(0, str(SCRIPTS))
+import preflight  # noqa: E402
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A stand-in for Python that writes down each call; calls(launcher, words…) gives them."""
+    log, python = tmp_path / 'calls', tmp_path / 'python'
+    python.write_text(f'#!/usr/bin/env bash\nprintf "%s\\0" "$@" $\'\\n\' >> "{log}"\n')
+    python.chmod(0o755)
+
+    def calls(launcher: str, *words: str, **environment: str) -> list[list[str]]:
+        clean = {key: value for key, value in os.environ.items() if key not in ('MASTER_PORT', 'MASTER_ADDR', 'NNODES')}
+        subprocess.run(['bash', SCRIPTS / launcher, *words], check=True, cwd=tmp_path,
+                       env={**clean, 'PYTHON': str(python), **environment})
+        assert not (tmp_path / 'spoiled').exists()
+        return [call.split('\0')[:-1] for call in log.read_text().split('\n\0')[:-1]]
+
+    return calls
+
+
+def run(launcher: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(['bash', SCRIPTS / launcher, *words], capture_output=True, text=True, check=False,
+                          env={**os.environ, 'PYTHON': sys.executable, **environment})
+
+
+@pytest.mark.parametrize('name', LAUNCHERS)
+def test_launchers_are_sound_shell(name):
+    subprocess.run(['bash', '-n', SCRIPTS / name], check=True)
+    shellcheck = shutil.which('shellcheck', path=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
+    if shellcheck:
+        subprocess.run([shellcheck, '-x', SCRIPTS / name], check=True)
+
+
+@pytest.mark.parametrize('name', [name for name in LAUNCHERS if name != 'common.sh'])
+def test_launchers_can_be_started_by_their_path(name):
+    assert (SCRIPTS / name).read_text().startswith('#!/usr/bin/env bash\n')
+
+
+ONE_PROCESS = {
+    'train_full_1p.sh': ['-c', 'zoo_1p.yaml'],
+    'train_performance_1p.sh': ['-c', 'zoo_1p.yaml', '--epochs', '2'],
+}
+EIGHT_PROCESSES = {
+    'train_full_8p.sh': ['train.py', '-c', 'zoo_8p.yaml'],
+    'train_performance_8p.sh': ['train.py', '-c', 'zoo_8p.yaml', '--epochs', '2'],
+    'train_eval_8p.sh': ['validate.py'],
+}
+
+
+def short(words: list[str]) -> list[str]:
+    return [Path(word).name if str(SCRIPTS) in word else word for word in words]
+
+
+@pytest.mark.parametrize('name', ONE_PROCESS)
+def test_one_card_runs_the_script_itself(recorded, name):
+    words = [f'--data_path={AWKWARD[2]}', *AWKWARD]
+    assert [short(call) for call in recorded(name, *words)] == [['train.py', *ONE_PROCESS[name], *words]]
+
+
+@pytest.mark.parametrize('name', EIGHT_PROCESSES)
+def test_eight_cards_are_checked_and_started_by_torchrun(recorded, name):
+    words = [f'--data_path={AWKWARD[2]}', *AWKWARD]
+    check, start = (short(call) for call in recorded(name, *words))
+    script, *options = EIGHT_PROCESSES[name]
+    assert check == ['preflight.py', name, script, '8', *options, *words]
+    assert start == ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '8', '--max-restarts', '0',
+                     script, *options, *words]
+
+
+def test_dist_train_passes_every_word_on(recorded):
+    _, start = recorded('dist_train_npu.sh', '2', *AWKWARD, MAX_RESTARTS='3')
+    assert start[-len(AWKWARD):] == AWKWARD and start[start.index('--max-restarts') + 1] == '3'
+
+
+def test_several_machines_meet_where_the_environment_says(recorded):
+    _, start = recorded('dist_train_npu.sh', '8', NNODES='2', NODE_RANK='1', MASTER_ADDR='host', MASTER_PORT='1234')
+    assert start[2:10] == ['--nnodes', '2', '--node-rank', '1', '--master-addr', 'host', '--master-port', '1234']
+
+
+def test_a_port_of_the_users_is_used_on_one_machine(recorded):
+    _, start = recorded('dist_train_npu.sh', '2', MASTER_PORT='1234')
+    assert start[2:6] == ['--master-addr', 'localhost', '--master-port', '1234']
+
+
+def test_the_environment_of_the_npu_has_defaults_that_give_way(tmp_path):
+    python = tmp_path / 'python'
+    python.write_text('#!/usr/bin/env bash\necho "$TASK_QUEUE_ENABLE $HCCL_CONNECT_TIMEOUT $OMP_NUM_THREADS"\n')
+    python.chmod(0o755)
+    result = run('train_full_1p.sh', PYTHON=str(python), HCCL_CONNECT_TIMEOUT='7', OMP_NUM_THREADS='3')
+    assert result.stdout == '2 7 3\n'
+
+
+def test_cann_is_loaded_where_it_is(tmp_path):
+    toolkit, python = tmp_path / 'a b', tmp_path / 'python'
+    toolkit.mkdir()
+    (toolkit / 'set_env.sh').write_text('export ASCEND_OPP_PATH="$UNSET_VARIABLE"here\nfalse\n')
+    python.write_text('#!/usr/bin/env bash\necho "$ASCEND_OPP_PATH"\n')
+    python.chmod(0o755)
+    assert run('train_full_1p.sh', PYTHON=str(python), ASCEND_TOOLKIT_HOME=str(toolkit)).stdout == 'here\n'
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def one_line(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 2 and result.stdout == ''
+    assert result.stderr.count('\n') == 1
+    return result.stderr
+
+
+@pytest.mark.parametrize(('words', 'message'), [
+    ([], 'usage'),
+    (['two'], "'two' is no number of processes"),
+    (['0'], "'0' is no number of processes"),
+])
+def test_number_of_processes(words, message):
+    assert message in one_line(run('dist_train_npu.sh', *words))
+
+
+def test_no_python(tmp_path):
+    for tool in ('dirname', 'nproc', 'getconf'):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    result = subprocess.run([shutil.which('bash'), SCRIPTS / 'train_full_1p.sh'], capture_output=True, text=True,
+                            check=False, env={'PATH': str(tmp_path)})
+    assert 'no python here' in one_line(result)
+
+
+def test_a_missing_data_folder_is_one_line_for_all_processes():
+    result = run('dist_train_npu.sh', '2', '--device', 'cpu', '--data-dir', "/no where/it's $(here)")
+    assert one_line(result) == (
+        "dist_train_npu.sh: error: data folder '/no where/it's $(here)' does not exist: check --data-dir.\n")
+
+
+def message_of(*words: str) -> str:
+    with pytest.raises(UserError) as caught:
+        preflight.main(words)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+def test_wrong_options(tmp_path):
+    assert '--epochz' in message_of('train.py', '2', '--data-dir', str(tmp_path), '--epochz', '1')
+    assert '--lr' in message_of('validate.py', '2', '--data-dir', str(tmp_path), '--lr', '1')
+
+
+@pytest.mark.parametrize('script', ['train.py', 'validate.py'])
+def test_no_data(script):
+    assert '--data-dir' in message_of(script, '2', '--device', 'cpu')
+
+
+@pytest.mark.parametrize(('kind', 'message'), [('npu', 'no NPU is available'), ('cuda', 'no CUDA device is available')])
+def test_missing_devices(tmp_path, kind, message):
+    if device_seam.device_count(kind):
+        pytest.skip(f'there is a {kind} device here')
+    assert message in message_of('train.py', '2', '--device', kind, '--data-dir', str(tmp_path))
+
+
+def test_more_processes_than_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_seam, 'resolve_device', lambda kind: None)
+    monkeypatch.setattr(device_seam, 'device_count', lambda kind: 4)
+    words = ['--device', 'npu', '--data-dir', str(tmp_path)]
+    assert 'this machine has 4 npu device(s)' in message_of('train.py', '5', *words)
+    assert preflight.main(['train.py', '4', *words]) == 0
+
+
+def test_port_in_use(tmp_path, monkeypatch):
+    words = ['train.py', '2', '--device', 'cpu', '--data-dir', str(tmp_path)]
+    with socket.socket() as taken:
+        taken.bind(('', 0))
+        taken.listen()
+        monkeypatch.setenv('MASTER_PORT', str(taken.getsockname()[1]))
+        assert 'is in use' in message_of(*words)
+        monkeypatch.setenv('NODE_RANK', '1')  # the port is that of another machine
+        assert preflight.main(words) == 0
+
+
+def test_port_that_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv('MASTER_PORT', 'http')
+    assert "'http' is no port" in message_of('train.py', '2', '--device', 'cpu', '--data-dir', str(tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize('path', sorted((SCRIPTS / 'recipes').glob('*.yaml')), ids=lambda path: path.stem)
+def test_recipes_are_options_of_train(path):
+    args = parse_args(['-c', str(path), '--data-dir', 'somewhere'])
+    for key, value in yaml.safe_load(path.read_text()).items():
+        assert getattr(args, key) == value
+
+
+def test_the_zoos_recipe_to_the_letter():
+    eight = parse_args(['-c', str(SCRIPTS / 'recipes/zoo_8p.yaml')])
+    facts = {
+        'opt': 'npufusedsgd', 'lr': 0.6, 'momentum': 0.9, 'weight_decay': 1e-4, 'sched': 'cosine', 'min_lr': 0.0,
+        'warmup_epochs': 0, 'epochs': 240, 'batch_size': 192, 'opt_level': 'O2', 'loss_scale': 128.0, 'smoothing': 0.1,
+        'no_ddp_bb': True, 'seed': 49, 'img_size': 299, 'hflip': 0.5, 'color_jitter': 0.0, 'num_classes': 1001,
+        'mean': [0.5] * 3, 'std': [0.5] * 3, 'sched_on_updates': False, 'opt_kwargs': {'filter_bias_and_bn': False},
+    }
+    assert {key: getattr(eight, key) for key in facts} == facts
+    assert int(299 / eight.crop_pct) == 342
+    one = parse_args(['-c', str(SCRIPTS / 'recipes/zoo_1p.yaml')])
+    differing = {key for key, value in vars(eight).items() if getattr(one, key) != value}
+    assert differing == {'lr', 'no_ddp_bb'} and one.lr == 0.075

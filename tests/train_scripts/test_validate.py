@@ -1,0 +1,243 @@
+"""validate.py: exact figures whatever the processes and batches, any dialect, results in files, one line for errors."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_dataset, create_transform
+
+from timm_npu_irv2 import weights
+from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.training.script import run_script
+
+SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
+sys.path.insert(0, str(SCRIPTS))
+import validate  # noqa: E402
+
+CLASSES, PER_CLASS = 7, 5  # 35 images: no batch size and number of processes below divides them
+MODEL = ['--model', 'test_resnet', '--img-size', '64', '--device', 'cpu', '-j', '0']
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The networks here are too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('images')
+    random = np.random.default_rng(0)
+    for label in range(CLASSES):
+        (folder / 'val' / f'class{label}').mkdir(parents=True)
+        for number in range(PER_CLASS):
+            pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels).resize((80, 70), Image.Resampling.BICUBIC)
+            image.save(folder / 'val' / f'class{label}' / f'{number}.png')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=CLASSES)
+    path = tmp_path_factory.mktemp('weights') / 'model.pth.tar'
+    averaged = {key: value + 0.3 * torch.randn_like(value) if value.is_floating_point() else value
+                for key, value in model.state_dict().items()}
+    torch.save({'state_dict': model.state_dict(), 'state_dict_ema': averaged}, path)
+    return path
+
+
+@pytest.fixture
+def results(images, checkpoint, capfd):
+    """results(words…): what validate.py prints as its result."""
+
+    def run(*words: str):
+        arguments = ['--data-dir', str(images), *MODEL, *words]
+        if '--checkpoint' not in words:
+            arguments += ['--checkpoint', str(checkpoint)]
+        capfd.readouterr()
+        assert validate.main(arguments) == 0
+        return json.loads(capfd.readouterr().out.split('--result\n')[1])
+
+    return run
+
+
+def answers_by_hand(images: Path, model: torch.nn.Module, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits and targets of all images, one at a time."""
+    config = timm.data.resolve_data_config({'img_size': size}, model=model)
+    transform = create_transform(**config)
+    dataset = create_dataset('', root=str(images), split='validation')
+    model.eval()
+    with torch.inference_mode():
+        logits = torch.cat([model(transform(image)[None]) for image, _ in dataset])
+    return logits, torch.tensor([target for _, target in dataset])
+
+
+def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
+    ranked = logits.topk(5, 1).indices == targets[:, None]
+    return (round(100 * ranked[:, 0].float().mean().item(), 4), round(100 * ranked.any(1).float().mean().item(), 4))
+
+
+def test_figures_are_those_found_by_hand(results, images, checkpoint):
+    model = timm.create_model('test_resnet', num_classes=CLASSES)
+    model.load_state_dict(weights.load_file(checkpoint))
+    logits, targets = answers_by_hand(images, model)
+    found = results()
+    assert (found['top1'], found['top5']) == pytest.approx(accuracy(logits, targets), abs=1e-4)
+    assert found['top1_err'] == pytest.approx(100 - found['top1']) and found['count'] == CLASSES * PER_CLASS
+    assert found['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
+    assert (found['model'], found['img_size'], found['checkpoint']) == ('test_resnet', 64, str(checkpoint))
+
+
+def test_the_averaged_weights_are_taken_if_asked(results):
+    assert results()['loss'] != results('--use-ema')['loss']
+
+
+@pytest.mark.parametrize('words', [['-b', '1'], ['-b', '4', '-j', '2'], ['-b', '64', '--no-prefetcher']], ids=' '.join)
+def test_batch_size_and_workers_change_nothing(results, words):
+    expected, found = results('-b', '16'), results(*words)
+    assert (found['top1'], found['top5'], found['count']) == (expected['top1'], expected['top5'], expected['count'])
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_the_number_of_processes_changes_nothing(results, images, checkpoint, processes):
+    expected = results()
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes),
+         SCRIPTS / 'validate.py', '--data-dir', images, *MODEL, '--checkpoint', checkpoint, '-b', '4',
+         '--metrics-avg', 'macro'],
+        capture_output=True, text=True, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    found = json.loads(done.stdout.split('--result\n')[1])
+    assert (found['top1'], found['top5'], found['count']) == (expected['top1'], expected['top5'], expected['count'])
+    assert found['macro_f1_score'] == results('--metrics-avg', 'macro')['macro_f1_score']
+
+
+@pytest.mark.parametrize('words', [['--amp', '--amp-dtype', 'bfloat16'], ['--model-dtype', 'bfloat16'],
+                                   ['--torchscript'], ['--tta', '2'], ['--test-pool'], ['--channels-last'],
+                                   ['--crop-mode', 'squash', '--crop-pct', '1'], ['--crop-border-pixels', '3'],
+                                   ['--use-train-size'], ['--reparam'], ['--torchcompile', 'eager']], ids=' '.join)
+def test_options_run(results, words):
+    assert results(*words)['count'] == CLASSES * PER_CLASS
+
+
+def test_results_as_csv_and_json(results, tmp_path):
+    found = results('--results-file', str(tmp_path / 'a b.csv'))
+    (row,) = csv.DictReader((tmp_path / 'a b.csv').open())
+    assert list(row)[:5] == ['model', 'top1', 'top1_err', 'top5', 'top5_err'] and float(row['top1']) == found['top1']
+    found = results('--results-file', str(tmp_path / 'r.json'), '--results-format', 'json')
+    assert json.loads((tmp_path / 'r.json').read_text()) == found
+
+
+def test_a_folder_of_checkpoints_is_sorted_by_accuracy(results, checkpoint, tmp_path):
+    state_dict = weights.load_file(checkpoint)
+    save_file({key: value.clone() for key, value in state_dict.items()}, tmp_path / 'a.safetensors')
+    flipped = {**state_dict, 'fc.weight': -state_dict['fc.weight']}
+    torch.save(flipped, tmp_path / 'b.pth')
+    torch.save({'nothing': 1}, tmp_path / 'c.pth')  # is left out
+    found = results('--checkpoint', str(tmp_path), '--num-classes', str(CLASSES),
+                    '--results-file', str(tmp_path / 'r.csv'))
+    assert sorted(Path(result['checkpoint']).name for result in found) == ['a.safetensors', 'b.pth']
+    assert found[0]['top1'] >= found[1]['top1'] and len((tmp_path / 'r.csv').read_text().splitlines()) == 3
+
+
+def test_valid_labels_choose_columns(results, images, tmp_path):
+    torch.manual_seed(1)
+    model = timm.create_model('test_resnet', num_classes=20)
+    torch.save(model.state_dict(), tmp_path / 'wide.pth')
+    labels = [19, 3, 7, 0, 12, 5, 1]
+    (tmp_path / 'labels.txt').write_text('\n'.join(map(str, labels)))
+    logits, targets = answers_by_hand(images, model)
+    found = results('--checkpoint', str(tmp_path / 'wide.pth'), '--num-classes', '20',
+                    '--valid-labels', str(tmp_path / 'labels.txt'))
+    assert (found['top1'], found['top5']) == pytest.approx(accuracy(logits[:, labels], targets), abs=1e-4)
+
+
+def test_precision_recall_and_f1(results):
+    metrics = pytest.importorskip('sklearn.metrics')
+    assert metrics is not None
+    found = results('--metrics-avg', 'micro')
+    assert found['micro_precision'] == found['micro_recall'] == found['micro_f1_score'] == found['top1']
+
+
+def test_a_picture_of_answers(results, tmp_path):
+    results('--picture', str(tmp_path / 'answers.png'))
+    with Image.open(tmp_path / 'answers.png') as picture:
+        assert picture.size[0] == 1440
+
+
+def test_a_config_of_a_training_run_is_read(results, images, checkpoint, tmp_path, capfd):
+    (tmp_path / 'args.yaml').write_text(f'data_dir: {images}\nmodel: test_resnet\nimg_size: 64\nlr: 0.3\nworkers: 0\n'
+                                        'resume: auto\nval_split: validation\ndevice: cpu\nval_num_samples: null\n')
+    expected = results()
+    capfd.readouterr()
+    assert validate.main(['-c', str(tmp_path / 'args.yaml'), '--checkpoint', str(checkpoint)]) == 0
+    assert json.loads(capfd.readouterr().out.split('--result\n')[1])['top1'] == expected['top1']
+
+
+@pytest.mark.parametrize('dialect', ['timm', 'cadene', 'npu'])
+def test_checkpoints_of_any_dialect(reference_state_dict, tmp_path, dialect):
+    state_dict = {f'module.{key}': value for key, value in weights.convert(reference_state_dict, dialect).items()}
+    torch.save({'state_dict': state_dict}, tmp_path / 'model.pth.tar')
+    args = validate.parse(['--checkpoint', str(tmp_path / 'model.pth.tar')])
+    loaded = validate.load_model(args).state_dict()
+    assert args.num_classes == 1000
+    for key, value in weights.convert(reference_state_dict, 'npu').items():
+        assert torch.equal(loaded[key], value)
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(('words', 'message'), [
+    (['--tf-preprocessing'], 'TensorFlow'),
+    (['--aot-autograd'], '--torchcompile'),
+    (['--naflex-loader'], 'NaFlex'),
+    (['--num-gpu', '2'], 'torchrun'),
+    (['--lr', '1'], 'option of train.py'),
+    (['--batch-size', '0'], 'at least 1'),
+    (['--amp', '--model-dtype', 'float16'], 'leave one out'),
+    (['--torchscript', '--torchcompile'], 'exclude'),
+    (['--model', 'no_such_model'], 'no such model'),
+    (['--checkpoint', 'nowhere.pth'], 'no such file'),
+    (['--num-classes', '3'], '7 classes'),
+    (['--real-labels', 'nowhere.json'], 'nowhere.json'),
+    (['--valid-labels', 'nowhere.txt'], 'nowhere.txt'),
+    (['--results-file', 'no/such/folder.csv'], 'No such file'),
+    (['--tta', '3'], 'two views'),
+])
+def test_errors_are_one_line(images, checkpoint, tmp_path, capfd, words, message):
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), tmp_path / 'small.pth')
+    file = tmp_path / 'small.pth' if '--num-classes' in words else checkpoint
+    arguments = ['--data-dir', str(images), *MODEL, '--checkpoint', str(file), *words]
+    assert run_script('validate.py', validate.main, arguments) == 2
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if 'error:' in line)
+    assert line.startswith('validate.py: error: ') and message in line
+
+
+def test_out_of_memory_is_one_line_and_retried_if_asked(results, monkeypatch):
+    sizes = []
+
+    def measure(args, world):
+        sizes.append(args.batch_size)
+        if args.batch_size > 10:
+            raise torch.OutOfMemoryError('out of memory')
+        return {'top1': 1.0}
+
+    monkeypatch.setattr(validate, 'measure', measure)
+    with pytest.raises(UserError, match='--batch-size 64'):
+        results('-b', '64')
+    sizes.clear()
+    assert results('-b', '64', '--retry') == {'top1': 1.0} and sizes[0] == 64 and sizes[-1] <= 10
