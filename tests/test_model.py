@@ -71,22 +71,26 @@ def test_float32_gradients_are_nearer_to_timms_than_timms_own_in_another_layout(
 
 
 def test_twenty_sgd_steps_give_timms_losses():
-    losses = []
-    for model in create_pair(torch.float64, num_classes=10):
+    # Eight images: with fewer, BatchNorm on the last grid, one pixel at 75 px, makes any rounding grow in every step.
+    torch.manual_seed(0)
+    reference = timm.create_model(REFERENCE, num_classes=10).double()
+    ours = timm.create_model(OURS, num_classes=10).double()
+    ours.load_state_dict(reference.state_dict())
+    curves = []
+    for model in (ours, reference):
         generator = torch.Generator().manual_seed(1)
-        optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
-        curve = []
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+        losses = []
         for _ in range(20):
-            x = torch.randn(4, 3, 75, 75, dtype=torch.float64, generator=generator)
-            y = torch.randint(10, (4,), generator=generator)
+            x = torch.randn(8, 3, 75, 75, dtype=torch.float64, generator=generator)
+            y = torch.randint(10, (8,), generator=generator)
             loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            curve.append(loss.item())
-        losses.append(torch.tensor(curve))
-    expected, actual = losses
-    assert torch.allclose(actual, expected, rtol=1e-9, atol=0), (actual - expected).abs().max()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
 
 
 @pytest.mark.parametrize('norm_layer', ['groupnorm1', 'layernorm2d'])
