@@ -5,6 +5,7 @@ besides (metrics, random states, the wish to stop) is host data and goes over a 
 waits for the device.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -168,6 +169,16 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._finish_exchange()
+
+    def _finish_exchange(self) -> None:
+        """Let go of the last exchange while the interpreter is whole: its thread aborts the process otherwise."""
+        if self._pending is None:
+            return
+        _, work = self._pending
+        self._pending = None
+        with contextlib.suppress(RuntimeError):  # the others may have failed
+            work.wait(timedelta(seconds=5))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -80,6 +80,9 @@ def build_model(args: Namespace) -> nn.Module:
         close = difflib.get_close_matches(args.model, list_models(), n=3)
         hint = f' It has {", ".join(close)}.' if close else ''
         raise UserError(f'--model {args.model}: timm has no such model.{hint}')
+    for option, path in (('--initial-checkpoint', args.initial_checkpoint), ('--pretrained-path', args.pretrained_path)):
+        if path and not Path(path).is_file():
+            raise UserError(f'{option} {path}: no such file.')
     try:
         model = _create(args)
     except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
@@ -99,20 +102,19 @@ def build_model(args: Namespace) -> nn.Module:
 
 def _create(args: Namespace) -> nn.Module:
     overlay = {'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else None  # -1: adapt the head
-    return create_model(
-        args.model,
-        pretrained=args.pretrained or bool(args.pretrained_path),
-        pretrained_cfg_overlay=overlay,
-        in_chans=args.in_chans or (args.input_size or [3])[0],
-        num_classes=args.num_classes,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        drop_block_rate=args.drop_block,
-        global_pool=args.gp,
-        scriptable=args.torchscript,
-        checkpoint_path=args.initial_checkpoint,
-        **args.model_kwargs,
-    )
+    options = {
+        'pretrained': args.pretrained or bool(args.pretrained_path),
+        'pretrained_cfg_overlay': overlay,
+        'in_chans': args.in_chans or (args.input_size or [3])[0],
+        'num_classes': args.num_classes,
+        'drop_rate': args.drop,
+        'drop_path_rate': args.drop_path,
+        'drop_block_rate': args.drop_block,
+        'global_pool': args.gp,
+        'scriptable': args.torchscript,
+        'checkpoint_path': args.initial_checkpoint,
+    }
+    return create_model(args.model, **{**options, **args.model_kwargs})
 
 
 @torch.no_grad()
@@ -249,14 +251,18 @@ def build_scheduler(
         updates_per_epoch: int,
         decreasing_metric: bool,
 ) -> tuple[Any, int]:
-    """timm's scheduler (None for --sched none), and the number of epochs including warm-up and cool-down."""
+    """timm's scheduler (None for --sched none), and the number of epochs including warm-up and cool-down.
+
+    Raises:
+        UserError: The lengths of its phases do not fit into the run.
+    """
     if args.epochs == 0:
         return None, 0
-    return create_scheduler_v2(
-        optimizer,
-        **scheduler_kwargs(args, decreasing_metric=decreasing_metric),
-        updates_per_epoch=updates_per_epoch,
-    )
+    kwargs = scheduler_kwargs(args, decreasing_metric=decreasing_metric)
+    try:
+        return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
+    except ValueError as error:
+        raise UserError(f'--sched {args.sched}: {error}') from error
 
 
 def reach(scheduler: Any, position: Position) -> None:

@@ -1,0 +1,307 @@
+"""train.py as a user meets it: a tiny network on a tiny folder of images, options, resume, signals, mistakes."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import register_model
+
+from timm_npu_irv2.training.checkpoint import read
+from timm_npu_irv2.training.script import run_script
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / 'train_scripts' / 'train.py'
+SMALL = ['--model', 'test_resnet', '--img-size', '64', '--num-classes', '3', '-b', '4', '-j', '0', '--device', 'cpu',
+         '--lr', '0.01', '--warmup-epochs', '0', '--epochs', '1', '--log-interval', '2', '--train-batches-per-epoch', '3']
+
+torch.set_num_threads(1)  # the networks are too small for more
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+
+@register_model
+def tiny_teacher(pretrained=False, **kwargs):
+    """A teacher that needs no download; narrower features than the student's."""
+    return timm.create_model('test_efficientnet', **kwargs)
+
+
+def _load_script():
+    spec = importlib.util.spec_from_file_location('train_script', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['train_script'] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+train_script = _load_script()
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory) -> Path:
+    """Three classes that differ in their colour: 12 images each to train with, 5 to validate with."""
+    root = tmp_path_factory.mktemp('a folder') / 'images'
+    random = np.random.default_rng(0)
+    for split, count in (('train', 12), ('val', 5)):
+        for index in range(3):
+            folder = root / split / f'class{index}'
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 80, (70, 80, 3), dtype=np.uint8)
+                pixels[..., index] += 150
+                Image.fromarray(pixels).save(folder / f'{number}.png')
+    return root
+
+
+@pytest.fixture
+def train(images, tmp_path, monkeypatch):
+    """Run train.py in this process; the output folder, after checking the exit code."""
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)  # drawing curves takes longer than all the rest
+
+    def run(*words: str, code: int = 0, experiment: str = 'run') -> Path:
+        argv = ['--data-dir', str(images), '--output', str(tmp_path), '--experiment', experiment, *SMALL, *words]
+        assert run_script('train.py', train_script.main, argv) == code
+        return tmp_path / experiment
+    return run
+
+
+def last(folder: Path) -> dict:
+    return read(folder / 'last.pth.tar')
+
+
+def rows(folder: Path) -> list[list[str]]:
+    """summary.csv without the throughput, which no two runs share."""
+    return [line.split(',')[:-1] for line in (folder / 'summary.csv').read_text().splitlines()]
+
+
+def test_a_run_leaves_timms_files_a_report_and_the_zoos_three_lines(train, capsys):
+    folder = train('--epochs', '2')
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {'args.yaml', 'summary.csv', 'report.json', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar',
+                     'checkpoint-1.pth.tar'}
+    assert len(rows(folder)) == 3
+    report = json.loads((folder / 'report.json').read_text())
+    assert report['epochs'] == 2 and report['world_size'] == 1 and report['batch_size'] == 4
+    assert report['images_per_second'] > 0 and 0 <= report['top1'] <= 100
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split(' : ')[0] for line in lines] == [
+        'Final Performance images/sec', 'Final Train Accuracy', 'E2E Training Duration sec']
+
+
+def test_the_network_of_this_package_trains_at_its_smallest_size(train):
+    folder = train('--model', 'inception_resnet_v2_npu', '--img-size', '75', '--train-batches-per-epoch', '2',
+                   '--val-split', '', '-b', '2')
+    assert last(folder)['arch'] == 'inception_resnet_v2_npu'
+    assert torch.isfinite(last(folder)['state_dict']['classif.weight']).all()
+
+
+# Together, every option that changes what a run does; those that exclude each other are in different lines.
+RUNS = [
+    '--amp --channels-last --model-ema --clip-grad 1 --sched plateau --synchronize-step',
+    '--opt-level O2 --model-ema --clip-grad 0.1 --clip-mode agc --opt adamp --grad-accum-steps 2',
+    '--amp --opt-level O2 --loss-scale dynamic --amp-dtype float16 --opt npufusedsgd --sched none',
+    '--amp --loss-scale 128 --opt npufusedadamw --opt-betas 0.9 0.99 --opt-eps 1e-6 --sched step --lr-noise 0.1 0.9',
+    '--model-dtype bfloat16 --opt-level O0 --sched wsd --decay-epochs 1 --sched-on-updates --drop 0.3',
+    '--opt adamw --layer-decay 0.7 --layer-decay-min-scale 0.1 --sched poly --lr-cycle-limit 2 --gp max',
+    '--opt lookahead_sgd --opt-kwargs nesterov=False --clip-grad 0.1 --clip-mode value --sched tanh --no-aug',
+    '--mixup 0.2 --cutmix 0.4 --mixup-off-epoch 1 --epochs 2 --use-multi-epochs-loader --sched multistep '
+    '--decay-milestones 1 2',
+    '--bce-loss --mixup 0.1 --bce-target-thresh 0.2 --bce-sum --no-prefetcher --reprob 0.5',
+    '--bce-loss --bce-pos-weight 2 --model-ema --model-ema-force-cpu --model-ema-warmup --eval-metric loss',
+    '--jsd-loss --aug-splits 2 --aa augmix-m1 --split-bn --resplit --reprob 0.2 --smoothing 0',
+    '--train-img-sizes 64 96 --train-batch-sizes 4 2 --variable-batch-loss-scale linear --val-split= --fast-norm',
+    '--train-img-sizes 64 96 --train-size-schedule progressive --variable-batch-loss-scale sqrt --epochs 2 --sync-bn',
+    '--torchcompile eager --model-ema --aug-repeats 2 --epoch-repeats 2 --pin-mem --worker-seeding part',
+    '--torchscript --in-chans 1 --remode const --jit-compile --allow-internal-format',
+    '--grad-checkpointing --head-init-scale 0.1 --head-init-bias -2 --drop-path 0.1 --mean 0.5 --std 0.5',
+    '--kd-model-name tiny_teacher --tta 2 -vb 6 --bn-momentum 0.3 --bn-eps 1e-3 --model-kwargs drop_rate=0.1',
+    '--kd-model-name tiny_teacher --kd-distill-type feature --opt-level O2 --task-loss-weight 0.3 --model-ema --clip-grad 1',
+]
+
+
+@pytest.mark.parametrize('words', RUNS)
+def test_options_go_together_and_leave_finite_weights(train, words):
+    folder = train(*words.split())
+    assert all(torch.isfinite(value).all() for value in last(folder)['state_dict'].values())
+
+
+def test_resume_continues_to_the_last_bit_with_other_workers_and_another_log_interval(train):
+    """From a checkpoint in mid-epoch, with dropout, mixup, momentum and an average of the weights."""
+    words = ['--epochs', '2', '--model-ema', '--mixup', '0.2', '--drop', '0.2', '--opt-level', 'O2']
+    undisturbed = train(*words, '--recovery-interval', '1', experiment='undisturbed')
+    resumed = undisturbed.parent / 'resumed'
+    resumed.mkdir()
+    shutil.copy(undisturbed / 'recovery-1-1.pth.tar', resumed)
+    (resumed / 'summary.csv').write_text(''.join((undisturbed / 'summary.csv').read_text().splitlines(True)[:2]))
+    train(*words, '--resume', 'auto', '-j', '1', '--log-interval', '1', experiment='resumed')
+    assert rows(resumed) == rows(undisturbed)
+    assert_same(*({key: state[key] for key in ('state_dict', 'state_dict_ema', 'optimizer')}
+                  for state in (last(resumed), last(undisturbed))))
+
+
+def assert_same(one, other) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert_same(value, other[key])
+    else:
+        assert one == other or isinstance(one, list)
+        for a, b in zip(one, other, strict=True) if isinstance(one, list) else ():
+            assert_same(a, b)
+
+
+def test_resume_goes_on_with_epoch_best_metric_and_duration(train):
+    folder = train('--epochs', '1')
+    before = json.loads((folder / 'report.json').read_text())
+    train('--epochs', '3', '--resume', str(folder / 'last.pth.tar'))
+    assert [row[0] for row in rows(folder)] == ['epoch', '0', '1', '2']
+    assert last(folder)['training']['position']['epoch'] == 3
+    assert json.loads((folder / 'report.json').read_text())['seconds'] > before['seconds']
+
+
+def test_resume_auto_in_an_empty_folder_is_a_new_run(train):
+    assert len(rows(train('--resume', 'auto'))) == 2
+
+
+def test_start_epoch_overrides_the_checkpoint(train):
+    folder = train('--epochs', '2')
+    train('--epochs', '2', '--start-epoch', '1', '--resume', str(folder / 'last.pth.tar'), experiment='again')
+    assert [row[0] for row in rows(folder.parent / 'again')] == ['epoch', '1']
+
+
+def test_epochs_0_evaluates_and_stops(train, capsys):
+    folder = train('--epochs', '2')
+    expected = json.loads((folder / 'report.json').read_text())
+    evaluated = train('--epochs', '0', '--initial-checkpoint', str(folder / 'model_best.pth.tar'), experiment='evaluated')
+    report = json.loads((evaluated / 'report.json').read_text())
+    assert report['top1'] == expected['top1'] and report['epochs'] == 0
+    assert not (evaluated / 'last.pth.tar').exists()
+    assert 'Final Train Accuracy' in capsys.readouterr().out
+
+
+def test_args_yaml_repeats_the_run(train):
+    first = train('--seed', '7')
+    again = run_script('train.py', train_script.main, ['-c', str(first / 'args.yaml'), '--experiment', 'again'])
+    assert again == 0
+    assert_same(last(first)['state_dict'], last(first.parent / 'again')['state_dict'])
+
+
+def test_val_interval_skips_validations_and_checkpoints_but_not_the_last(train):
+    folder = train('--epochs', '3', '--val-interval', '2')
+    assert not (folder / 'checkpoint-0.pth.tar').exists()
+    assert (folder / 'checkpoint-1.pth.tar').exists() and (folder / 'checkpoint-2.pth.tar').exists()
+    assert [bool(row[2]) for row in rows(folder)[1:]] == [False, True, True]
+
+
+def test_save_images_writes_a_batch_with_each_line_of_the_log(train):
+    assert {path.name for path in train('--save-images').glob('*.jpg')} == {'train-batch-0.jpg', 'train-batch-1.jpg'}
+
+
+MISTAKES = [
+    ('--batch-size 0', 'at least 1'),
+    ('--device cuda:77', 'cuda'),
+    ('--device tpu', 'tpu'),
+    ('--model resnet_fifty', 'no such model'),
+    ('--opt sgdd', 'no such optimizer'),
+    ('--num-classes 2', '3 classes'),
+    ('--model-kwargs nonsense=1', 'nonsense'),
+    ('--initial-checkpoint /nowhere.pth', '/nowhere.pth'),
+    ('--resume /nowhere.pth', '/nowhere.pth'),
+    ('--kd-model-name tiny_teacher --kd-distill-type token', 'distillation head'),
+    ('--sched wsd', 'decay_epochs'),
+    ('--device-modules nonsense_module', 'nonsense_module'),
+    ('--output /proc/nowhere', 'output folder'),
+    ('--log-wandb', 'pip install wandb'),
+    ('--data-dir /nowhere', '/nowhere'),
+    ('--lr 1e30 --log-interval 1', 'last good checkpoint: none was saved'),
+    ('--amp-impl apex --amp', 'apex'),
+]
+
+
+@pytest.mark.parametrize(('words', 'said'), MISTAKES)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(train, capsys, words, said):
+    train(*words.split(), code=2)
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line.startswith('train.py: error: ') and said in last_line.lower()
+
+
+def test_a_checkpoint_of_another_network_or_number_of_classes_is_refused(train, capsys):
+    path = str(train() / 'last.pth.tar')
+    train('--resume', path, '--num-classes', '4', code=2)
+    assert 'a checkpoint with 3 classes, not 4' in capsys.readouterr().err
+    train('--resume', path, '--model', 'test_efficientnet', code=2)
+    assert 'a checkpoint of --model test_resnet' in capsys.readouterr().err
+
+
+def test_lack_of_memory_names_the_batch_size_to_try(train, capsys, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError('device out of memory. Tried to allocate 20.00 GiB')
+    monkeypatch.setattr(train_script.Trainer, '_forward_backward', exhausted)
+    train(code=2)
+    assert '--batch-size 4. Try --batch-size 2 --grad-accum-steps 2' in capsys.readouterr().err
+
+
+# As processes of their own
+
+
+def command(images: Path, output: Path, *words: str, torchrun: int = 0) -> subprocess.Popen:
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    start = [sys.executable]
+    if torchrun:
+        start += ['-m', 'torch.distributed.run', '--nproc-per-node', str(torchrun), '--rdzv-backend', 'c10d',
+                  '--rdzv-endpoint', 'localhost:0']
+    argv = [*start, str(SCRIPT), '--data-dir', str(images), '--output', str(output), '--experiment', 'run', *SMALL, *words]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def test_two_processes_share_a_run_and_its_evaluation(images, tmp_path):
+    process = command(images, tmp_path, '--epochs', '2', '--model-ema', torchrun=2)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert out.count('Final Performance') == 1 and out.count('Epoch 0') == 1
+    state = last(tmp_path / 'run')
+    assert len(state['training']['processes']) == 2
+    report = json.loads((tmp_path / 'run' / 'report.json').read_text())
+    assert report['world_size'] == 2 and report['batch_size'] == 8
+    assert report['top1'] in [100 * hits / 15 for hits in range(16)]  # 15 images, each once
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_the_zoos_launcher_stops_on_a_signal_with_a_checkpoint_to_resume_from(images, tmp_path, number):
+    words = ['--epochs', '500', '--multiprocessing-distributed', '--device-list', '0,1']
+    process = command(images, tmp_path, *words)
+    wait_for(tmp_path / 'run' / 'checkpoint-0.pth.tar', process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, out
+    assert 'Traceback' not in out
+    path = Path(re.search(r'--resume (\S+) goes on', out)[1])
+    assert read(path)['training']['position']['updates'] > 0
+    assert not list(path.parent.glob('.*'))  # nothing half-written
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+
+
+def test_the_zoos_launcher_ends_with_one_line_for_a_mistake_of_all_processes(images, tmp_path):
+    process = command(images, tmp_path, '--multiprocessing-distributed', '--device-list', '0,1', '-b', '5')
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert [line for line in out.splitlines() if line.startswith('train.py: error')] == [out.strip().splitlines()[-1]]
+    assert 'must be a multiple of 2' in out and 'Traceback' not in out
