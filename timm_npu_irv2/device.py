@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -80,7 +81,7 @@ def load_backends() -> None:
 
     ``import torch`` does this by itself unless TORCH_DEVICE_BACKEND_AUTOLOAD=0.
     """
-    global _npu_failure
+    global _npu_failure  # noqa: PLW0603 - one process, one torch_npu
     if hasattr(torch, 'npu') or importlib.util.find_spec('torch_npu') is None:
         return
     try:
@@ -130,6 +131,8 @@ def resolve_device(name: str | None = None, local_rank: int | None = None) -> to
     try:
         device = torch.device(name or default_device())
     except RuntimeError as error:
+        if (kind := name.partition(':')[0]) in _BACKENDS:  # torch knows 'npu' only once torch_npu is loaded
+            raise DeviceUnavailable(_why_unavailable(kind)) from error
         raise UserError(f"--device {name}: no such device; use one of {', '.join(_BACKENDS)}.") from error
     kind = backend(device).type
     if kind == 'cpu':
@@ -151,7 +154,8 @@ def _why_unavailable(kind: str) -> str:
     if kind == 'cuda':
         return 'no CUDA device is available here: use --device cpu, or install a CUDA build of torch and a driver.'
     if importlib.util.find_spec('torch_npu') is None:
-        return "no NPU is available here: torch_npu is not installed. `pip install 'timm-npu-irv2[npu]'`, or --device cpu."
+        return ("no NPU is available here: torch_npu is not installed. `pip install 'timm-npu-irv2[npu]'`, "
+                'or --device cpu.')
     if _npu_failure is not None:
         return f'no NPU is available here: torch_npu does not load ({_npu_failure}). Source CANN\'s set_env.sh first.'
     return 'no NPU is available here: torch_npu finds no device. Check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES.'
@@ -203,8 +207,11 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 
 
 def has_add_relu_kernel(x: torch.Tensor) -> bool:
-    """Whether ATen's ``_add_relu`` takes ``x`` as one kernel: on the NPU (aclnnAddRelu), and for float32 on the CPU."""
-    return x.device.type == 'npu' or (x.device.type == 'cpu' and x.dtype == torch.float32)
+    """Whether ATen's ``_add_relu`` is one kernel on ``x``'s device: the NPU's aclnnAddRelu.
+
+    The CPU's turns NaN into 0, which would hide a diverged run; it is not used.
+    """
+    return x.device.type == 'npu'
 
 
 def synchronize(device: torch.device) -> None:
@@ -261,8 +268,8 @@ def apex_amp() -> ModuleType:
         return importlib.import_module('apex.amp')
     except ImportError as error:
         raise UserError(
-            "the installed package 'apex' is not the mixed-precision apex (PyPI's is an unrelated web toolkit): "
-            '`pip uninstall apex` and build https://gitee.com/ascend/apex, or use --amp-impl native.'
+            f"the installed package 'apex' has no mixed precision (PyPI's is an unrelated web toolkit, NVIDIA's has "
+            f'dropped it; {error}): build https://gitee.com/ascend/apex, or use --amp-impl native.'.splitlines()[0]
         ) from error
 
 
@@ -304,7 +311,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
     for name, value in (('cuda', torch.version.cuda), ('cann', os.environ.get('ASCEND_TOOLKIT_HOME'))):
         if value:
-            found[name] = os.path.basename(value.rstrip('/'))
+            found[name] = Path(value).name
     return found
 
 

@@ -11,8 +11,9 @@ Mixed Precision Training, https://arxiv.org/abs/1710.03740).
 
 import contextlib
 import copy
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -165,9 +166,13 @@ class Precision:
         """The model with the weights that the optimizer updates: what an average of weights must copy and follow.
 
         ``ModelEmaV3(precision.float32_model(model))``, then ``ema.update(precision.float32_model(model))``. It shares
-        its tensors with ``model``: read it, but train, evaluate and move ``model``.
+        its parameters and its BatchNorm modules with ``model``: read it, but train, evaluate and move ``model``.
         """
         return unwrap_model(model)
+
+    def _count(self, skipped: bool) -> None:
+        self.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def state_dict(self) -> dict[str, Any]:
         """The loss scale's state, as torch's GradScaler writes it ({} if there is none)."""
@@ -311,12 +316,10 @@ class _Native(Precision):
         if clip_grad is not None:
             clipped = _parameters(optimizer) if parameters is None else self._updated(parameters)
             dispatch_clip_grad(clipped, clip_grad, mode=clip_mode)
-        if self._scaler.step(optimizer):
+        stepped = self._scaler.step(optimizer)
+        if stepped:
             self._publish_weights()
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped_steps += 1
-            self.skipped_in_a_row += 1
+        self._count(skipped=not stepped)
 
     def _gather_gradients(self) -> None:
         """Bring the gradients of the backward pass to the parameters that the optimizer updates."""
@@ -365,20 +368,36 @@ class HalfWeights(_Native):
 
     The masters take the places of the model's parameters in the optimizer's groups, so weight-decay exclusions, layer
     decay and the optimizer's state dict are what they would be in float32. The model takes images of any floating
-    dtype and returns float32.
+    dtype and returns float32. Gradients of several backward passes are summed in the model, in 16 bits, where DDP
+    finds them.
     """
 
     def __init__(self, dtype: torch.dtype, scaler: _NoScale) -> None:
         super().__init__(scaler)
         self.input_dtype = dtype
         self.description = f'O2, {_name(dtype)} weights with float32 masters{scaler.description}'
-        self._masters: _MasterWeights | None = None
+        self._masters = _Masters()
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         if getattr(optimizer, 'is_second_order', False):
             raise UserError('second-order optimizers cannot use the half weights of --opt-level O2: use O1 or O0.')
-        self._masters = _MasterWeights(model, optimizer, self.input_dtype)
+        model.register_forward_pre_hook(_cast_inputs)
+        model.register_forward_hook(_cast_outputs)
+        twin = _twin(model)
+        pairs = zip(model.parameters(), twin.parameters(), strict=True)
+        self._masters = _Masters(twin, {p: master for p, master in pairs if p is not master})
+        self._masters.enter(optimizer)
+        _halve(model, self.input_dtype)
+        if hasattr(optimizer, 'sync_lookahead'):
+            optimizer.sync_lookahead = self._published(optimizer.sync_lookahead)
         return model, optimizer
+
+    def _published(self, change: Callable[[], None]) -> Callable[[], None]:
+        """A change that an optimizer makes to its parameters outside ``step``, followed by the model's."""
+        def change_and_publish() -> None:
+            change()
+            self._publish_weights()
+        return change_and_publish
 
     def _gather_gradients(self) -> None:
         self._masters.gather_gradients()
@@ -393,65 +412,55 @@ class HalfWeights(_Native):
         return self._masters.state_dict(unwrap_model(model))
 
     def load_model_state_dict(self, model: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> Any:
-        answer = unwrap_model(model).load_state_dict(state_dict, strict=strict)
-        self._masters.float32_model.load_state_dict(state_dict, strict=strict)
-        self._masters.publish()
-        return answer
+        return self._masters.load_state_dict(unwrap_model(model), state_dict, strict)
 
     def float32_model(self, model: nn.Module) -> nn.Module:
         return self._masters.float32_model
 
 
-class _MasterWeights:
-    """The float32 masters of a model whose weights become half, and the traffic between the two.
+class _Masters:
+    """The float32 masters of a model's half weights, and the traffic between the two.
 
-    The seam for other layouts of the masters (flat buffers, say): the optimizer's groups, ``gather_gradients`` and
-    ``publish`` are all that a step touches.
+    The seam for another layout of the masters (flat buffers, say): a step touches the optimizer's groups,
+    ``gather_gradients`` and ``publish``, and nothing else.
 
     Attributes:
-        float32_model: The model's twin: its parameters are the masters, its BatchNorm modules the model's own.
+        float32_model: The model's twin, whose parameters are the masters.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, dtype: torch.dtype) -> None:
-        model.register_forward_pre_hook(_cast_inputs)
-        model.register_forward_hook(_cast_outputs)
-        half = _half_parameters(model)
-        self._masters = {p: nn.Parameter(p.detach().float().clone(), p.requires_grad) for p in half}
-        self.float32_model = _twin(model, self._masters)
-        for parameter in half:
-            parameter.data = parameter.data.to(dtype)
-        _cast_buffers(model, dtype)
-        self._enter(optimizer)
-        self._trained = [(p, master) for p, master in self._masters.items() if p.requires_grad]
-        self._gradients: list[Tensor | None] = [None] * len(self._trained)
+    def __init__(self, float32_model: nn.Module | None = None, masters: dict[Tensor, Tensor] | None = None) -> None:
+        self.float32_model = float32_model
+        self._masters = masters or {}
+        self._gradients: dict[Tensor, Tensor] = {}
 
-    def of(self, parameter: nn.Parameter) -> nn.Parameter:
+    def of(self, parameter: Tensor) -> Tensor:
         """The parameter that the optimizer updates in ``parameter``'s place: its master, or itself."""
         return self._masters.get(parameter, parameter)
 
-    def _enter(self, optimizer: Optimizer) -> None:
+    def enter(self, optimizer: Optimizer) -> None:
+        """Take the places of the model's parameters in the optimizer's groups and states."""
         for group in optimizer.param_groups:
             group['params'] = [self.of(p) for p in group['params']]
         for parameter in [p for p in optimizer.state if p in self._masters]:
-            optimizer.state[self._masters[parameter]] = optimizer.state.pop(parameter)
+            optimizer.state[self.of(parameter)] = optimizer.state.pop(parameter)
 
     @torch.no_grad()
     def gather_gradients(self) -> None:
         """Copy the model's gradients to the masters in float32, and drop them.
 
-        The masters' gradients live in the same tensors from step to step, as optimizers that combine them expect.
+        A master's gradient lives in the same tensor from step to step: optimizers that combine gradients rely on it.
         """
         halves, floats = [], []
-        for i, (parameter, master) in enumerate(self._trained):
-            if parameter.grad is None:
+        for parameter, master in self._masters.items():
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
                 master.grad = None
                 continue
-            if self._gradients[i] is None:
-                self._gradients[i] = torch.empty_like(master)
-            master.grad = self._gradients[i]
-            halves.append(parameter.grad)
+            if master not in self._gradients:
+                self._gradients[master] = torch.empty_like(master)
+            master.grad = self._gradients[master]
+            halves.append(gradient)
             floats.append(master.grad)
-            parameter.grad = None
         if floats:
             torch._foreach_copy_(floats, halves)
 
@@ -461,50 +470,55 @@ class _MasterWeights:
         torch._foreach_copy_(list(self._masters), list(self._masters.values()))
 
     def state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """The model's state dict with the masters in place of their weights, and no half tensor in it."""
         state = model.state_dict()
         for name, value in state.items():
             if isinstance(value, Tensor) and value.dtype in HALF_TYPES:
                 state[name] = value.float()
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            state[name] = self.of(parameter).detach()
+            if parameter in self._masters:
+                state[name] = self.of(parameter).detach()
         return state
 
+    @torch.no_grad()
+    def load_state_dict(self, model: nn.Module, state_dict: dict[str, Any], strict: bool) -> Any:
+        """Load the model, then the masters to their full precision."""
+        answer = model.load_state_dict(state_dict, strict=strict)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter in self._masters and name in state_dict:
+                self.of(parameter).copy_(state_dict[name])
+        return answer
 
-def _half_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All floating-point parameters outside BatchNorm, each once."""
-    kept = {p for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
-    return [p for p in model.parameters() if p.is_floating_point() and p not in kept]
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` that has its BatchNorm modules, the very same, and weights of its own."""
+    return copy.deepcopy(model, memo={id(m): m for m in model.modules() if isinstance(m, _BatchNorm)})
 
 
-def _cast_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+def _halve(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast all floating-point parameters and buffers but BatchNorm's."""
     for module in model.modules():
-        for buffer in module.buffers(recurse=False) if not isinstance(module, _BatchNorm) else ():
-            if buffer.is_floating_point():
-                buffer.data = buffer.data.to(dtype)
-
-
-def _twin(model: nn.Module, masters: dict[nn.Parameter, nn.Parameter]) -> nn.Module:
-    """A copy of ``model`` with the masters as its parameters and with the very same BatchNorm modules."""
-    shared = {id(m): m for m in model.modules() if isinstance(m, _BatchNorm)}
-    return copy.deepcopy(model, memo={**shared, **{id(p): master for p, master in masters.items()}})
+        if not isinstance(module, _BatchNorm):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple) -> tuple:
     """Images reach the first layer in the dtype of its weights: half in the model, float32 in an EMA copy."""
-    dtype = next(module.parameters()).dtype
-    return _cast_floating(inputs, dtype)
+    return _cast(inputs, next(module.parameters()).dtype)
 
 
 def _cast_outputs(module: nn.Module, inputs: tuple, outputs: Any) -> Any:
     """Logits leave in float32, in which softmax and loss are computed."""
-    return _cast_floating(outputs, torch.float32)
+    return _cast(outputs, torch.float32)
 
 
-def _cast_floating(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, list | tuple):
-        return type(value)(_cast_floating(v, dtype) for v in value)
+        return type(value)(_cast(v, dtype) for v in value)
     return value
 
 
@@ -513,25 +527,64 @@ class Apex(Precision):
 
     def __init__(self, opt_level: str, loss_scale: float | Literal['dynamic'] | None) -> None:
         self._amp = device_seam.apex_amp()
-        self._opt_level = opt_level
-        self._loss_scale = 'dynamic' if loss_scale is None else loss_scale
-        self.description = f'apex {opt_level}, loss scale {self._loss_scale}'
+        self._arguments: dict[str, Any] = {'opt_level': opt_level}
+        if opt_level != 'O0':
+            self._arguments['loss_scale'] = 'dynamic' if loss_scale is None else loss_scale
+            if 'combine_grad' in inspect.signature(self._amp.initialize).parameters:  # Ascend's
+                self._arguments['combine_grad'] = True
+        self.description = 'apex ' + ', '.join(f'{name} {value}' for name, value in self._arguments.items())
+        self._masters = _Masters()
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        return self._amp.initialize(model, optimizer, opt_level=self._opt_level, loss_scale=self._loss_scale)
+        twin = _twin(model)  # before apex replaces the model's forward
+        parameters = _parameters(optimizer)
+        try:
+            model, optimizer = self._amp.initialize(model, optimizer, **self._arguments)
+        except RuntimeError as error:
+            raise UserError(f'--amp-impl apex: {error}'.splitlines()[0]) from error
+        optimizer.zero_grad()  # apex makes its masters in the first call
+        pairs = zip(parameters, _parameters(optimizer), strict=True)
+        self._masters = _Masters(twin, {p: master for p, master in pairs if p is not master})
+        self._share_parameters(model, twin)
+        return model, optimizer
+
+    def _share_parameters(self, model: nn.Module, twin: nn.Module) -> None:
+        """Give the twin apex's masters, or the model's own parameters where they are float32."""
+        for module, copied in zip(model.modules(), twin.modules(), strict=True):
+            for name, parameter in module.named_parameters(recurse=False):
+                if self._masters.of(parameter).dtype == torch.float32:
+                    copied._parameters[name] = self._masters.of(parameter)
 
     def step(self, loss, optimizer, *, parameters=None, clip_grad=None, clip_mode='norm', create_graph=False,
              need_update=True) -> None:
+        before = self._loss_scale()
         # Until the last backward pass of a step the gradients stay scaled in the model, where DDP sums them.
         with self._amp.scale_loss(loss, optimizer, delay_unscale=not need_update) as scaled:
             scaled.backward(create_graph=create_graph)
-        if need_update:
-            if clip_grad is not None:
-                dispatch_clip_grad(self._amp.master_params(optimizer), clip_grad, mode=clip_mode)
-            optimizer.step()
+        if not need_update:
+            return
+        if clip_grad is not None:
+            every = self._amp.master_params(optimizer)
+            clipped = every if parameters is None else [self._masters.of(p) for p in parameters]
+            dispatch_clip_grad(clipped, clip_grad, mode=clip_mode)
+        optimizer.step()
+        self._count(skipped=self._loss_scale() < before)
+
+    def _loss_scale(self) -> float:
+        """apex lowers it, on the host, when it has found an overflow."""
+        return self._amp.state_dict()['loss_scaler0']['loss_scale']
+
+    def model_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        return self._masters.state_dict(unwrap_model(model))
+
+    def load_model_state_dict(self, model: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> Any:
+        return self._masters.load_state_dict(unwrap_model(model), state_dict, strict)
+
+    def float32_model(self, model: nn.Module) -> nn.Module:
+        return self._masters.float32_model
 
     def state_dict(self) -> dict[str, Any]:
-        return self._amp.state_dict()
+        return dict(self._amp.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if 'loss_scaler0' in state_dict:
