@@ -1,6 +1,7 @@
 """Loaders: (seed, epoch, index) decide what they yield, each validation image comes once, errors are one line."""
 
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.training.data import create_eval_loader, create_train_loader, open_dataset
 from timm_npu_irv2.training.distributed import World
 from timm_npu_irv2.training.options import parse_args
-from timm_npu_irv2.training.plan import EpochShare
+from timm_npu_irv2.training.plan import Batch, Draw, EpochShare
 
 CONFIG = {
     'input_size': (3, 75, 75),
@@ -27,11 +28,11 @@ CONFIG = {
 
 
 def write_images(folder: Path, classes: int, per_class: int, seed: int = 0) -> None:
-    random = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     for index in range(classes):
         (folder / f'class{index}').mkdir(parents=True)
         for number in range(per_class):
-            pixels = random.integers(0, 256, (90, 80, 3), dtype=np.uint8)
+            pixels = generator.integers(0, 256, (90, 80, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f'class{index}' / f'{number}.png')
 
 
@@ -55,6 +56,8 @@ def world(rank: int = 0, size: int = 1) -> World:
 
 def epoch_of(args, epoch: int, start: int = 0, where: World | None = None):
     loader = create_train_loader(args, CONFIG, where or world(), num_aug_splits=args.aug_splits)
+    for seed in torch.seed, np.random.seed, random.seed:  # to something else each time
+        seed()
     loader.set_epoch(epoch, start)
     return list(loader)
 
@@ -93,6 +96,16 @@ def test_seed_and_epoch_change_everything(folder, words):
     assert not torch.equal(epoch_of(options(folder, *words, '--seed', '7'), 1)[0][0], expected[0][0])
 
 
+def test_a_sample_depends_on_seed_epoch_index_and_repeat_alone(folder):
+    dataset = create_train_loader(options(folder), CONFIG, world())._loader.dataset
+    images = dataset[Batch([Draw(3, 0), Draw(5, 0), Draw(3, 1)], epoch=1, seed=7)][0]
+    alone = dataset[Batch([Draw(3, 0)], epoch=1, seed=8)][0]
+    assert torch.equal(images[0], alone[0]) and not torch.equal(images[0], images[2])
+    assert not torch.equal(alone, dataset[Batch([Draw(3, 0)], epoch=2, seed=8)][0])
+    other_seed = create_train_loader(options(folder, '--seed', '7'), CONFIG, world())._loader.dataset
+    assert not torch.equal(alone, other_seed[Batch([Draw(3, 0)], epoch=1, seed=8)][0])
+
+
 @pytest.mark.parametrize('workers', ['0', '2'])
 def test_loading_leaves_the_global_generators_alone(folder, workers):
     torch.manual_seed(5)
@@ -100,7 +113,7 @@ def test_loading_leaves_the_global_generators_alone(folder, workers):
     expected = torch.rand(1).item(), np.random.rand()
     torch.manual_seed(5)
     np.random.seed(5)
-    epoch_of(options(folder, '--reprob', '0.5', '--mixup', '0.2', '-j', workers), 0)
+    list(create_train_loader(options(folder, '--reprob', '0.5', '--mixup', '0.2', '-j', workers), CONFIG, world()))
     assert (torch.rand(1).item(), np.random.rand()) == expected
 
 
@@ -243,9 +256,9 @@ def test_torchvision_data_sets(tmp_path):
 
 
 def write_cifar(base: Path) -> None:
-    random = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     for name, count in [(f'data_batch_{i}', 2) for i in range(1, 6)] + [('test_batch', 4)]:
-        pixels = random.integers(0, 256, (count, 3072), dtype=np.uint8)
+        pixels = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
         (base / name).write_bytes(pickle.dumps({'data': pixels, 'labels': list(range(count))}))
     (base / 'batches.meta').write_bytes(pickle.dumps({'label_names': [f'thing{i}' for i in range(10)]}))
 
