@@ -27,6 +27,8 @@ LIBRARIES = {
 }
 # torch_npu links against these; everything it calls in them is in libascendcl.so.
 EMPTY_LIBRARIES = ('libacl_op_compiler.so', 'libge_runner.so', 'libgraph.so', 'libacl_tdt_channel.so')
+# torch_npu looks the functions of a group of transfers up in this one.
+HCCL_ALIAS = 'libhcomm.so'
 FLAGS = ('-std=c++20', '-fPIC', '-Wall', '-Wextra')
 # An operator's time is that of ATen's kernel, which is compiled already; -O0 halves the time of the build.
 OPERATOR_FLAGS = ('-O0',)
@@ -113,6 +115,7 @@ def link_all(cxx: str, work: Path, target: Path) -> None:
     link('libhccl.so', LIBRARIES['libhccl.so'], '-lascendcl')
     for library in EMPTY_LIBRARIES:
         link(library, (), '-lascendcl')
+    link(HCCL_ALIAS, (), '-lhccl', '-lascendcl')
 
 
 def build(out_dir: Path) -> Path:

@@ -23,6 +23,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "acl/acl.h"
@@ -368,6 +369,18 @@ void run(Communicator& comm, const char* operation, std::vector<Transfer> transf
   }
 }
 
+// Sends and receives between HcclGroupStart and HcclGroupEnd run together when the group ends.
+struct Group {
+  int depth = 0;
+  std::vector<std::pair<Communicator*, Transfer>> transfers;
+};
+thread_local Group group;
+
+void run_or_group(Communicator& comm, const char* operation, const Transfer& transfer) {
+  if (group.depth > 0) group.transfers.emplace_back(&comm, transfer);
+  else run(comm, operation, {transfer});
+}
+
 // ---- making a communicator -------------------------------------------------------------------------------------------
 
 HcclResult fail(HcclResult code, const std::string& message) {
@@ -506,14 +519,33 @@ HcclResult HcclBarrier(HcclComm handle, aclrtStream) {
 HcclResult HcclSend(void* data, uint64_t count, HcclDataType dtype, uint32_t to, HcclComm handle, aclrtStream) {
   auto& comm = communicator(handle, __func__);
   traced("Send", count * size_of(dtype));
-  run(comm, __func__, {sending(comm, data, count * size_of(dtype), to)});
+  run_or_group(comm, __func__, sending(comm, data, count * size_of(dtype), to));
   return HCCL_SUCCESS;
 }
 
 HcclResult HcclRecv(void* data, uint64_t count, HcclDataType dtype, uint32_t from, HcclComm handle, aclrtStream) {
   auto& comm = communicator(handle, __func__);
   traced("Recv", count * size_of(dtype));
-  run(comm, __func__, {receiving(comm, data, count * size_of(dtype), from)});
+  run_or_group(comm, __func__, receiving(comm, data, count * size_of(dtype), from));
+  return HCCL_SUCCESS;
+}
+
+HcclResult HcclGroupStart() {
+  ++group.depth;
+  return HCCL_SUCCESS;
+}
+
+HcclResult HcclGroupEnd() {
+  if (--group.depth > 0) return HCCL_SUCCESS;
+  auto transfers = std::exchange(group.transfers, {});
+  while (!transfers.empty()) {
+    Communicator* comm = transfers.front().first;
+    std::vector<Transfer> own;
+    for (const auto& [owner, transfer] : transfers)
+      if (owner == comm) own.push_back(transfer);
+    run(*comm, __func__, std::move(own));
+    std::erase_if(transfers, [&](const auto& each) { return each.first == comm; });
+  }
   return HCCL_SUCCESS;
 }
 
