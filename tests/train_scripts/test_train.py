@@ -23,8 +23,30 @@ from timm_npu_irv2.training.script import run_script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'train_scripts' / 'train.py'
-SMALL = ['--model', 'test_resnet', '--img-size', '64', '--num-classes', '3', '-b', '4', '-j', '0', '--device', 'cpu',
-         '--lr', '0.01', '--warmup-epochs', '0', '--epochs', '1', '--log-interval', '2', '--train-batches-per-epoch', '3']
+SMALL = [
+    '--model',
+    'test_resnet',
+    '--img-size',
+    '64',
+    '--num-classes',
+    '3',
+    '-b',
+    '4',
+    '-j',
+    '0',
+    '--device',
+    'cpu',
+    '--lr',
+    '0.01',
+    '--warmup-epochs',
+    '0',
+    '--epochs',
+    '1',
+    '--log-interval',
+    '2',
+    '--train-batches-per-epoch',
+    '3',
+]
 
 torch.set_num_threads(1)  # the networks are too small for more
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -72,6 +94,7 @@ def train(images, tmp_path, monkeypatch):
         argv = ['--data-dir', str(images), '--output', str(tmp_path), '--experiment', experiment, *SMALL, *words]
         assert run_script('train.py', train_script.main, argv) == code
         return tmp_path / experiment
+
     return run
 
 
@@ -87,20 +110,40 @@ def rows(folder: Path) -> list[list[str]]:
 def test_a_run_leaves_timms_files_a_report_and_the_zoos_three_lines(train, capsys):
     folder = train('--epochs', '2')
     names = {path.name for path in folder.iterdir()}
-    assert names >= {'args.yaml', 'summary.csv', 'report.json', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar',
-                     'checkpoint-1.pth.tar'}
+    assert names >= {
+        'args.yaml',
+        'summary.csv',
+        'report.json',
+        'last.pth.tar',
+        'model_best.pth.tar',
+        'checkpoint-0.pth.tar',
+        'checkpoint-1.pth.tar',
+    }
     assert len(rows(folder)) == 3
     report = json.loads((folder / 'report.json').read_text())
     assert report['epochs'] == 2 and report['world_size'] == 1 and report['batch_size'] == 4
     assert report['images_per_second'] > 0 and 0 <= report['top1'] <= 100
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split(' : ')[0] for line in lines] == [
-        'Final Performance images/sec', 'Final Train Accuracy', 'E2E Training Duration sec']
+        'Final Performance images/sec',
+        'Final Train Accuracy',
+        'E2E Training Duration sec',
+    ]
 
 
 def test_the_network_of_this_package_trains_at_its_smallest_size(train):
-    folder = train('--model', 'inception_resnet_v2_npu', '--img-size', '75', '--train-batches-per-epoch', '2',
-                   '--val-split', '', '-b', '2')
+    folder = train(
+        '--model',
+        'inception_resnet_v2_npu',
+        '--img-size',
+        '75',
+        '--train-batches-per-epoch',
+        '2',
+        '--val-split',
+        '',
+        '-b',
+        '2',
+    )
     assert last(folder)['arch'] == 'inception_resnet_v2_npu'
     assert torch.isfinite(last(folder)['state_dict']['classif.weight']).all()
 
@@ -125,7 +168,8 @@ RUNS = [
     '--torchscript --in-chans 1 --remode const --jit-compile --allow-internal-format',
     '--grad-checkpointing --head-init-scale 0.1 --head-init-bias -2 --drop-path 0.1 --mean 0.5 --std 0.5',
     '--kd-model-name tiny_teacher --tta 2 -vb 6 --bn-momentum 0.3 --bn-eps 1e-3 --model-kwargs drop_rate=0.1',
-    '--kd-model-name tiny_teacher --kd-distill-type feature --opt-level O2 --task-loss-weight 0.3 --model-ema --clip-grad 1',
+    '--kd-model-name tiny_teacher --kd-distill-type feature --opt-level O2 --task-loss-weight 0.3 --model-ema '
+    '--clip-grad 1',
 ]
 
 
@@ -145,8 +189,12 @@ def test_resume_continues_to_the_last_bit_with_other_workers_and_another_log_int
     (resumed / 'summary.csv').write_text(''.join((undisturbed / 'summary.csv').read_text().splitlines(True)[:2]))
     train(*words, '--resume', 'auto', '-j', '1', '--log-interval', '1', experiment='resumed')
     assert rows(resumed) == rows(undisturbed)
-    assert_same(*({key: state[key] for key in ('state_dict', 'state_dict_ema', 'optimizer')}
-                  for state in (last(resumed), last(undisturbed))))
+    assert_same(
+        *(
+            {key: state[key] for key in ('state_dict', 'state_dict_ema', 'optimizer')}
+            for state in (last(resumed), last(undisturbed))
+        )
+    )
 
 
 def assert_same(one, other) -> None:
@@ -184,7 +232,9 @@ def test_start_epoch_overrides_the_checkpoint(train):
 def test_epochs_0_evaluates_and_stops(train, capsys):
     folder = train('--epochs', '2')
     expected = json.loads((folder / 'report.json').read_text())
-    evaluated = train('--epochs', '0', '--initial-checkpoint', str(folder / 'model_best.pth.tar'), experiment='evaluated')
+    evaluated = train(
+        '--epochs', '0', '--initial-checkpoint', str(folder / 'model_best.pth.tar'), experiment='evaluated'
+    )
     report = json.loads((evaluated / 'report.json').read_text())
     assert report['top1'] == expected['top1'] and report['epochs'] == 0
     assert not (evaluated / 'last.pth.tar').exists()
@@ -248,6 +298,7 @@ def test_a_checkpoint_of_another_network_or_number_of_classes_is_refused(train, 
 def test_lack_of_memory_names_the_batch_size_to_try(train, capsys, monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError('device out of memory. Tried to allocate 20.00 GiB')
+
     monkeypatch.setattr(train_script.Trainer, '_forward_backward', exhausted)
     train(code=2)
     assert '--batch-size 4. Try --batch-size 2 --grad-accum-steps 2' in capsys.readouterr().err
@@ -260,9 +311,28 @@ def command(images: Path, output: Path, *words: str, torchrun: int = 0) -> subpr
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     start = [sys.executable]
     if torchrun:
-        start += ['-m', 'torch.distributed.run', '--nproc-per-node', str(torchrun), '--rdzv-backend', 'c10d',
-                  '--rdzv-endpoint', 'localhost:0']
-    argv = [*start, str(SCRIPT), '--data-dir', str(images), '--output', str(output), '--experiment', 'run', *SMALL, *words]
+        start += [
+            '-m',
+            'torch.distributed.run',
+            '--nproc-per-node',
+            str(torchrun),
+            '--rdzv-backend',
+            'c10d',
+            '--rdzv-endpoint',
+            'localhost:0',
+        ]
+    argv = [
+        *start,
+        str(SCRIPT),
+        '--data-dir',
+        str(images),
+        '--output',
+        str(output),
+        '--experiment',
+        'run',
+        *SMALL,
+        *words,
+    ]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 

@@ -9,7 +9,7 @@ from timm_npu_irv2.training.flags import REFUSED, TRAIN_FLAGS
 from timm_npu_irv2.training.options import as_yaml, parse_args
 
 # The options of timm 1.0.31's train.py.
-TIMM_FLAGS = '''
+TIMM_FLAGS = """
 --aa --amp --amp-dtype --aug-repeats --aug-splits --batch-size --bce-loss --bce-pos-weight --bce-sum
 --bce-target-thresh --bn-eps --bn-momentum --channels-last --checkpoint-hist --class-map --clip-grad --clip-mode
 --color-jitter --color-jitter-prob --config --cooldown-epochs --crop-pct --cutmix --cutmix-minmax --data-dir --dataset
@@ -34,17 +34,19 @@ TIMM_FLAGS = '''
 --use-multi-epochs-loader --val-interval --val-num-samples --val-split --validation-batch-size
 --variable-batch-loss-scale --vflip --wandb-project --wandb-resume-id --wandb-tags --warmup-epochs --warmup-lr
 --warmup-prefix --weight-decay --worker-seeding --workers -b -c -j -vb
-'''.split()
+""".split()
 # What the zoo's script takes, and what an NPU needs.
-ZOO_FLAGS = '''
+ZOO_FLAGS = """
 --data --addr --arch --workers --epoch --epochs --batch-size --lr --learning-rate --mom --momentum --weight_decay --amp
 --loss-scale --opt-level --multiprocessing-distributed --device-list --seed --print-freq --label-smoothing --dist-url
 --dist-backend --world-size --rank --device --data_path --amp-impl --allow-internal-format --jit-compile --on-bad-image
-'''.split()
+""".split()
 # timm's defaults of the options that decide how a network is trained.
 TIMM_DEFAULTS = {
-    'batch_size': 128, 'opt': 'sgd', 'momentum': 0.9, 'weight_decay': 2e-5, 'sched': 'cosine', 'lr': None, 'lr_base': 0.1,
-    'lr_base_size': 256, 'warmup_lr': 1e-5, 'warmup_epochs': 5, 'min_lr': 0, 'epochs': 300, 'decay_milestones': [90, 180, 270],
+    'batch_size': 128, 'opt': 'sgd', 'momentum': 0.9, 'weight_decay': 2e-5, 'sched': 'cosine', 'lr': None,
+    'lr_base': 0.1,
+    'lr_base_size': 256, 'warmup_lr': 1e-5, 'warmup_epochs': 5, 'min_lr': 0, 'epochs': 300,
+    'decay_milestones': [90, 180, 270],
     'decay_epochs': 90, 'decay_rate': 0.1, 'scale': [0.08, 1.0], 'ratio': [3 / 4, 4 / 3], 'hflip': 0.5, 'vflip': 0.0,
     'color_jitter': 0.4, 'aa': None, 'smoothing': 0.1, 'train_interpolation': 'random', 'reprob': 0.0, 'recount': 1,
     'remode': 'pixel', 'mixup': 0.0, 'cutmix': 0.0, 'mixup_prob': 1.0, 'mixup_switch_prob': 0.5, 'drop': 0.0,
@@ -92,11 +94,15 @@ def test_defaults_that_differ_from_timm_follow_the_device():
     ('--data x', 'data_dir', 'x'), ('--data_path=x', 'data_dir', 'x'), ('x', 'data_dir', 'x'),
     ('--epoch 3', 'epochs', 3), ('--learning-rate 0.6', 'lr', 0.6), ('--mom 0.8', 'momentum', 0.8),
     ('--weight_decay 1e-4', 'weight_decay', 1e-4), ('--print-freq 7', 'log_interval', 7),
-    ('--label-smoothing 0.2', 'smoothing', 0.2), ('--dr 0.5', 'decay_rate', 0.5), ('--drop-connect 0.1', 'drop_path', 0.1),
-    ('--train-steps-per-epoch 9', 'train_batches_per_epoch', 9), ('-vb 3', 'validation_batch_size', 3), ('-j 0', 'workers', 0),
+    ('--label-smoothing 0.2', 'smoothing', 0.2), ('--dr 0.5', 'decay_rate', 0.5),
+    ('--drop-connect 0.1', 'drop_path', 0.1),
+    ('--train-steps-per-epoch 9', 'train_batches_per_epoch', 9), ('-vb 3', 'validation_batch_size', 3),
+    ('-j 0', 'workers', 0),
     ('--loss-scale dynamic', 'loss_scale', 'dynamic'), ('--amp --loss-scale 128', 'loss_scale', 128.0),
-    ('--arch inceptionresnetv2', 'model', 'inception_resnet_v2_npu'), ('--arch Inception-ResNet-v2', 'model', 'inception_resnet_v2_npu'),
-    ('--arch inception_resnet_v2', 'model', 'inception_resnet_v2_npu'), ('--model inception_resnet_v2', 'model', 'inception_resnet_v2'),
+    ('--arch inceptionresnetv2', 'model', 'inception_resnet_v2_npu'),
+    ('--arch Inception-ResNet-v2', 'model', 'inception_resnet_v2_npu'),
+    ('--arch inception_resnet_v2', 'model', 'inception_resnet_v2_npu'),
+    ('--model inception_resnet_v2', 'model', 'inception_resnet_v2'),
     ('--arch resnet50', 'model', 'resnet50'), ('--opt-level O2', 'amp', True), ('--amp --opt-level O0', 'amp', False),
     ('--torchcompile', 'torchcompile', 'inductor'), ('--grad-accum-steps 0', 'grad_accum_steps', 1),
     ('--opt-kwargs a=1 b=(1,2) c=x', 'opt_kwargs', {'a': 1, 'b': (1, 2), 'c': 'x'}),
@@ -110,20 +116,26 @@ def test_names_and_values_arrive_where_timm_has_them(words, attribute, value):
     ('--batch-size 0', '--batch-size 0: must be at least 1'), ('--workers -1', '--workers -1: must be at least 0'),
     ('--img-size 74', '75'), ('--input-size 3 75 74', '75'), ('--train-img-sizes 75 64', '75'),
     ('--lr nan', '--lr'), ('--lr inf', '--lr'), ('--momentum -0.1', '--momentum'), ('--smoothing 1', 'less than 1'),
-    ('--hflip 1.5', 'at most 1'), ('--scale 0.5 0.1', '--scale'), ('--scale 0.5', '--scale'), ('--opt-betas 0.9 2', '--opt-betas'),
-    ('--std 0', '--std'), ('--mean 0.5 0.5', '--mean'), ('--seed 4294967296', '--seed'), ('--loss-scale 0 --amp', '--loss-scale'),
+    ('--hflip 1.5', 'at most 1'), ('--scale 0.5 0.1', '--scale'), ('--scale 0.5', '--scale'),
+    ('--opt-betas 0.9 2', '--opt-betas'),
+    ('--std 0', '--std'), ('--mean 0.5 0.5', '--mean'), ('--seed 4294967296', '--seed'),
+    ('--loss-scale 0 --amp', '--loss-scale'),
     ('--loss-scale fast --amp', '--loss-scale'), ('--batch-size many', 'many'), ('--sched foo', 'cosine'),
-    ('--momentumm 1', 'did you mean --momentum?'), ('--model-kwargs x', 'x'), ('a b', 'b'), ('--lr', 'expected one argument'),
+    ('--momentumm 1', 'did you mean --momentum?'), ('--model-kwargs x', 'x'), ('a b', 'b'),
+    ('--lr', 'expected one argument'),
     ('--naflex-loader', 'vision transformers'), ('--naflex-patch-sizes=16', 'vision transformers'),
-    ('--torchscript --torchcompile', 'exclude'), ('--torchscript --sync-bn', '--sync-bn'), ('--sync-bn --split-bn --resplit', 'exclude'),
+    ('--torchscript --torchcompile', 'exclude'), ('--torchscript --sync-bn', '--sync-bn'),
+    ('--sync-bn --split-bn --resplit', 'exclude'),
     ('--jsd-loss', '--aug-splits'), ('--aug-splits 1', 'at least 2'), ('--split-bn', '--aug-splits'),
     ('--mixup 0.1 --aug-splits 2', '--aug-splits'), ('--jsd-loss --bce-loss --aug-splits 2', 'exclude'),
     ('--amp --model-dtype bfloat16', 'leave one out'), ('--amp-impl apex', '--amp'), ('--loss-scale 128', '--amp'),
     ('--device-list 0,0 --multiprocessing-distributed', "'0,0'"), ('--device-list 0,x', "'0,x'"),
     ('--device-list 0,1', '--multiprocessing-distributed'), ('--rank 2 --world-size 2', '--rank 2'),
-    ('--dist-url tcp://host', 'tcp://host:port'), ('--resume auto', '--experiment'), ('--wandb-resume-id x', '--resume'),
+    ('--dist-url tcp://host', 'tcp://host:port'), ('--resume auto', '--experiment'),
+    ('--wandb-resume-id x', '--resume'),
     ('--decay-milestones 5 3', 'increasing'), ('--train-size-probs 1', '--train-img-sizes'),
-    ('--train-img-sizes 75 96 --train-batch-sizes 4', 'each'), ('--train-size-schedule progressive', '--train-img-sizes'),
+    ('--train-img-sizes 75 96 --train-batch-sizes 4', 'each'),
+    ('--train-size-schedule progressive', '--train-img-sizes'),
     ('--img-size 75 --input-size 3 96 96', 'different'), ('--in-chans 1 --input-size 3 96 96', 'different'),
     ('--distill-loss-weight 1', '--kd-model-name'),
 ])  # fmt: skip
@@ -135,7 +147,7 @@ def test_every_number_has_a_range_that_leaves_out_nan():
     for group in TRAIN_FLAGS:
         for flag in group.flags:
             if flag.type is float:
-                name = [name for name in flag.names.split() if name.startswith('--')][0]
+                name = next(name for name in flag.names.split() if name.startswith('--'))
                 count = flag.rest.get('nargs')
                 assert 'nan' in refusal(name, *['nan'] * (count if isinstance(count, int) else 1)), name
 
@@ -161,8 +173,13 @@ def config(tmp_path, text: str) -> list[str]:
 
 
 def test_a_config_takes_hyphens_underscores_and_the_zoos_names(tmp_path):
-    args = parse_args(config(tmp_path, 'batch-size: 8\nweight_decay: 1e-4\nepoch: 3\narch: inceptionresnetv2\ndata: /x\n'
-                                       'amp: true\nscale: [0.2, 1]\nopt-kwargs: {nesterov: false}\nlr: null\n'))
+    args = parse_args(
+        config(
+            tmp_path,
+            'batch-size: 8\nweight_decay: 1e-4\nepoch: 3\narch: inceptionresnetv2\ndata: /x\n'
+            'amp: true\nscale: [0.2, 1]\nopt-kwargs: {nesterov: false}\nlr: null\n',
+        )
+    )
     assert (args.batch_size, args.weight_decay, args.epochs, args.data_dir) == (8, 1e-4, 3, '/x')
     assert (args.model, args.amp, args.scale) == ('inception_resnet_v2_npu', True, [0.2, 1.0])
     assert (args.opt_kwargs, args.lr) == ({'nesterov': False}, None)
@@ -176,15 +193,18 @@ def test_the_command_line_wins_over_the_config(tmp_path):
 
 
 def test_options_written_as_yaml_come_back_the_same(tmp_path):
-    words = ('/d --amp --scale 0.1 0.9 --opt-kwargs a=1 b=text --experiment -x --resume r --wandb-tags a b --lr-noise 0.4 '
-             '--loss-scale 128 --torchcompile --cutmix-minmax 0.2 0.8').replace('--experiment -x', '--experiment=-x')
+    words = (
+        '/d --amp --scale 0.1 0.9 --opt-kwargs a=1 b=text --experiment -x --resume r --wandb-tags a b --lr-noise 0.4 '
+        '--loss-scale 128 --torchcompile --cutmix-minmax 0.2 0.8'
+    ).replace('--experiment -x', '--experiment=-x')
     args = parse_args(words.split())
     assert parse_args(config(tmp_path, as_yaml(args))) == args
 
 
 @pytest.mark.parametrize(('text', 'said'), [
     ('momentumm: 1', "unknown key 'momentumm'; did you mean --momentum?"), ('config: x', "unknown key 'config'"),
-    ('amp: 1', 'expected true or false'), ('lr: fast', 'fast'), ('lr: [1, 2]', "'lr' cannot be [1, 2]"), ('lr: true', "'lr'"),
+    ('amp: 1', 'expected true or false'), ('lr: fast', 'fast'), ('lr: [1, 2]', "'lr' cannot be [1, 2]"),
+    ('lr: true', "'lr'"),
     ('batch-size: 0', 'at least 1'), ('- a', 'option: value'), ('a: [', 'cannot read'), ('sched: foo', 'cosine'),
     ('naflex_loader: true', 'vision transformers'), ('batch_size: 2.5', '2.5'),
 ])  # fmt: skip
@@ -198,5 +218,7 @@ def test_a_missing_config_is_named(tmp_path):
 
 def test_timms_own_args_yaml_is_taken(tmp_path):
     """timm writes all its defaults, those of NaFlex among them."""
-    args = parse_args(config(tmp_path, 'naflex_loader: false\nnaflex_train_seq_lens: [128]\nmodel: resnet50\naa: null\n'))
+    args = parse_args(
+        config(tmp_path, 'naflex_loader: false\nnaflex_train_seq_lens: [128]\nmodel: resnet50\naa: null\n')
+    )
     assert args.model == 'resnet50'

@@ -80,7 +80,8 @@ def build_model(args: Namespace) -> nn.Module:
         close = difflib.get_close_matches(args.model, list_models(), n=3)
         hint = f' It has {", ".join(close)}.' if close else ''
         raise UserError(f'--model {args.model}: timm has no such model.{hint}')
-    for option, path in (('--initial-checkpoint', args.initial_checkpoint), ('--pretrained-path', args.pretrained_path)):
+    given = {'--initial-checkpoint': args.initial_checkpoint, '--pretrained-path': args.pretrained_path}
+    for option, path in given.items():
         if path and not Path(path).is_file():
             raise UserError(f'{option} {path}: no such file.')
     try:
