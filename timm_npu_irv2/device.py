@@ -267,9 +267,10 @@ def apex_amp() -> ModuleType:
     try:
         return importlib.import_module('apex.amp')
     except ImportError as error:
+        reason = str(error).partition('\n')[0]
         raise UserError(
-            f"the installed package 'apex' has no mixed precision (PyPI's is an unrelated web toolkit, NVIDIA's has "
-            f'dropped it; {error}): build https://gitee.com/ascend/apex, or use --amp-impl native.'.splitlines()[0]
+            f"the installed package 'apex' has no mixed precision ({reason}). PyPI's apex is an unrelated web toolkit, "
+            "NVIDIA's has dropped it: build https://gitee.com/ascend/apex, or use --amp-impl native."
         ) from error
 
 

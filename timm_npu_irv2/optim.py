@@ -138,7 +138,7 @@ def _construct(fused: _Fused, factory: Callable[..., Optimizer], groups: list, k
     try:
         return factory(groups, **kwargs)
     except ValueError as error:
-        raise UserError(f'--opt {fused.name}: {error}'.splitlines()[0]) from error
+        raise UserError(f'--opt {fused.name}: {error}'.partition('\n')[0]) from error
 
 
 def _first_parameter(groups: list[Any]) -> Tensor | None:

@@ -63,6 +63,8 @@ def create_precision(
     if not amp:
         _check_no_amp(amp_impl, opt_level, loss_scale)
         return FullPrecision(model_dtype)
+    if opt_level == 'O0' and loss_scale is not None:
+        raise UserError(f'--loss-scale {loss_scale} has no effect with --opt-level O0: leave one of them out.')
     if model_dtype not in (None, torch.float32):
         raise UserError(f'--model-dtype {_name(model_dtype)} and --amp exclude each other: use one of them.')
     dtype = amp_dtype or device_seam.half_dtype(device)
@@ -541,7 +543,7 @@ class Apex(Precision):
         try:
             model, optimizer = self._amp.initialize(model, optimizer, **self._arguments)
         except RuntimeError as error:
-            raise UserError(f'--amp-impl apex: {error}'.splitlines()[0]) from error
+            raise UserError(f'--amp-impl apex: {error}'.partition('\n')[0]) from error
         optimizer.zero_grad()  # apex makes its masters in the first call
         pairs = zip(parameters, _parameters(optimizer), strict=True)
         self._masters = _Masters(twin, {p: master for p, master in pairs if p is not master})
