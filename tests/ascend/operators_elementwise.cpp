@@ -135,6 +135,7 @@ OPERATOR(InplaceAtan2, InOut self, In other) { self = at::atan2(self, other); }
 OPERATOR(XLogYTensor, In self, In other, Out out) { out = at::xlogy(self, other); }
 OPERATOR(XLogYScalarOther, In self, Scalar other, Out out) { out = at::xlogy(self, other); }
 OPERATOR(XLogYScalarSelf, Scalar self, In other, Out out) { out = at::xlogy(self, other); }
+OPERATOR(InplaceXLogYScalarOther, InOut self, Scalar other) { self = at::xlogy(self, other); }
 OPERATOR(LogAddExp, In self, In other, Out out) { out = at::logaddexp(self, other); }
 
 OPERATOR(Clamp, In self, OptionalScalar low, OptionalScalar high, Out out) { out = at::clamp(self, low, high); }
@@ -165,6 +166,9 @@ COMPARISON(BitwiseAnd, bitwise_and)
 COMPARISON(BitwiseOr, bitwise_or)
 COMPARISON(BitwiseXor, bitwise_xor)
 
+OPERATOR(LessScalar, In self, Scalar other, Out out) { out = at::lt(self, other); }
+OPERATOR(IsInTensorScalar, In elements, Scalar test, bool unique, bool invert, Out out) { out = at::isin(elements, test, unique, invert); }
+OPERATOR(IsInScalarTensor, Scalar element, In tests, bool unique, bool invert, Out out) { out = at::isin(element, tests, unique, invert); }
 OPERATOR(Equal, In self, In other, Out out) { out = at::scalar_tensor(at::equal(self, other), at::kBool).reshape(out.sizes()); }
 OPERATOR(IsClose, In self, In other, double rtol, double atol, bool equal_nan, Out out) { out = at::isclose(self, other, rtol, atol, equal_nan); }
 OPERATOR(LogicalAnd, In self, In other, Out out) { out = at::logical_and(self, other); }
@@ -211,12 +215,18 @@ OPERATOR(SiluBackward, In grad, In self, Out out) { out = at::silu_backward(grad
 OPERATOR(TanhBackward, In grad, In output, Out out) { out = at::tanh_backward(grad, output); }
 OPERATOR(Softplus, In self, Scalar beta, Scalar threshold, Out out) { out = at::softplus(self, beta, threshold); }
 OPERATOR(SoftplusBackward, In grad, In self, Scalar beta, Scalar threshold, Out out) { out = at::softplus_backward(grad, self, beta, threshold); }
+OPERATOR(LogSigmoid, In self, Out out) { out = at::log_sigmoid(self); }
 OPERATOR(LogSigmoidForward, In self, Out out, Out) { out = at::log_sigmoid(self); }
 OPERATOR(LogSigmoidBackward, In grad, In self, In, Out out) { out = grad * at::sigmoid(-self); }
 OPERATOR(Prelu, In self, In weight, Out out) { out = at::_prelu_kernel(self, weight); }
+OPERATOR(Hardshrink, In self, Scalar lambda, Out out) { out = at::hardshrink(self, lambda); }
+OPERATOR(HardshrinkBackward, In grad, In self, Scalar lambda, Out out) { out = at::hardshrink_backward(grad, self, lambda); }
+OPERATOR(Softshrink, In self, Scalar lambda, Out out) { out = at::softshrink(self, lambda); }
+OPERATOR(SoftshrinkBackward, In grad, In self, Scalar lambda, Out out) { out = at::softshrink_backward(grad, self, lambda); }
 
 // ---- fills, copies, casts --------------------------------------------------------------------------------------------
 
+OPERATOR(Complex, In real, In imaginary, Out out) { out = at::complex(real, imaginary); }
 OPERATOR(InplaceCopy, Out self, In source) { self.copy_(source); }
 OPERATOR(Cast, In self, Dtype, Out out) { out = self; }
 OPERATOR(InplaceZero, Out self) { self.zero_(); }

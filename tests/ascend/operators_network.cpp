@@ -193,6 +193,13 @@ OPERATOR(UpsampleNearest2d, In self, Ints size, Out out) { out = at::upsample_ne
 OPERATOR(UpsampleNearest2dV2, In self, Ints size, float h, float w, Out out) { out = at::upsample_nearest2d(self, size, scale(h), scale(w)); }
 OPERATOR(UpsampleNearest2dBackward, In grad, Ints size, Ints input_size, double h, double w, Out out) { out = at::upsample_nearest2d_backward(grad, size, input_size, scale(h), scale(w)); }
 
+OPERATOR(AffineGrid, In theta, Ints size, bool align_corners, Out out) { out = at::affine_grid_generator(theta, size, align_corners); }
+OPERATOR(GridSampler2D, In input, In grid, int64_t mode, int64_t padding, bool align_corners, Out out) { out = at::grid_sampler_2d(input, grid, mode, padding, align_corners); }
+OPERATOR(GridSampler2DBackward, In grad, In input, In grid, int64_t mode, int64_t padding, bool align_corners, Bools wanted, Out grad_input,
+         Out grad_grid) {
+  std::tie(grad_input, grad_grid) = at::grid_sampler_2d_backward(grad, input, grid, mode, padding, align_corners, {wanted[0], wanted[1]});
+}
+
 // ---- softmax and losses --------------------------------------------------------------------------------------------------
 
 OPERATOR(Softmax, In self, int64_t dim, Out out) { out = at::softmax(self, dim, out.scalar_type()); }
@@ -269,6 +276,8 @@ OPERATOR(Multinomial, In self, int64_t samples, bool replacement, uint64_t seed,
 OPERATOR(NormalTensorTensor, In mean, In std, int64_t seed, int64_t offset, Out out) { out = at::normal(mean, std, generator(seed, offset)); }
 OPERATOR(NormalTensorFloat, In mean, float std, int64_t seed, int64_t offset, Out out) { out = at::normal(mean, std, generator(seed, offset)); }
 OPERATOR(NormalFloatTensor, float mean, In std, int64_t seed, int64_t offset, Out out) { out = at::normal(mean, std, generator(seed, offset)); }
+
+OPERATOR(NormalFloatFloat, float mean, float std, int64_t seed, int64_t offset, Out out) { out = at::normal(mean, std, out.sizes(), generator(seed, offset)); }
 
 // A dropout's mask has one bit for an element; a bit that is set keeps the element.
 

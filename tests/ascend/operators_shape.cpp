@@ -36,6 +36,10 @@ OPERATOR(LinalgVectorNorm, In self, Scalar order, OptionalInts dims, bool keepdi
 }
 OPERATOR(Norm, In self, Scalar order, Ints dims, bool keepdim, Out out) { out = at::norm(self, order, dims, keepdim); }
 
+OPERATOR(Renorm, In self, Scalar order, int64_t dim, Scalar limit, Out out) { out = at::renorm(self, order, dim, limit); }
+OPERATOR(InplaceRenorm, InOut self, Scalar order, int64_t dim, Scalar limit) { self = at::renorm(self, order, dim, limit); }
+OPERATOR(Trace, In self, Out out) { out = at::trace(self); }
+
 OPERATOR(Cumsum, In self, int64_t dim, Dtype, Out out) { out = at::cumsum(self, dim, out.scalar_type()); }
 OPERATOR(Cumprod, In self, Scalar dim, Dtype, Out out) { out = at::cumprod(self, dim.toLong(), out.scalar_type()); }
 OPERATOR(Cummax, In self, int64_t dim, Out values, Out indices) { std::tie(values, indices) = at::cummax(self, dim); }
@@ -51,6 +55,7 @@ OPERATOR(Kthvalue, In self, int64_t k, int64_t dim, bool keepdim, Out values, Ou
 OPERATOR(Median, In self, Out out) { out = at::median(self); }
 OPERATOR(MedianDim, In self, int64_t dim, bool keepdim, Out values, Out indices) { std::tie(values, indices) = at::median(self, dim, keepdim); }
 OPERATOR(SearchSorted, In sorted, In self, bool int32, bool right, In sorter, Out out) { out = at::searchsorted(sorted, self, int32, right, std::nullopt, sorter.optional()); }
+OPERATOR(SearchSorteds, In sorted, Scalar self, bool int32, bool right, In sorter, Out out) { out = at::searchsorted(sorted, self, int32, right, std::nullopt, sorter.optional()); }
 OPERATOR(Bucketize, In self, In boundaries, bool int32, bool right, Out out) { out = at::bucketize(self, boundaries, int32, right); }
 
 OPERATOR(Nonzero, In self, Out out) { out.store_with_size(at::nonzero(self)); }
@@ -88,10 +93,15 @@ OPERATOR(Triu, In self, int64_t diagonal, Out out) { out = at::triu(self, diagon
 OPERATOR(InplaceTril, InOut self, int64_t diagonal) { self = at::tril(self, diagonal); }
 OPERATOR(InplaceTriu, InOut self, int64_t diagonal) { self = at::triu(self, diagonal); }
 OPERATOR(ConstantPadNd, In self, Ints padding, Scalar value, Out out) { out = at::constant_pad_nd(self, padding, value); }
+OPERATOR(ReflectionPad1d, In self, Ints padding, Out out) { out = at::reflection_pad1d(self, padding); }
+OPERATOR(ReflectionPad1dBackward, In grad, In self, Ints padding, Out out) { out = at::reflection_pad1d_backward(grad, self, padding); }
 OPERATOR(ReflectionPad2d, In self, Ints padding, Out out) { out = at::reflection_pad2d(self, padding); }
 OPERATOR(ReflectionPad2dBackward, In grad, In self, Ints padding, Out out) { out = at::reflection_pad2d_backward(grad, self, padding); }
+OPERATOR(ReplicationPad1d, In self, Ints padding, Out out) { out = at::replication_pad1d(self, padding); }
+OPERATOR(ReplicationPad1dBackward, In grad, In self, Ints padding, Out out) { out = at::replication_pad1d_backward(grad, self, padding); }
 OPERATOR(ReplicationPad2d, In self, Ints padding, Out out) { out = at::replication_pad2d(self, padding); }
 OPERATOR(ReplicationPad2dBackward, In grad, In self, Ints padding, Out out) { out = at::replication_pad2d_backward(grad, self, padding); }
+OPERATOR(UnfoldGrad, In grad, Ints sizes, int64_t dim, int64_t size, int64_t step, Out out) { out = at::unfold_backward(grad, sizes, dim, size, step); }
 OPERATOR(Im2col, In self, Ints kernel, Ints dilation, Ints padding, Ints stride, Out out) { out = at::im2col(self, kernel, dilation, padding, stride); }
 OPERATOR(Im2colBackward, In self, Ints size, Ints kernel, Ints dilation, Ints padding, Ints stride, Out out) { out = at::col2im(self, size, kernel, dilation, padding, stride); }
 
