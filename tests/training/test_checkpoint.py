@@ -1,0 +1,240 @@
+"""Checkpoints: whole or not at all, exact, readable by timm, and never executed."""
+
+import argparse
+import os
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from batches import Batches
+from timm.models import load_checkpoint
+from timm.task import ClassificationTask, FeatureDistillationTask, resume_task_checkpoint
+from timm.utils import CheckpointSaver as TimmSaver
+
+from timm_npu_irv2 import weights
+from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.precision import create_precision
+from timm_npu_irv2.training import setup
+from timm_npu_irv2.training.checkpoint import CheckpointSaver, find_newest, read, resume, training_state, write
+from timm_npu_irv2.training.distributed import World
+from timm_npu_irv2.training.engine import Position, Trainer, TrainSettings
+from timm_npu_irv2.training.options import parse_args
+
+torch.set_num_threads(1)
+WORLD = World()
+
+
+def options(*words: str) -> argparse.Namespace:
+    usual = '--model test_resnet --num-classes 3 --drop 0.3 --checkpoint-hist 2'.split()
+    args = parse_args([*usual, *words])
+    args.num_classes = args.num_classes or 3
+    return args
+
+
+def trainer_of(args: argparse.Namespace, seed: int = 0, **settings) -> Trainer:
+    torch.manual_seed(seed)
+    model = timm.create_model(args.model, num_classes=args.num_classes, drop_rate=args.drop)
+    task = ClassificationTask(model, verbose=False)
+    if args.kd_model_name:
+        torch.manual_seed(9)
+        teacher = timm.create_model('test_efficientnet', num_classes=args.num_classes)
+        task = FeatureDistillationTask(model, teacher, verbose=False)
+    precision = create_precision(WORLD.device, amp=args.amp, opt_level=args.opt_level)
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.01, momentum=0.9)
+    task.trainable_module, optimizer = precision.prepare(task.trainable_module, optimizer)
+    setup.average_weights(task, precision, args)
+    generator = torch.Generator().manual_seed(1)
+    loader = Batches((torch.randn(2, 3, 32, 32, generator=generator), torch.tensor([0, 1])) for _ in range(4))
+    return Trainer(task, loader, optimizer, precision, WORLD, settings=TrainSettings(**settings))
+
+
+def assert_same(one, other) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert_same(value, other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize('words', [
+    '', '--opt-level O2 --model-ema', '--kd-model-name t --model-ema --opt-level O2', '--amp --model-ema',
+])
+def test_a_run_resumed_in_mid_epoch_ends_in_the_same_bits(tmp_path, words):
+    args = options(*words.split())
+    saver = CheckpointSaver(tmp_path, args, WORLD)
+    undisturbed = trainer_of(args, recovery_interval=2)
+    undisturbed.on_recovery = saver.save_recovery
+    expected = undisturbed.train_one_epoch()
+    resumed = trainer_of(args, seed=5)
+    resume(resumed, tmp_path / 'recovery-0-2.pth.tar', args)
+    assert resumed.position == Position(0, 2, 2)
+    metrics = resumed.train_one_epoch()
+    assert {key: metrics[key] for key in ('loss', 'top1')} == {key: expected[key] for key in ('loss', 'top1')}
+    one, other = training_state(resumed, args), training_state(undisturbed, args)
+    for state in (one, other):
+        del state['training']['throughput']
+    assert_same(one, other)
+
+
+def test_timm_reads_our_checkpoints(tmp_path):
+    args = options('--model-ema')
+    trainer = trainer_of(args)
+    trainer.train_one_epoch()
+    saver = CheckpointSaver(tmp_path, args, WORLD)
+    saver.save_epoch(trainer, 0, 50.0)
+    model = timm.create_model('test_resnet', num_classes=3)
+    load_checkpoint(model, str(tmp_path / 'model_best.pth.tar'), use_ema=True)
+    assert_same(dict(model.state_dict()), dict(trainer.task.trainable_module_ema.module.state_dict()))
+    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3), verbose=False)
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1, momentum=0.9)
+    assert resume_task_checkpoint(task, str(tmp_path / 'last.pth.tar'), optimizer=optimizer) == 1
+    assert_same(optimizer.state_dict()['state'], trainer.optimizer.state_dict()['state'])
+
+
+def test_a_checkpoint_of_timm_continues_with_its_optimizer_and_epoch(tmp_path):
+    args = options()
+    theirs = trainer_of(args)
+    theirs.train_one_epoch()
+    TimmSaver(theirs.task.trainable_module, theirs.optimizer, args, checkpoint_dir=str(tmp_path),
+              task=theirs.task).save_checkpoint(4, metric=1.0)
+    ours = trainer_of(args, seed=1)
+    resume(ours, tmp_path / 'last.pth.tar', args)
+    assert ours.position == Position(5, 0, 20)
+    assert_same(ours.optimizer.state_dict()['state'], theirs.optimizer.state_dict()['state'])
+    assert_same(dict(ours.task.trainable_module.state_dict()), dict(theirs.task.trainable_module.state_dict()))
+
+
+@pytest.mark.parametrize('name', ['weights.safetensors', 'weights.pth'])
+def test_a_file_of_weights_alone_starts_at_the_beginning(tmp_path, name):
+    args = options()
+    state_dict = trainer_of(args, seed=3).task.trainable_module.state_dict()
+    weights.save_file(state_dict, tmp_path / name)
+    trainer = trainer_of(args)
+    resume(trainer, tmp_path / name, args)
+    assert trainer.position == Position()
+    assert_same(dict(trainer.task.trainable_module.state_dict()), dict(state_dict))
+
+
+def test_no_resume_opt_takes_the_weights_only(tmp_path):
+    args = options('--no-resume-opt')
+    trainer = trainer_of(args)
+    trainer.train_one_epoch()
+    write(training_state(trainer, args), tmp_path / 'a.pth.tar')
+    fresh = trainer_of(args, seed=1)
+    resume(fresh, tmp_path / 'a.pth.tar', args)
+    assert not fresh.optimizer.state_dict()['state']
+    assert fresh.position == Position(1, 0, 4)
+    assert_same(dict(fresh.task.trainable_module.state_dict()), dict(trainer.task.trainable_module.state_dict()))
+
+
+def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
+    write({'state_dict': trainer_of(options('--model', 'test_efficientnet')).task.trainable_module.state_dict()},
+          tmp_path / 'a.pth.tar')
+    with pytest.raises(UserError, match=r'a\.pth\.tar does not fit the model') as caught:
+        resume(trainer_of(options()), tmp_path / 'a.pth.tar', options())
+    assert '\n' not in str(caught.value)
+
+
+# Files
+
+
+def test_the_best_the_last_and_two_recoveries_are_kept(tmp_path):
+    args = options()
+    trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD)
+    for epoch, metric in enumerate([10.0, 30.0, float('nan'), 20.0]):
+        saver.save_epoch(trainer, epoch, metric)
+        trainer.position = Position(epoch, 1, epoch + 1)
+        saver.save_recovery(trainer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        'checkpoint-1.pth.tar', 'checkpoint-3.pth.tar', 'last.pth.tar', 'model_best.pth.tar', 'recovery-2-1.pth.tar',
+        'recovery-3-1.pth.tar']
+    assert (saver.best_metric, saver.best_epoch) == (30.0, 1)
+    assert read(tmp_path / 'model_best.pth.tar')['metric'] == 30.0
+    assert saver.last_good().endswith('recovery-3-1.pth.tar')
+
+
+def test_the_smaller_loss_is_the_better_one_and_the_history_goes_on_after_a_resume(tmp_path):
+    args = options()
+    trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD, decreasing=True)
+    saver.save_epoch(trainer, 0, 1.0)
+    saver.save_epoch(trainer, 1, 2.0)
+    again = CheckpointSaver(tmp_path, args, WORLD, decreasing=True)
+    again.load_state_dict(read(tmp_path / 'last.pth.tar')['saver'], tmp_path / 'last.pth.tar')
+    again.save_epoch(trainer, 2, 1.5)
+    assert again.best_epoch == 0
+    names = sorted(path.name for path in tmp_path.glob('checkpoint-*'))
+    assert names == ['checkpoint-0.pth.tar', 'checkpoint-2.pth.tar']
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path):
+    """A limit on the size of files fails as a full disk does: in the middle of writing."""
+    path = tmp_path / 'last.pth.tar'
+    write({'value': torch.zeros(3)}, path)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+    try:
+        with pytest.raises(UserError, match=r'cannot save .*last') as caught:
+            write({'value': torch.zeros(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert '\n' not in str(caught.value)
+    assert torch.equal(read(path)['value'], torch.zeros(3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('damage', ['cut', 'flip', 'empty', 'text'])
+def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, caplog, damage):
+    for number, name in enumerate(('checkpoint-0', 'last')):
+        write({'value': torch.arange(10_000) + number}, tmp_path / f'{name}.pth.tar')
+        os.utime(tmp_path / f'{name}.pth.tar', (number, number))
+    path = tmp_path / 'last.pth.tar'
+    content = bytearray(path.read_bytes())
+    content[40_000] ^= 1
+    path.write_bytes({'cut': bytes(content[:50_000]), 'flip': bytes(content), 'empty': b'', 'text': b'hello\n'}[damage])
+    os.utime(path, (1, 1))
+    with pytest.raises(UserError, match=r'last\.pth\.tar'):
+        read(path)
+    assert find_newest(tmp_path) == tmp_path / 'checkpoint-0.pth.tar'
+    assert 'last.pth.tar' in caplog.text
+
+
+def test_an_empty_folder_has_no_newest_checkpoint(tmp_path):
+    assert find_newest(tmp_path) is None
+
+
+class Payload:
+    """A pickle that writes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize('form', ['torch', 'pickle'])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, form):
+    path, proof = tmp_path / 'a.pth.tar', tmp_path / 'it ran'
+    if form == 'torch':
+        torch.save({'state_dict': Payload(proof)}, path)
+    else:
+        path.write_bytes(pickle.dumps({'state_dict': Payload(proof)}))
+    with pytest.raises(UserError, match='not a checkpoint that can be read') as caught:
+        read(path)
+    assert '\n' not in str(caught.value)
+    assert not proof.exists()
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match=r'/nowhere\.pth\.tar: no such checkpoint'):
+        read(Path('/nowhere.pth.tar'))
