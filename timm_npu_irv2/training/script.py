@@ -26,7 +26,7 @@ def run_script(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[s
         return main(argv)
     except UserError as error:
         if os.environ.get('RANK', '0') != '0':
-            time.sleep(3)  # all processes meet most errors: rank 0 has the first word, and torchrun ends the others
+            time.sleep(10)  # all processes meet most errors: rank 0 has the first word, and torchrun ends the others
         print(f'{name}: error: {error}', file=sys.stderr, flush=True)
         return 2
     except Stopped as stopped:
