@@ -167,11 +167,11 @@ def _full_name(factory: Callable[..., Optimizer]) -> str:
 def _combine_again(optimizer: Optimizer) -> None:
     """After a load: the combined states of the vendor's classes are stale, and their counters are plain integers.
 
-    torch counts in tensors, which the vendor's classes would advance twice a step.
+    torch counts in tensors, which the vendor's classes would advance twice a step; timm's LAMB counts elsewhere.
     """
     optimizer.is_states_combined = False
     for state in optimizer.state.values():
-        if state:
+        if state.keys() - {'momentum_buffer'}:  # SGD counts nothing
             state['step'] = int(state.get('step', 0))
 
 
