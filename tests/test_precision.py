@@ -160,6 +160,15 @@ def test_our_network_makes_an_o2_step():
         assert not torch.equal(after[name], before[name]), name
 
 
+@pytest.mark.parametrize('kwargs', [*LEVELS.values(), dict(model_dtype=torch.bfloat16)])
+def test_a_teacher_takes_the_images_of_its_student(kwargs):
+    run = Run(**kwargs)
+    teacher = run.precision.prepare_frozen(network())
+    images = batch()[0].to(run.precision.input_dtype)
+    with run.precision.autocast():
+        torch.testing.assert_close(teacher(images), run.model(images), rtol=0, atol=0)
+
+
 # ---- the loss scale ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('level', ['O1', 'O2'])
@@ -315,6 +324,26 @@ def test_an_average_of_weights_follows_the_masters():
     torch.testing.assert_close(dict(ema.module.named_parameters()), expected, rtol=1e-6, atol=1e-7, check_dtype=True)
     torch.testing.assert_close(ema.module.norm.running_mean, run.model.norm.running_mean / 2, check_dtype=True)
     assert ema.module.eval()(batch()[0]).isfinite().all()
+
+
+def test_lookaheads_slow_weights_reach_the_half_model():
+    run = Run(optimizer=lambda model: create_optimizer_v2(model, 'lookahead_sgd', lr=0.1), **LEVELS['O2'])
+    for i in range(7):
+        run.step(i)
+    run.optimizer.sync_lookahead()
+    assert torch.equal(run.model.stem.weight, run.weights()['stem.weight'].bfloat16())
+
+
+def test_frozen_weights_stay_what_they_were():
+    def first_frozen(model):
+        model.stem.requires_grad_(False)
+        return sgd(model)
+
+    run = Run(optimizer=first_frozen, **LEVELS['O2'])
+    for i in range(2):
+        run.step(i)
+    assert torch.equal(run.weights()['stem.weight'], network().stem.weight)
+    assert not torch.equal(run.weights()['block.weight'], network().block.weight)
 
 
 # ---- options -------------------------------------------------------------------------------------------------------

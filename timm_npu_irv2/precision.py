@@ -126,6 +126,10 @@ class Precision:
         """Cast the model, set up master weights. Called once, before DDP wraps the model and before EMA copies it."""
         return model, optimizer
 
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        """Cast a model that only helps to train another (a teacher), so that it takes the same images."""
+        return model
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of the forward and of the loss."""
         return contextlib.nullcontext()
@@ -351,6 +355,9 @@ class FullPrecision(_Native):
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         return super().prepare(model.to(dtype=self.input_dtype), optimizer)
 
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        return model.to(dtype=self.input_dtype)
+
 
 class Autocast(_Native):
     """O1: float32 weights; ``torch.autocast`` chooses the dtype of each operator."""
@@ -383,8 +390,7 @@ class HalfWeights(_Native):
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         if getattr(optimizer, 'is_second_order', False):
             raise UserError('second-order optimizers cannot use the half weights of --opt-level O2: use O1 or O0.')
-        model.register_forward_pre_hook(_cast_inputs)
-        model.register_forward_hook(_cast_outputs)
+        _cast_at_the_ends(model)
         twin = _twin(model)
         pairs = zip(model.parameters(), twin.parameters(), strict=True)
         self._masters = _Masters(twin, {p: master for p, master in pairs if p is not master})
@@ -393,6 +399,11 @@ class HalfWeights(_Native):
         if hasattr(optimizer, 'sync_lookahead'):
             optimizer.sync_lookahead = self._published(optimizer.sync_lookahead)
         return model, optimizer
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        _cast_at_the_ends(model)
+        _halve(model, self.input_dtype)
+        return model
 
     def _published(self, change: Callable[[], None]) -> Callable[[], None]:
         """A change that an optimizer makes to its parameters outside ``step``, followed by the model's."""
@@ -504,6 +515,11 @@ def _halve(model: nn.Module, dtype: torch.dtype) -> None:
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(dtype)
+
+
+def _cast_at_the_ends(model: nn.Module) -> None:
+    model.register_forward_pre_hook(_cast_inputs)
+    model.register_forward_hook(_cast_outputs)
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple) -> tuple:
