@@ -24,7 +24,7 @@ from timm.utils import random_seed
 from timm_npu_irv2 import device as device_seam
 from timm_npu_irv2.training import checkpoint, setup
 from timm_npu_irv2.training.data import create_eval_loader, create_train_loader
-from timm_npu_irv2.training.distributed import StopRequest, World, initialize, launch, launches, shutdown
+from timm_npu_irv2.training.distributed import StopRequest, World, device_name, initialize, launch, launches, shutdown
 from timm_npu_irv2.training.engine import Position, Stopped, Trainer, evaluate
 from timm_npu_irv2.training.options import as_yaml, parse_args
 from timm_npu_irv2.training.report import Progress, Report, write_atomically
@@ -68,19 +68,20 @@ def main(argv: Sequence[str]) -> int:
     options = as_yaml(args)  # as given, before anything is worked out from them
     setup.global_options(args)
     world = initialize(
-        args.device, dist_url=args.dist_url, backend=args.dist_backend, addr=args.addr, rank=args.rank,
+        device_name(args), dist_url=args.dist_url, backend=args.dist_backend, addr=args.addr, rank=args.rank,
         world_size=None if args.multiprocessing_distributed else args.world_size)
     try:
         start_log(world)
         device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
-        with setup.explained_memory_errors(args, world), StopRequest(world) as stop:
+        stopping = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
+        with setup.explained_memory_errors(args, world), stopping as stop:
             train(assemble(args, world, stop, started), options)
     finally:
         shutdown(world)
     return 0
 
 
-def assemble(args: Namespace, world: World, stop: StopRequest, started: float) -> Run:
+def assemble(args: Namespace, world: World, stop: StopRequest | None, started: float) -> Run:
     """Make everything that training needs, in the only order that works."""
     args.batch_size = setup.share_of_batch(args, world)
     random_seed(args.seed)  # the same initial weights in every process

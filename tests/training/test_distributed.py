@@ -24,6 +24,7 @@ from timm_npu_irv2.training.distributed import (
     StopRequest,
     World,
     barrier,
+    device_name,
     gather_objects,
     initialize,
     launch,
@@ -223,6 +224,12 @@ def test_an_evaluation_is_the_same_number_for_one_two_and_three_processes(two, t
 
 
 # The launcher
+
+
+def test_a_list_of_one_card_names_the_device():
+    assert device_name(parse_args(['--device', 'cuda', '--device-list', '3'])) == 'cuda:3'
+    assert device_name(parse_args(['--device', 'cuda:1'])) == 'cuda:1'
+    assert device_name(parse_args([])) is None
 
 
 def test_the_launcher_starts_processes_only_where_nobody_else_has(monkeypatch):

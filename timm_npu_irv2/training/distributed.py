@@ -30,8 +30,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from .. import device as device_seam
 from ..errors import UserError
 
-__all__ = ['StopRequest', 'World', 'barrier', 'gather_objects', 'initialize', 'launch', 'launches', 'shutdown',
-           'sum_over_ranks']
+__all__ = ['StopRequest', 'World', 'barrier', 'device_name', 'gather_objects', 'initialize', 'launch', 'launches',
+           'shutdown', 'sum_over_ranks']
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +98,9 @@ def initialize(
     index = env_rank if env_size > 1 else (rank or 0)
     if size == 1:
         return World(device=device_seam.resolve_device(device_name))
-    kind = (device_name or device_seam.default_device()).split(':')[0]
+    kind = _kind(device_name)
+    if env_size <= 1:  # nobody counted the processes of this machine
+        local_rank = index % max(1, device_seam.device_count(kind))
     device = device_seam.resolve_device(kind, local_rank)
     os.environ.setdefault('MASTER_ADDR', addr or '127.0.0.1')
     os.environ.setdefault('MASTER_PORT', '29500')
@@ -186,6 +188,8 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self._received:
             self._received, self._received_at = number, now
+            if self._world.is_primary:  # os.write, since a signal may interrupt a write to sys.stderr
+                os.write(2, f'\n{signal.Signals(number).name}: finishing this step and saving it.\n'.encode())
 
     def poll(self) -> int:
         """The number of the signal to stop for, the same in every process, or 0. Called once in every step."""
@@ -199,6 +203,18 @@ class StopRequest:
         flag = torch.tensor(self._received)
         self._pending = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
         return told
+
+
+def device_name(args: Namespace) -> str | None:
+    """--device, with the index that a --device-list of one card names."""
+    if not args.device_list or args.multiprocessing_distributed:
+        return args.device
+    return f'{_kind(args.device)}:{int(args.device_list.strip(", "))}'
+
+
+def _kind(name: str | None) -> str:
+    """The type of a device without its index; that of the best device there is for None."""
+    return (name or device_seam.default_device()).split(':')[0]
 
 
 def launches(args: Namespace) -> bool:
@@ -217,13 +233,13 @@ def launch(args: Namespace, script: str, argv: Sequence[str]) -> int:
     Raises:
         UserError: There are fewer cards than were asked for, or the port is taken.
     """
-    kind = (args.device or device_seam.default_device()).split(':')[0]
+    kind = _kind(args.device)
     count = _select_cards(kind, args.device_list)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // count)))
-    logging.disable(logging.ERROR)  # the launcher's own lines: those of the processes say what happened
     config = LaunchConfig(
         min_nodes=args.world_size or 1, max_nodes=args.world_size or 1, nproc_per_node=count, max_restarts=0,
         run_id='train', **_meeting_point(args))
+    logging.disable(logging.ERROR)  # the launcher's own lines: those of the processes say what happened
     try:
         elastic_launch(config, sys.executable)('-u', script, *argv)
     except ChildFailedError as error:
@@ -231,6 +247,8 @@ def launch(args: Namespace, script: str, argv: Sequence[str]) -> int:
         return code if code > 0 else 128 - code
     except SignalException as error:
         return 128 + error.sigval
+    finally:
+        logging.disable(logging.NOTSET)
     return 0
 
 

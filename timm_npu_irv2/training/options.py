@@ -240,6 +240,7 @@ def _model_contradictions(args: argparse.Namespace) -> _Rules:
          '--in-chans and --input-size name different numbers of channels: give one of them.'),
         (args.torchscript and args.torchcompile, '--torchscript and --torchcompile exclude each other.'),
         (args.torchscript and args.sync_bn, '--torchscript cannot script the layers of --sync-bn: leave one out.'),
+        (args.torchscript and args.kd_model_name, '--torchscript and --kd-model-name exclude each other.'),
         (args.sync_bn and args.split_bn, '--sync-bn and --split-bn exclude each other.'),
         (args.torchcompile_mode and not args.torchcompile, '--torchcompile-mode needs --torchcompile.'),
         *((values is not None and len(values) not in (1, channels), f'{name}: expected one number, or {channels}.')
