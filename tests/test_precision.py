@@ -461,6 +461,10 @@ def test_apex_o2_gives_and_takes_its_masters(apex):
     assert torch.equal(run.model.stem.weight, state['stem.weight'].half())
 
 
+def test_apex_masters_begin_as_the_float32_weights(apex):
+    assert_same(Run(**APEX, opt_level='O2').weights(), dict(network().named_parameters()))
+
+
 def test_apex_accumulates_and_clips_unscaled_gradients(apex):
     whole = Run(NoNorm, **APEX, opt_level='O2', loss_scale=128.0)
     whole.step(clip_grad=0.05, parameters=whole.model.parameters())

@@ -566,12 +566,18 @@ class Apex(Precision):
         self._share_parameters(model, twin)
         return model, optimizer
 
+    @torch.no_grad()
     def _share_parameters(self, model: nn.Module, twin: nn.Module) -> None:
-        """Give the twin apex's masters, or the model's own parameters where they are float32."""
+        """Give the twin apex's masters, or the model's own parameters where they are float32.
+
+        apex makes its masters of the half weights; they get the bits back that were lost on the way.
+        """
         for module, copied in zip(model.modules(), twin.modules(), strict=True):
             for name, parameter in module.named_parameters(recurse=False):
-                if self._masters.of(parameter).dtype == torch.float32:
-                    copied._parameters[name] = self._masters.of(parameter)
+                shared = self._masters.of(parameter)
+                if shared.dtype == torch.float32:
+                    shared.copy_(copied._parameters[name])
+                    copied._parameters[name] = shared
 
     def step(self, loss, optimizer, *, parameters=None, clip_grad=None, clip_mode='norm', create_graph=False,
              need_update=True) -> None:
