@@ -181,6 +181,23 @@ def test_recovery_checkpoints_come_at_their_interval_but_not_at_the_end():
     assert saved == [2, 4]
 
 
+def test_saving_is_not_counted_as_training(monkeypatch):
+    now = [0.0]
+
+    def tick() -> float:
+        now[0] += 1
+        return now[0]
+
+    monkeypatch.setattr('timm_npu_irv2.training.engine.time.perf_counter', tick)
+
+    def save(trainer: Trainer) -> None:
+        now[0] += 1000
+
+    trainer = trainer_of(batches(6), recovery_interval=2, on_recovery=save)
+    trainer.train_one_epoch()
+    assert 0 < trainer.throughput.seconds < 1000
+
+
 def test_a_wish_to_stop_is_granted_after_the_update_and_a_checkpoint():
     class Stop:
         asked = 0
