@@ -103,6 +103,24 @@ OPERATOR(SyncBatchNormGatherStats, In sum, In square_sum, In counts, InOut runni
   invstd = at::rsqrt(joint_var + eps);
 }
 
+// The same from means and inverse standard deviations instead of sums: torch.nn.SyncBatchNorm's own way.
+OPERATOR(BatchNormStats, In self, double eps, Out mean, Out invstd) {
+  auto [var, average] = at::var_mean(self.to(at::kDouble), all_but_channels(self), Scalar(0));
+  mean = average, invstd = at::rsqrt(var + eps);
+}
+
+OPERATOR(BatchNormGatherStatsWithCounts, In, In means, In invstds, InOut running_mean, InOut running_var, double momentum, double eps,
+         In counts, Out mean, Out invstd) {
+  auto weights = counts.to(at::kDouble).reshape({-1, 1});
+  auto each_mean = means.to(at::kDouble), each_var = 1 / at::square(invstds.to(at::kDouble)) - eps;
+  double total = weights.sum().item<double>();
+  auto joint_mean = (each_mean * weights).sum(0) / total;
+  auto joint_var = ((each_var + at::square(each_mean - joint_mean)) * weights).sum(0) / total;
+  update_running(running_mean, joint_mean, momentum);
+  update_running(running_var, joint_var * (total / (total - 1)), momentum);
+  mean = joint_mean, invstd = at::rsqrt(joint_var + eps);
+}
+
 OPERATOR(BatchNormElemt, In input, In weight, In bias, In mean, In invstd, double, Out out) {
   auto normalised = (wide(input) - per_channel(mean, input)) * per_channel(invstd, input);
   if (weight.defined()) normalised = normalised * per_channel(weight, input);

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 
 import standin_journal
 import timm
@@ -50,18 +51,30 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, ta
     return loss.detach()
 
 
-def train(model: nn.Module, kind: str, device: str, size: int = SIZE) -> torch.Tensor:
-    """All losses, weights and statistics of a few steps from a copy of the model, as one vector."""
+def vector(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([each.detach().cpu().double().flatten() for each in tensors])
+
+
+def train(model: nn.Module, kind: str, device: str, size: int = SIZE) -> tuple[torch.Tensor, ...]:
+    """The losses of a few steps from a copy of the model, the last step's gradients, and the weights and statistics.
+
+    Three vectors, because an error in a gradient is a thousand times smaller in the weights.
+    """
     model = copy.deepcopy(model).to(device).train()
     x, target = (each.to(device) for each in images(2, size))
     optimizer = sgd(model, kind)
     losses = [step(model, optimizer, x, target) for _ in range(STEPS)]
-    return torch.cat([each.detach().cpu().double().flatten() for each in (*losses, *model.state_dict().values())])
+    gradients = [each.grad for each in model.parameters()]
+    return vector(losses), vector(gradients), vector(model.state_dict().values())
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The greatest difference relative to the greatest value; NaN counts as infinite."""
     return ((actual - expected).abs().max() / expected.abs().max()).nan_to_num(float('inf')).item()
+
+
+def largest_error(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
+    return max(map(error, actual, expected))
 
 
 # ---- one process -----------------------------------------------------------------------------------------------------
@@ -74,7 +87,7 @@ def training() -> dict:
         model = timm.create_model(name, num_classes=10)
         expected = train(model, 'plain', 'cpu')
         for kind in kinds:
-            errors[f'{name}, {kind}'] = error(train(model, kind, 'npu'), expected)
+            errors[f'{name}, {kind}'] = largest_error(train(model, kind, 'npu'), expected)
     return {'errors': errors, 'step': cost_of_a_step(model.npu().train())}
 
 
@@ -89,7 +102,7 @@ def cost_of_a_step(model: nn.Module) -> dict:
 
 
 def small_training() -> float:
-    return error(train(small_network(), 'plain', 'npu', 32), train(small_network(), 'plain', 'cpu', 32))
+    return largest_error(*(train(small_network(), 'plain', device, 32) for device in ('npu', 'cpu')))
 
 
 def autocast() -> dict:
@@ -217,8 +230,7 @@ def script() -> dict[str, float]:
         values = []
         for device in 'cpu', 'npu':
             result = function(logits.clone().to(device), target.to(device))
-            parts = [result] if isinstance(result, torch.Tensor) else result
-            values.append(torch.cat([part.detach().cpu().double().flatten() for part in parts]))
+            values.append(vector([result] if isinstance(result, torch.Tensor) else result))
         errors[f'{getattr(function, "__name__", function)} {len(errors)}'] = error(values[1], values[0])
     return errors
 
@@ -261,9 +273,7 @@ def data_parallel() -> float:
         for _ in range(STEPS):
             step(trained, optimizer, *batch)
     dist.destroy_process_group()
-    vectors = [torch.cat([each.detach().cpu().double().flatten() for each in network.state_dict().values()])
-               for network in (model.module, single)]
-    return error(*vectors)
+    return error(*(vector(network.state_dict().values()) for network in (model.module, single)))
 
 
 def silent_peer() -> None:

@@ -90,7 +90,7 @@ def recording() -> Iterator[Recording]:
     result = Recording()
     yield result
     torch.npu.synchronize()
-    if log is not None:
+    if log is not None and log.exists():  # it does not before the first operator
         result.operators += read_operators(log, log_start)
     if trace is not None:
         events = read_events(trace, trace_start)
