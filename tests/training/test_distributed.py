@@ -36,6 +36,15 @@ from timm_npu_irv2.training.engine import Trainer, TrainSettings, evaluate
 from timm_npu_irv2.training.options import parse_args
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes below: float32 sums depend on the number of threads, and so do ReLUs near zero."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
