@@ -154,6 +154,55 @@ def journal() -> dict:
             'synchronizations': waiting.synchronizations, 'fallback': len(fallback.copies('D2H'))}
 
 
+def without_operators() -> dict:
+    """Two steps with a dynamic loss scale: the operators of the second, and the scale."""
+    model = small_network().npu()
+    optimizer, scaler = sgd(model, 'fused'), torch.amp.GradScaler('npu', init_scale=1024.0, growth_interval=1)
+    x, target = (each.npu() for each in images(2, 32))
+    for _ in range(2):
+        with standin_journal.recording() as record:
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(x), target)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    return {'operators': record.operators, 'scale': scaler.get_scale()}
+
+
+# {name: (torch's optimizer, the one to compare, options of both, switch of the second)}
+OPTIMIZERS = {
+    'SGD foreach': (torch.optim.SGD, torch.optim.SGD, dict(momentum=0.9, nesterov=True), 'foreach'),
+    'SGD fused': (torch.optim.SGD, torch.optim.SGD, dict(momentum=0.9, weight_decay=0.1), 'fused'),
+    'Adam foreach': (torch.optim.Adam, torch.optim.Adam, dict(weight_decay=0.1), 'foreach'),
+    'AdamW fused': (torch.optim.AdamW, torch.optim.AdamW, dict(weight_decay=0.1), 'fused'),
+    'NpuFusedSGD': (torch.optim.SGD, torch_npu.optim.NpuFusedSGD, dict(momentum=0.9, nesterov=True), None),
+    'NpuFusedAdam': (torch.optim.Adam, torch_npu.optim.NpuFusedAdam, dict(weight_decay=0.1), None),
+    'NpuFusedAdamW': (torch.optim.AdamW, torch_npu.optim.NpuFusedAdamW, dict(weight_decay=0.1), None),
+    'NpuFusedRMSprop': (torch.optim.RMSprop, torch_npu.optim.NpuFusedRMSprop, dict(momentum=0.9), None),
+}
+
+
+def optimizers() -> dict[str, float]:
+    """{optimizer: error against torch's own on the CPU}.
+
+    Without a BatchNorm: a bias before one has no gradient but rounding, which Adam would scale up.
+    """
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 10))
+    errors = {}
+    for name, (reference, tested, options, switch) in OPTIMIZERS.items():
+        weights = []
+        for device, optimizer_class in ('cpu', reference), ('npu', tested):
+            model = copy.deepcopy(start).to(device)
+            switches = {switch: True} if switch and device == 'npu' else {}
+            optimizer = optimizer_class(model.parameters(), lr=0.01, **options, **switches)
+            x, target = (each.to(device) for each in images(8, 8))
+            for _ in range(3):
+                step(model, optimizer, x, target)
+            weights.append(vector(model.parameters()))
+        errors[name] = error(weights[1], weights[0])
+    return errors
+
+
 def out_of_memory() -> dict:
     """The class of the error when a device is full, and whether it works on once there is room."""
     kept = torch.ones(1 << 20, device='npu')
@@ -168,6 +217,12 @@ def out_of_memory() -> dict:
 def missing_operator() -> None:
     ones = torch.ones(2, 3, device='npu')
     torch.linalg.cross(ones, ones)
+    torch.npu.synchronize()
+
+
+def private_format() -> None:
+    torch_npu.npu.config.allow_internal_format = True
+    torch_npu.npu_format_cast(torch.ones(16, 16, device='npu'), 29)  # FRACTAL_NZ
     torch.npu.synchronize()
 
 
@@ -259,6 +314,45 @@ def collectives() -> dict:
     exact = torch.equal(big.cpu(), torch.arange(1_000_003, dtype=torch.float32) * 3)
     return {'all_reduce': exact, 'all_gather': [each.tolist() for each in gathered], 'broadcast': sent.tolist(),
             'objects': objects}
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64)
+
+
+def transfers() -> dict:
+    """What goes from rank to rank, and reductions in every type; True where both are what they must be."""
+    rank = start_hccl()
+    other = 1 - rank
+    received = torch.empty(100_000, device='npu')
+    sent = torch.full_like(received, float(rank))
+    operations = dist.P2POp(dist.isend, sent, other), dist.P2POp(dist.irecv, received, other)
+    for each in dist.batch_isend_irecv(list(operations)):
+        each.wait()
+    exchanged = torch.empty(4, device='npu')
+    dist.all_to_all_single(exchanged, torch.arange(4.0, device='npu') + 10 * rank)
+    share = torch.empty(3, device='npu')
+    dist.reduce_scatter_tensor(share, torch.arange(6.0, device='npu'))
+    extremes = {}
+    for dtype in DTYPES:
+        values = torch.tensor([rank, 5 - rank], device='npu').to(dtype)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        extremes[str(dtype)] = values.tolist() == [1, 5]
+    if rank == 0:
+        dist.send(sent, 1)
+    else:
+        dist.recv(received, 0)
+    dist.barrier()
+    result = {'batch': bool((received == 0).all()) if rank == 1 else bool((received == 1).all()),
+              'all_to_all': exchanged.tolist() == [2 * rank, 2 * rank + 1, 10 + 2 * rank, 11 + 2 * rank],
+              'reduce_scatter': share.tolist() == [6 * rank, 6 * rank + 2, 6 * rank + 4], **extremes}
+    dist.destroy_process_group()
+    return result
+
+
+def disagreement() -> None:
+    rank = start_hccl()
+    dist.all_reduce(torch.ones(1 + rank, device='npu'))
+    torch.npu.synchronize()
 
 
 def data_parallel() -> float:

@@ -116,6 +116,18 @@ def test_the_journals_count_operators_copies_and_synchronisations(start, tmp_pat
     assert result['fallback'] >= 1
 
 
+def test_without_operators_the_same_work_is_asked_for(start, tmp_path):
+    with_operators = value_of(start('without_operators', operator_log=tmp_path / 'with'))
+    without = value_of(start('without_operators', operator_log=tmp_path / 'without', run_operators=False))
+    assert without['operators'] == with_operators['operators']
+    assert without['scale'] == with_operators['scale'] == 4096.0  # grew twice: no overflow was seen
+
+
+def test_optimizers_equal_torchs(start):
+    errors = value_of(start('optimizers'))
+    assert max(errors.values()) < 1e-6, errors
+
+
 def test_a_full_device_raises_out_of_memory(start):
     result = value_of(start('out_of_memory', memory=256 << 20))
     assert result['raised'].startswith('NPU out of memory')
@@ -124,6 +136,10 @@ def test_a_full_device_raises_out_of_memory(start):
 
 def test_a_missing_operator_ends_the_process_and_is_named(start):
     assert 'legacy operator Cross' in refusal_of(start('missing_operator'))
+
+
+def test_a_private_format_ends_the_process(start):
+    assert 'legacy operator Identity' in refusal_of(start('private_format'))  # the cast to it goes the legacy way
 
 
 def test_a_misplaced_argument_ends_the_process_and_is_named(start):
@@ -148,6 +164,17 @@ def test_collectives_join_two_processes(start_two):
     for result in map(value_of, start_two('collectives')):
         assert result == {'all_reduce': True, 'all_gather': [[0.0, 0.0], [1.0, 1.0]], 'broadcast': [8.0, 8.0],
                           'objects': [{'rank': 0}, {'rank': 1}]}
+
+
+def test_transfers_and_types(start_two):
+    for result in map(value_of, start_two('transfers')):
+        assert all(result.values()), result
+
+
+def test_ranks_that_disagree_are_named(start_two):
+    lines = sorted(refusal_of(process) for process in start_two('disagreement', HCCL_EXEC_TIMEOUT='20'))
+    assert 'rank 0 calls HcclAllReduce of 1 elements' in lines[0]
+    assert 'while rank 1 calls HcclAllReduce of 2 elements' in lines[0]
 
 
 def test_two_ranks_equal_one_process_with_the_joint_batch(start_two):
