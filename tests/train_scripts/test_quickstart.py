@@ -71,8 +71,8 @@ def test_quickstart_writes_trains_evaluates_and_tells(quickstart):
     _, digits, train, validate, _ = calls
     assert 'digits.py|' in digits and 'out $(here)/digits|' in digits
     assert 'train.py|-c|' in train and train.endswith("|--epochs|2|--model-kwargs|a='b c'|")
-    assert 'validate.py|-c|' in validate and 'model_best.pth.tar|' in validate and 'predictions.png|' in validate
-    assert '98.5 %' in done.stdout and 'model_best.pth.tar' in done.stdout and 'predictions.png' in done.stdout
+    assert 'validate.py|-c|' in validate and 'last.pth.tar|' in validate and 'predictions.png|' in validate
+    assert '98.5 %' in done.stdout and 'last.pth.tar' in done.stdout and 'predictions.png' in done.stdout
 
 
 @pytest.mark.parametrize('option', ['--output', '--experiment=x', '--data-dir=x'])
