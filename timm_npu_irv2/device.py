@@ -35,7 +35,6 @@ __all__ = [
     'is_out_of_memory',
     'load_backends',
     'memory_format',
-    'needs_loss_scaling',
     'resolve_device',
     'run_ahead',
     'synchronize',
@@ -194,11 +193,6 @@ def half_dtype(device: torch.device | str) -> torch.dtype:
     return backend(device).half
 
 
-def needs_loss_scaling(device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether gradients in ``dtype`` underflow without a loss scale: float16's do, on every device."""
-    return dtype == torch.float16
-
-
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     """``torch.autocast`` on ``device`` in ``dtype``; nothing at all for None or float32."""
     if dtype is None or dtype == torch.float32:
@@ -221,19 +215,6 @@ def synchronize(device: torch.device) -> None:
         runtime.synchronize(device)
 
 
-def max_memory_allocated(device: torch.device) -> int | None:
-    """The peak of allocated device memory in bytes since the start or the last reset; None on the CPU."""
-    runtime = _runtime(device.type)
-    return runtime.max_memory_allocated(device) if runtime is not None else None
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Start a new measurement of :func:`max_memory_allocated`."""
-    runtime = _runtime(device.type)
-    if runtime is not None:
-        runtime.reset_peak_memory_stats(device)
-
-
 def get_rng_state(device: torch.device) -> torch.Tensor | None:
     """The state of the device's random generator, a CPU tensor of bytes; None on the CPU (torch's own is it)."""
     runtime = _runtime(device.type)
@@ -249,8 +230,8 @@ def set_rng_state(device: torch.device, state: torch.Tensor | None) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device's memory is exhausted."""
-    kinds = tuple(kind for kind in (getattr(torch, 'OutOfMemoryError', None),) if kind is not None)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and 'out of memory' in str(error))
+    known = isinstance(error, torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and 'out of memory' in str(error))
 
 
 def apex_amp() -> ModuleType:
@@ -261,7 +242,7 @@ def apex_amp() -> ModuleType:
     """
     if importlib.util.find_spec('apex') is None:
         raise UserError(
-            '--amp-impl apex needs apex, which is not on PyPI: build it from https://gitee.com/ascend/apex, '
+            '--amp-impl apex needs apex, which is not on PyPI: build it from https://github.com/Ascend/apex, '
             'or use --amp-impl native, which does the same without it.'
         )
     try:
@@ -270,7 +251,7 @@ def apex_amp() -> ModuleType:
         reason = str(error).partition('\n')[0]
         raise UserError(
             f"the installed package 'apex' has no mixed precision ({reason}). PyPI's apex is an unrelated web toolkit, "
-            "NVIDIA's has dropped it: build https://gitee.com/ascend/apex, or use --amp-impl native."
+            "NVIDIA's has dropped it: build https://github.com/Ascend/apex, or use --amp-impl native."
         ) from error
 
 

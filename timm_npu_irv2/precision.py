@@ -70,6 +70,8 @@ def create_precision(
     dtype = amp_dtype or device_seam.half_dtype(device)
     if dtype not in HALF_TYPES:
         raise UserError(f'--amp-dtype {_name(dtype)} is not a 16-bit type: use float16 or bfloat16.')
+    if opt_level == 'O0' and loss_scale is not None:
+        raise UserError('--loss-scale has no effect with --opt-level O0, which is float32: leave one out.')
     if amp_impl == 'apex':
         if amp_dtype == torch.bfloat16:
             raise UserError('--amp-impl apex knows float16 only: use --amp-impl native with bfloat16.')
@@ -291,7 +293,7 @@ class _Watched:
 
 def _create_scaler(device: torch.device, dtype: torch.dtype, loss_scale: float | str | None) -> _NoScale:
     if loss_scale is None:
-        loss_scale = 'dynamic' if device_seam.needs_loss_scaling(device, dtype) else 1.0
+        loss_scale = 'dynamic' if dtype == torch.float16 else 1.0  # bfloat16 has float32's range
     if loss_scale == 'dynamic':
         return _DynamicScale(device_seam.grad_scaler(device))
     return _NoScale() if loss_scale == 1 else _StaticScale(loss_scale)
@@ -372,7 +374,22 @@ class Autocast(_Native):
         return device_seam.autocast(self._device, self._dtype)
 
 
-class HalfWeights(_Native):
+class _WithMasters(Precision):
+    """Weights are read from, loaded into and averaged over the float32 masters, wherever they come from."""
+
+    _masters: '_Masters'
+
+    def model_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        return self._masters.state_dict(unwrap_model(model))
+
+    def load_model_state_dict(self, model: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> Any:
+        return self._masters.load_state_dict(unwrap_model(model), state_dict, strict)
+
+    def float32_model(self, model: nn.Module) -> nn.Module:
+        return self._masters.float32_model
+
+
+class HalfWeights(_WithMasters, _Native):
     """O2: weights in 16 bits, BatchNorm's parameters and statistics in float32, float32 masters in the optimizer.
 
     The masters take the places of the model's parameters in the optimizer's groups, so weight-decay exclusions, layer
@@ -420,15 +437,6 @@ class HalfWeights(_Native):
 
     def _updated(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         return [self._masters.of(p) for p in parameters]
-
-    def model_state_dict(self, model: nn.Module) -> dict[str, Any]:
-        return self._masters.state_dict(unwrap_model(model))
-
-    def load_model_state_dict(self, model: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> Any:
-        return self._masters.load_state_dict(unwrap_model(model), state_dict, strict)
-
-    def float32_model(self, model: nn.Module) -> nn.Module:
-        return self._masters.float32_model
 
 
 class _Masters:
@@ -540,7 +548,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-class Apex(Precision):
+class Apex(_WithMasters):
     """apex's own amp, for those who have it: ``amp.initialize``, ``amp.scale_loss``, ``amp.state_dict``."""
 
     def __init__(self, opt_level: str, loss_scale: float | Literal['dynamic'] | None) -> None:
@@ -597,15 +605,6 @@ class Apex(Precision):
     def _loss_scale(self) -> float:
         """apex lowers it, on the host, when it has found an overflow."""
         return self._amp.state_dict()['loss_scaler0']['loss_scale']
-
-    def model_state_dict(self, model: nn.Module) -> dict[str, Any]:
-        return self._masters.state_dict(unwrap_model(model))
-
-    def load_model_state_dict(self, model: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> Any:
-        return self._masters.load_state_dict(unwrap_model(model), state_dict, strict)
-
-    def float32_model(self, model: nn.Module) -> nn.Module:
-        return self._masters.float32_model
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._amp.state_dict())

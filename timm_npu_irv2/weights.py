@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnknownDialect, UserError
+from .files import replacing
 
 __all__ = ['DIALECTS', 'convert', 'detect_dialect', 'load_file', 'save_file']
 
@@ -190,20 +191,17 @@ def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None
     path = Path(path)
     if not path.parent.is_dir():
         raise UserError(f"{path} can't be written: there is no folder {path.parent}.")
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        if path.suffix == '.safetensors':
-            import safetensors.torch  # noqa: PLC0415
+        with replacing(path) as temporary:
+            if path.suffix == '.safetensors':
+                import safetensors.torch  # noqa: PLC0415
 
-            contiguous = {key: value.contiguous() for key, value in state_dict.items()}
-            safetensors.torch.save_file(contiguous, temporary, metadata={'format': 'pt'})
-        else:
-            torch.save({'state_dict': dict(state_dict)}, temporary)
-        temporary.replace(path)
+                contiguous = {key: value.contiguous() for key, value in state_dict.items()}
+                safetensors.torch.save_file(contiguous, temporary, metadata={'format': 'pt'})
+            else:
+                torch.save({'state_dict': dict(state_dict)}, temporary)
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

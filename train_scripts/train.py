@@ -22,12 +22,13 @@ from timm.data import resolve_data_config
 from timm.utils import random_seed
 
 from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2.files import write_whole
 from timm_npu_irv2.training import checkpoint, setup
 from timm_npu_irv2.training.data import create_eval_loader, create_train_loader
 from timm_npu_irv2.training.distributed import StopRequest, World, device_name, initialize, launch, launches, shutdown
 from timm_npu_irv2.training.engine import Position, Stopped, Trainer, evaluate
 from timm_npu_irv2.training.options import as_yaml, parse_args
-from timm_npu_irv2.training.report import Progress, Report, write_atomically
+from timm_npu_irv2.training.report import Progress, Report
 from timm_npu_irv2.training.script import run_script, start_log
 
 _logger = logging.getLogger('train')
@@ -121,7 +122,7 @@ def train(run: Run, options: str) -> None:
     report = Report(folder, trainer.position.epoch, run.metric)
     log_wandb = setup.start_wandb(args, folder.name) if world.is_primary else None
     if world.is_primary:
-        write_atomically(folder / 'args.yaml', options)
+        write_whole(folder / 'args.yaml', options)
     describe(run, folder)
     with contextlib.closing(Progress(run.epochs)) as progress:
         if world.is_primary:

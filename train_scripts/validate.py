@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from timm_npu_irv2 import device as device_seam
 from timm_npu_irv2 import weights
 from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.files import write_whole
 from timm_npu_irv2.training import setup
 from timm_npu_irv2.training.data import DeviceLoader, create_eval_loader
 from timm_npu_irv2.training.distributed import World, gather_objects, initialize, shutdown
@@ -38,7 +39,6 @@ from timm_npu_irv2.training.engine import evaluate
 from timm_npu_irv2.training.flags import REFUSED, TRAIN_FLAGS, Flag, Group
 from timm_npu_irv2.training.options import parse_flags
 from timm_npu_irv2.training.picture import Prediction, choose, draw_predictions
-from timm_npu_irv2.training.report import write_atomically
 from timm_npu_irv2.training.script import run_script, start_log
 
 _logger = logging.getLogger('validate')
@@ -433,7 +433,7 @@ def write_results(path: Path, results: Results | list[Results], format: str) -> 
         writer.writerows(rows)
         text = table.getvalue()
     try:
-        write_atomically(path, text)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f'--results-file {path}: {error.strerror or error}.') from error
 

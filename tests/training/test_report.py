@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_npu_irv2.training.report import COLUMNS, Progress, Report, draw_curves, final_lines, write_atomically
+from timm_npu_irv2.training.report import COLUMNS, Progress, Report, draw_curves, final_lines
 
 FACTS = {
     'model': 'inception_resnet_v2_npu',
@@ -128,15 +128,6 @@ def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert not draw_curves([{'epoch': 0}], tmp_path / 'curves.png', 'title')
     assert 'timm-npu-irv2[plot]' in caplog.text and len(caplog.records) == 1
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / 'file'
-    write_atomically(path, 'old')
-    monkeypatch.setattr('pathlib.Path.replace', lambda *_: (_ for _ in ()).throw(OSError('disk full')))
-    with pytest.raises(OSError, match='disk full'):
-        write_atomically(path, 'new')
-    assert [entry.name for entry in tmp_path.iterdir()] == ['file'] and path.read_text() == 'old'
 
 
 class Terminal(io.StringIO):

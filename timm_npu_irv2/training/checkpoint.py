@@ -6,7 +6,6 @@ running statistics, sums of the metrics). Files are written whole or not at all,
 """
 
 import argparse
-import contextlib
 import logging
 import math
 import operator
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from .. import device as device_seam
 from .. import weights
 from ..errors import UserError
+from ..files import replacing
 from .distributed import World, barrier, gather_objects
 from .engine import Position, Trainer
 
@@ -45,20 +45,15 @@ def write(state: _State, path: Path) -> None:
     Raises:
         UserError: The disk is full, or the folder cannot be written to. The old file is still there.
     """
-    temporary = path.with_name(f'.{path.name}.part')
     try:
-        with temporary.open('wb') as file:
+        with replacing(path) as temporary, temporary.open('wb') as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns some OSErrors into RuntimeErrors
         reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
         raise UserError(f'cannot save {path}: {reason}. Earlier checkpoints are untouched.') from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -72,13 +67,12 @@ def _sync_folder(folder: Path) -> None:
 
 def _duplicate(source: Path, target: Path) -> None:
     """``target`` becomes another name of ``source``, or a copy where the file system has no hard links."""
-    temporary = target.with_name(f'.{target.name}.part')
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with replacing(target) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def read(path: Path) -> _State:

@@ -327,18 +327,8 @@ def create_eval_loader(
     if args.tta > 2:
         raise UserError(f'--tta {args.tta}: there are two views of an image, itself and its mirror image; use --tta 2.')
     samples = open_dataset(args, args.val_split, data_config, training=False)
-    channels = channels_of(args, data_config)
-    mean, std = (adapt_to_chs(data_config[key], channels) for key in ('mean', 'std'))
     batch_size = args.validation_batch_size or args.batch_size
-    options = {
-        'interpolation': data_config['interpolation'],
-        'crop_pct': data_config['crop_pct'],
-        'crop_mode': data_config.get('crop_mode'),
-        'crop_border_pixels': getattr(args, 'crop_border_pixels', None),
-        'mean': mean,
-        'std': std,
-        'use_prefetcher': not args.no_prefetcher,
-    }
+    options = _eval_transform_options(args, data_config)
     if isinstance(samples, IterableDataset):
         return _iterable_loader(args, data_config, world, samples, dtype, batch_size=batch_size, **options)
     _check_num_classes(samples, args)
@@ -352,8 +342,8 @@ def create_eval_loader(
         [Batch(own[start:start + batch_size]) for start in range(0, len(own), batch_size)],
         world,
         num_workers=args.workers,
-        mean=mean,
-        std=std,
+        mean=options['mean'],
+        std=options['std'],
         dtype=dtype,
         mirror=args.tta == 2,
     )
@@ -479,6 +469,20 @@ def _train_transform_options(
         're_count': args.recount,
         'use_prefetcher': not args.no_prefetcher,
         'separate': num_aug_splits > 0,
+    }
+
+
+def _eval_transform_options(args: Namespace, data_config: dict[str, Any]) -> dict[str, Any]:
+    channels = channels_of(args, data_config)
+    mean, std = (adapt_to_chs(data_config[key], channels) for key in ('mean', 'std'))
+    return {
+        'interpolation': data_config['interpolation'],
+        'crop_pct': data_config['crop_pct'],
+        'crop_mode': data_config.get('crop_mode'),
+        'crop_border_pixels': getattr(args, 'crop_border_pixels', None),
+        'mean': mean,
+        'std': std,
+        'use_prefetcher': not args.no_prefetcher,
     }
 
 

@@ -1,16 +1,12 @@
 """A picture of images with what a model takes them for."""
 
-import io
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .report import write_atomically
+from .report import create_figure, save_figure
 
 __all__ = ['Prediction', 'choose', 'draw_predictions']
-
-_logger = logging.getLogger(__name__)
 
 COLUMNS, ROWS = 10, 4
 RIGHT, WRONG = '#2a8c4a', '#c8373f'
@@ -43,22 +39,16 @@ def draw_predictions(path: Path, predictions: Sequence[Prediction], title: str) 
     Returns:
         Whether it was drawn: matplotlib may be missing, which is said in the log.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 (an optional dependency)
-    except ImportError:
-        _logger.warning(f"{path.name} is not drawn: matplotlib is missing (pip install 'timm-npu-irv2[plot]').")
-        return False
     rows = max(1, -(-len(predictions) // COLUMNS))
-    figure = Figure(figsize=(12, 0.9 + 1.5 * rows), dpi=120, layout='constrained', facecolor='white')
-    figure.suptitle(title, fontsize=14, fontweight='bold', color='#222222')
+    figure = create_figure(path, title, (12, 0.9 + 1.5 * rows))
+    if figure is None:
+        return False
     panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for panel in panels:
         panel.set_axis_off()
     for panel, prediction in zip(panels, predictions, strict=False):
         _draw(panel, prediction)
-    picture = io.BytesIO()
-    figure.savefig(picture, format='png')
-    write_atomically(path, picture.getvalue())
+    save_figure(figure, path)
     return True
 
 

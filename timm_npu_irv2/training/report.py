@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 from .. import device as devices
+from ..files import write_whole
 
-__all__ = ['Progress', 'Report', 'draw_curves', 'final_lines', 'write_atomically']
+__all__ = ['Progress', 'Report', 'create_figure', 'draw_curves', 'final_lines', 'save_figure']
 
 _logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class Report:
             'versions': devices.versions(),
             **further,
         }
-        write_atomically(self._path('report.json'), json.dumps(report, indent=2) + '\n')
+        write_whole(self._path('report.json'), json.dumps(report, indent=2) + '\n')
         if self.rows:
             draw_curves(self.rows, self._path('curves.png'), title=f'{model} · {precision} · batch {batch_size}')
         top1 = report['top1'] if report['top1'] is not None else (best or {}).get('train_top1')
@@ -140,7 +140,7 @@ class Report:
         writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
         writer.writeheader()
         writer.writerows(self.rows)
-        write_atomically(self._path('summary.csv'), text.getvalue())
+        write_whole(self._path('summary.csv'), text.getvalue())
 
 
 def final_lines(images_per_second: float, top1: float | None, seconds: float) -> str:
@@ -150,16 +150,6 @@ def final_lines(images_per_second: float, top1: float | None, seconds: float) ->
         f'Final Train Accuracy : {math.nan if top1 is None else top1:.2f}\n'
         f'E2E Training Duration sec : {seconds:.0f}'
     )
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that no reader, and no crash, ever meets half of it."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_summary(path: Path) -> list[Row]:
@@ -245,6 +235,28 @@ INK, GREY = '#222222', '#555555'
 BLUE, RED, VIOLET, GREEN = '#2f6fde', '#d1495b', '#7b5ea7', '#2a8c7f'
 
 
+def create_figure(path: Path, title: str, size: tuple[float, float]) -> Any:
+    """An empty matplotlib figure of ``size`` inches, for :func:`save_figure` to write to ``path``.
+
+    None where matplotlib is missing, which is said in the log.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 (an optional dependency)
+    except ImportError:
+        _logger.warning(f"{path.name} is not drawn: matplotlib is missing (pip install 'timm-npu-irv2[plot]').")
+        return None
+    figure = Figure(figsize=size, dpi=120, layout='constrained', facecolor='white')
+    figure.suptitle(title, fontsize=14, fontweight='bold', color=INK)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format='png')
+    write_whole(path, picture.getvalue())
+
+
 def draw_curves(rows: Sequence[Row], path: Path, title: str) -> bool:
     """Draw loss, accuracy, learning rate and throughput over the epochs.
 
@@ -256,14 +268,10 @@ def draw_curves(rows: Sequence[Row], path: Path, title: str) -> bool:
     Returns:
         Whether it was drawn: matplotlib may be missing, which is said in the log.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 (an optional dependency)
-    except ImportError:
-        _logger.warning(f"{path.name} is not drawn: matplotlib is missing (pip install 'timm-npu-irv2[plot]').")
+    figure = create_figure(path, title, (12, 8))
+    if figure is None:
         return False
-    figure = Figure(figsize=(12, 8), dpi=120, layout='constrained', facecolor='white')
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
-    figure.suptitle(title, fontsize=14, fontweight='bold', color=INK)
     loss, accuracy, rate, speed = figure.subplots(2, 2, sharex=True).flat
     _draw_panel(loss, rows, 'Loss', 'cross entropy',
                 {'training': ('train_loss', BLUE), 'validation': ('eval_loss', RED)})
@@ -274,9 +282,7 @@ def draw_curves(rows: Sequence[Row], path: Path, title: str) -> bool:
     _mark_best(accuracy, rows)
     if len(rows) == 1:
         accuracy.set_ylim(-3, 103)
-    picture = io.BytesIO()
-    figure.savefig(picture, format='png')
-    write_atomically(path, picture.getvalue())
+    save_figure(figure, path)
     return True
 
 
