@@ -380,7 +380,6 @@ def test_frozen_weights_stay_what_they_were():
     (dict(opt_level='O2'), '--opt-level O2 has no effect'),
     (dict(amp_impl='apex'), '--amp-impl apex has no effect'),
     (dict(loss_scale=128.0), '--loss-scale 128.0 has no effect'),
-    (dict(amp=True, opt_level='O0', loss_scale=128.0), '--loss-scale has no effect with --opt-level O0'),
     (dict(amp=True, loss_scale=0.0), '--loss-scale 0.0'),
     (dict(amp=True, loss_scale=-1.0), '--loss-scale -1.0'),
     (dict(amp=True, loss_scale=float('nan')), '--loss-scale nan'),

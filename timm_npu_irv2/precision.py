@@ -70,8 +70,6 @@ def create_precision(
     dtype = amp_dtype or device_seam.half_dtype(device)
     if dtype not in HALF_TYPES:
         raise UserError(f'--amp-dtype {_name(dtype)} is not a 16-bit type: use float16 or bfloat16.')
-    if opt_level == 'O0' and loss_scale is not None:
-        raise UserError('--loss-scale has no effect with --opt-level O0, which is float32: leave one out.')
     if amp_impl == 'apex':
         if amp_dtype == torch.bfloat16:
             raise UserError('--amp-impl apex knows float16 only: use --amp-impl native with bfloat16.')
