@@ -1,6 +1,6 @@
 """The errors a user can cause. Their text is one line: what was wrong, and what to do."""
 
-__all__ = ['DeviceUnavailable', 'UnknownDialect', 'UserError']
+__all__ = ['DeviceUnavailable', 'UnknownDialect', 'UserError', 'first_line']
 
 
 class UserError(Exception):
@@ -16,3 +16,8 @@ class UnknownDialect(UserError, RuntimeError):
 
     It is a RuntimeError too, since that is what ``Module.load_state_dict`` raises for weights that do not fit.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough to be part of a UserError."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

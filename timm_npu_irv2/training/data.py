@@ -1,108 +1,37 @@
-"""Images from disk to the device: data sets, augmentation, and the two loaders.
+"""Images from disk to the device: augmentation, and the two loaders.
 
 timm makes the data sets, the transforms, Mixup and random erasing. What is added is order: a *plan* (``plan.py``)
 decides in the main process which samples a batch holds and with which seeds; a worker maps a plan's :class:`Batch` to
-uint8 images (:class:`BatchDataset`); :class:`DeviceLoader` brings them to the device and normalises, mixes and erases
-there, one batch ahead.
+uint8 images (``images.py``); :class:`DeviceLoader` brings them to the device and normalises, mixes and erases there,
+one batch ahead.
 """
 
 import logging
-import signal
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from timm.data import Mixup, create_dataset, create_loader, create_transform
+from timm.data import Mixup, create_loader, create_transform
 from timm.data.loader import adapt_to_chs, fast_collate
 from timm.data.mixup import FastCollateMixup
 from timm.data.random_erasing import RandomErasing
 from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from .. import device as devices
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..ops.normalize import normalize_images
+from .dataset import channels_of, check_num_classes, check_same_classes, class_to_idx, image_mode, open_dataset
 from .distributed import World
-from .plan import Batch, Draw, EpochShare, TrainPlan, generators_kept, reseed, seed_of
+from .images import BatchDataset, LoadedBatch, SplitTransform, outlive_signals
+from .plan import Batch, Draw, EpochShare, TrainPlan, generators_kept, reseed
 
 __all__ = ['DeviceLoader', 'IterableLoader', 'create_eval_loader', 'create_train_loader', 'mixup_active']
 
 _logger = logging.getLogger(__name__)
-
-
-# ------------------------------------------------------------------------------------------------------- workers
-
-
-class SplitTransform:
-    """timm's three transforms for augmentation splits as one: a clean image and ``num_splits - 1`` augmented ones."""
-
-    def __init__(self, transforms: Sequence[Callable], num_splits: int):
-        self.base, self.augment, self.finish = transforms
-        self.num_splits = num_splits
-
-    def __call__(self, image: Any) -> tuple[Any, ...]:
-        image = self.base(image)
-        augmented = (self.augment(image) for _ in range(self.num_splits - 1))
-        return tuple(self.finish(each) for each in (image, *augmented))
-
-
-class BatchDataset(Dataset[tuple[Tensor, Tensor, int, bool]]):
-    """A map-style data set whose keys are whole batches.
-
-    Args:
-        samples: timm's or torchvision's data set of (PIL image, class index), without a transform.
-        transforms: One for each image size that a batch can have.
-        image_mode: The PIL mode that every image is brought to.
-        collate: Makes tensors of a list of (image, class index).
-        seed: The run's seed; None for transforms without randomness.
-        on_bad_image: 'stop' with a UserError at an image that cannot be read, or 'skip' it.
-    """
-
-    def __init__(
-            self,
-            samples: Dataset,
-            transforms: Sequence[Callable],
-            image_mode: str,
-            collate: Callable,
-            seed: int | None = None,
-            on_bad_image: str = 'stop',
-    ):
-        self.samples, self.transforms, self.image_mode, self.collate = samples, transforms, image_mode, collate
-        self.seed, self.on_bad_image = seed, on_bad_image
-
-    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor, int, bool]:
-        with generators_kept():
-            images, targets = self.collate([self._sample(batch, draw) for draw in batch.draws])
-        return images, targets, batch.seed, batch.mixup
-
-    def _sample(self, batch: Batch, draw: Draw) -> tuple[Any, Any]:
-        image, target = self._read(draw.index)
-        if self.seed is not None:
-            reseed(seed_of(self.seed, batch.epoch, *draw))
-        return self.transforms[batch.size](image), target
-
-    def _read(self, index: int) -> tuple[Any, Any]:
-        """Decode one image. Only here is a broken file met; 'skip' leaves it to timm, which takes the next."""
-        try:
-            if self.on_bad_image == 'skip' or not hasattr(self.samples, 'reader'):
-                image, target = self.samples[index]
-            else:
-                file, target = self.samples.reader[index]
-                image = Image.open(file)
-            return image if image.mode == self.image_mode else image.convert(self.image_mode), target
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            name = self.samples.filename(index, absolute=True) if hasattr(self.samples, 'filename') else index
-            raise UserError(f'image {name} cannot be read: {_first_line(error)}') from error
-
-
-def _start_worker(worker_id: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides when its workers stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------------- loaders
@@ -113,8 +42,8 @@ class DeviceLoader:
 
     Attributes:
         plan: The batches of an epoch.
-        indices: The data set's indices in the order in which an evaluation loader yields them; None in training.
         samples: The data set.
+        bad_images: The images met so far that could not be read, with the reasons.
         class_to_idx: Class name to index, where the data set knows it.
         average_batch_size: The expected batch size of this process.
     """
@@ -139,7 +68,8 @@ class DeviceLoader:
         self.std = torch.tensor(std, device=world.device)
         self.memory_format = devices.memory_format(world.device)
         self.class_to_idx = class_to_idx(batches.samples)
-        self.indices = None if isinstance(plan, TrainPlan) else [draw.index for batch in plan for draw in batch.draws]
+        self.bad_images: dict[str, str] = {}
+        self._skipped: set[int] = set()
         self._loader = DataLoader(
             batches,
             batch_size=None,
@@ -147,7 +77,7 @@ class DeviceLoader:
             num_workers=num_workers,
             pin_memory=world.device.type != 'cpu',
             persistent_workers=num_workers > 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator(),  # iterating leaves torch's global generator alone
         )
         self._running: Iterator | None = None  # the workers' endless stream, and where it stands
@@ -159,13 +89,25 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         try:
-            yield from devices.run_ahead(self._from_workers(), self._to_device, self.device)
+            yield from devices.run_ahead(self._readable(), self._to_device, self.device)
         except UserError as error:  # a worker's comes with a traceback in its text
             raise UserError(str(error).strip().splitlines()[-1].rpartition('UserError: ')[2]) from error
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch that the next iteration yields, without its first ``start_batch`` batches."""
         self.plan.set_epoch(epoch, start_batch)
+
+    @property
+    def indices(self) -> list[int] | None:
+        """The data set's indices in the order in which an evaluation loader yielded them; None in training."""
+        if isinstance(self.plan, TrainPlan):
+            return None
+        return [draw.index for batch in self.plan for draw in batch.draws if draw.index not in self._skipped]
+
+    def close(self) -> None:
+        """End the workers now, and not when nobody needs the loader any more."""
+        self._running = None
+        self._loader._iterator = None
 
     @property
     def average_batch_size(self) -> float:
@@ -192,8 +134,20 @@ class DeviceLoader:
         yield from islice(self._running, len(self.plan) - start)
         self._position = (epoch + 1, 0)
 
-    def _to_device(self, batch: tuple[Tensor, Tensor, int, bool]) -> tuple[Tensor, Tensor]:
-        images, targets, seed, mixes = batch
+    def _readable(self) -> Iterator[LoadedBatch]:
+        """The batches that hold any image. Images that were skipped are told once each."""
+        for loaded in self._from_workers():
+            batch = LoadedBatch(*loaded)
+            for index, name, reason in batch.skipped:
+                if name not in self.bad_images:
+                    _logger.warning(f'Skipped image {name}, which cannot be read: {reason}')
+                self.bad_images[name] = reason
+                self._skipped.add(index)
+            if batch.images is not None:
+                yield batch
+
+    def _to_device(self, batch: LoadedBatch) -> tuple[Tensor, Tensor]:
+        images, targets, seed, mixes, _ = batch
         images = images.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
@@ -225,6 +179,7 @@ class IterableLoader:
         self.memory_format = devices.memory_format(device)
         self.samples, self.class_to_idx, self.indices = loader.dataset, class_to_idx(loader.dataset), None
         self.average_batch_size = float(getattr(loader, 'loader', loader).batch_size)
+        self.bad_images: dict[str, str] = {}  # timm leaves them out, and names them in the log
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -233,6 +188,9 @@ class IterableLoader:
         for images, targets in self._loader:
             images_there = images.to(self.device, self.dtype, memory_format=self.memory_format)
             yield images_there, targets.to(self.device)
+
+    def close(self) -> None:
+        """End the workers; nothing to do, since they end with each iteration."""
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch. A stream always starts at its beginning."""
@@ -277,7 +235,7 @@ def create_train_loader(
     mean, std = (adapt_to_chs(data_config[key], channels_of(args, data_config)) for key in ('mean', 'std'))
     if isinstance(samples, IterableDataset):
         return _iterable_train_loader(args, data_config, world, samples, num_aug_splits, dtype)
-    _check_num_classes(samples, args)
+    check_num_classes(samples, args)
     transforms = [
         create_transform(size, **_train_transform_options(args, data_config, num_aug_splits, mean, std))
         for size in args.train_img_sizes or [data_config['input_size'][-2:]]
@@ -331,9 +289,9 @@ def create_eval_loader(
     options = _eval_transform_options(args, data_config)
     if isinstance(samples, IterableDataset):
         return _iterable_loader(args, data_config, world, samples, dtype, batch_size=batch_size, **options)
-    _check_num_classes(samples, args)
+    check_num_classes(samples, args)
     if train_loader is not None:
-        _check_same_classes(train_loader.samples, samples)
+        check_same_classes(train_loader.samples, samples)
     transform = create_transform(data_config['input_size'], is_training=False, **options)
     collate = default_collate if args.no_prefetcher else fast_collate
     own = [Draw(index, 0) for index in range(world.rank, len(samples), world.size)]
@@ -352,58 +310,6 @@ def create_eval_loader(
 def mixup_active(args: Namespace) -> bool:
     """Whether Mixup or CutMix is asked for, so that targets are distributions over classes."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def channels_of(args: Namespace, data_config: dict[str, Any]) -> int:
-    """The channels of the images."""
-    return args.in_chans or data_config['input_size'][0]
-
-
-def image_mode(args: Namespace, data_config: dict[str, Any]) -> str:
-    """The PIL mode of the images: --input-img-mode, else by the number of channels."""
-    return args.input_img_mode or ('L' if channels_of(args, data_config) == 1 else 'RGB')
-
-
-def class_to_idx(samples: Any) -> dict[str, int] | None:
-    """Class name to index, where the data set knows it (folders, tar files, most of torchvision's)."""
-    return getattr(getattr(samples, 'reader', samples), 'class_to_idx', None)
-
-
-def open_dataset(args: Namespace, split: str, data_config: dict[str, Any], training: bool) -> Dataset:
-    """timm's ``create_dataset`` with its failures in one line each.
-
-    Raises:
-        UserError: There is no such folder, no image in it, or no such data set.
-    """
-    folder = not args.dataset or '/' not in args.dataset
-    if folder and not args.data_dir:
-        raise UserError('no data: name the folder that holds train/ and val/ with --data-dir.')
-    if folder and not Path(args.data_dir).exists():
-        raise UserError(f"data folder '{args.data_dir}' does not exist: check --data-dir.")
-    num_samples = args.train_num_samples if training else args.val_num_samples
-    try:
-        return create_dataset(
-            args.dataset,
-            root=args.data_dir,
-            split=split,
-            is_training=training,
-            class_map=args.class_map,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            repeats=args.epoch_repeats if training else 0,
-            input_img_mode=image_mode(args, data_config),
-            input_key=args.input_key,
-            target_key=args.target_key,
-            num_samples=num_samples,
-            trust_remote_code=args.dataset_trust_remote_code,
-        )
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"data set '{args.dataset or args.data_dir}', split '{split}': {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _train_plan(args: Namespace, size: int, world: World) -> TrainPlan:
@@ -434,7 +340,7 @@ def _train_plan(args: Namespace, size: int, world: World) -> TrainPlan:
             schedule_random_mix=args.train_size_random_mix,
         )
     except ValueError as error:
-        raise UserError(f'--train-img-sizes: {_first_line(error)}') from error
+        raise UserError(f'--train-img-sizes: {first_line(error)}') from error
     return TrainPlan(schedule, args.seed, world.rank, args.mixup_off_epoch, args.use_multi_epochs_loader)
 
 
@@ -509,38 +415,6 @@ def _erasing(args: Namespace, num_aug_splits: int, device: torch.device) -> Rand
         return None
     splits = (num_aug_splits or 2) if args.resplit else 0
     return RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, num_splits=splits, device=device)
-
-
-def _check_num_classes(samples: Any, args: Namespace) -> None:
-    classes = class_to_idx(samples)
-    count = max(classes.values()) + 1 if classes else 0
-    if args.num_classes and count > args.num_classes and not getattr(args, 'valid_labels', None):
-        raise UserError(
-            f'the data has {count} classes and the model {args.num_classes}: set --num-classes {count}, or name the '
-            'right folder with --data-dir.'
-        )
-
-
-def _check_same_classes(train: Any, val: Any) -> None:
-    if hasattr(train, 'reader') and hasattr(val, 'reader'):
-        _check_apart(*(Path(samples.reader.root).resolve() for samples in (train, val)))
-    expected, found = class_to_idx(train), class_to_idx(val)
-    if expected is None or found is None or expected == found:
-        return
-    examples = sorted(set(expected) ^ set(found), key=str)[:3]
-    raise UserError(
-        f'the classes of the validation set ({len(found)}) are not those of the training set ({len(expected)}); '
-        f"they differ in {', '.join(map(str, examples)) or 'their numbers'}: correct the folders, or use --class-map."
-    )
-
-
-def _check_apart(train: Path, val: Path) -> None:
-    # timm takes the root itself where it finds no folder for a split, and would train on what it evaluates.
-    if train == val or train in val.parents or val in train.parents:
-        raise UserError(
-            f"the training images ('{train}') and the validation images ('{val}') are not apart: make folders train/ "
-            "and val/, or train without validation (--val-split '')."
-        )
 
 
 # ------------------------------------------------------------------------------------------------------- streams
