@@ -1,9 +1,17 @@
 """Shared pieces of the tests."""
 
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+
 import pytest
 import timm
 import torch
 from torch import nn
+
+from .ascend.environment import environment, running_on
 
 REFERENCE = 'inception_resnet_v2'
 OURS = 'inception_resnet_v2_npu'
@@ -41,3 +49,34 @@ def reference_state_dict() -> dict[str, torch.Tensor]:
     """Weights of timm's network with 1000 classes, random everywhere."""
     torch.manual_seed(0)
     return fill(timm.create_model(REFERENCE)).state_dict()
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def start_on_standin(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """start_on_standin(command…, variables={}, switches…): a process on the stand-in, which ends with the test.
+
+    Its journals are operators-<rank> and trace-<rank> in tmp_path.
+    """
+    started = []
+
+    def start(*command: str, variables: dict[str, str] | None = None, **switches) -> subprocess.Popen:
+        journals = dict(operator_log=tmp_path / 'operators-%r', trace=tmp_path / 'trace-%r')
+        base = {**os.environ, 'OMP_NUM_THREADS': '1', **(variables or {})}
+        process = subprocess.Popen(
+            command, env=environment(running_on(), base=base, **{**journals, **switches}), cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # it may have started others
+        process.communicate()

@@ -13,6 +13,20 @@ from pathlib import Path
 
 SITE = Path(__file__).resolve().parent / 'site'
 GIBIBYTE = 1 << 30
+LIBRARIES = 'ASCEND_STANDIN_LIBRARIES'  # tells a process which stand-in it runs on, so that it can start others
+
+
+def running_on() -> Path | None:
+    """The stand-in's libraries that this process runs on, or None."""
+    return Path(os.environ[LIBRARIES]) if LIBRARIES in os.environ else None
+
+
+def only_here() -> None:
+    """Called at the top of a test module: skips it in a process that does not run on the stand-in."""
+    import pytest  # noqa: PLC0415 - the rest of this file needs nothing
+
+    if running_on() is None:
+        pytest.skip('runs on the stand-in for CANN: see tests/ascend/README.md', allow_module_level=True)
 
 
 def environment(
@@ -39,7 +53,7 @@ def environment(
         operator_log: A file that gets a line for each operator; ``%r`` in its name stands for $RANK.
         trace: A file that gets a line for each synchronisation, copy and collective; ``%r`` as above.
         fault: (operator, factor): the results of e.g. 'aclnnMul' are multiplied by the factor.
-        run_operators: False leaves all results undefined: what remains is the host's own time.
+        run_operators: False runs only operators on mere scalars: what remains is the host's own time.
         base: The variables to start from; None means those of this process.
     """
     variables = dict(os.environ if base is None else base)
@@ -48,6 +62,7 @@ def environment(
         others = [part for part in variables.get(name, '').split(os.pathsep) if part and part != str(folder)]
         variables[name] = os.pathsep.join([str(folder), *others])
     switches = {
+        'LIBRARIES': Path(libraries).resolve(),
         'DEVICES': devices,
         'MEMORY': memory,
         'CHIP': chip,

@@ -1,6 +1,6 @@
-"""What test_standin.py runs in processes of their own, each a function that returns something JSON can hold.
+"""What the tests run here or in processes of their own, each a function that returns something JSON can hold.
 
-`python pieces.py NAME` runs one on the stand-in (see environment.py) and prints its result as the last line.
+`python pieces.py NAME…` runs some on the stand-in (see environment.py) and prints their results as the last line.
 """
 
 import copy
@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable
 
 import standin_journal
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,9 +19,7 @@ import torch_npu
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import timm_npu_irv2  # noqa: F401 - registers inception_resnet_v2_npu
-
-SIZE, STEPS = 75, 2
+STEPS = 2
 
 
 def images(count: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,17 +52,20 @@ def vector(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.cat([each.detach().cpu().double().flatten() for each in tensors])
 
 
-def train(model: nn.Module, kind: str, device: str, size: int = SIZE) -> tuple[torch.Tensor, ...]:
-    """The losses of a few steps from a copy of the model, the last step's gradients, and the weights and statistics.
+def train(model: nn.Module, kind: str, device: str, size: int = 75, steps: int = STEPS) -> tuple[torch.Tensor, ...]:
+    """The first step's logits and gradients, the losses of all steps, and the weights and statistics after them.
 
-    Three vectors, because an error in a gradient is a thousand times smaller in the weights.
+    Separate vectors, because an error in a gradient is a thousand times smaller in the weights.
     """
     model = copy.deepcopy(model).to(device).train()
     x, target = (each.to(device) for each in images(2, size))
     optimizer = sgd(model, kind)
-    losses = [step(model, optimizer, x, target) for _ in range(STEPS)]
-    gradients = [each.grad for each in model.parameters()]
-    return vector(losses), vector(gradients), vector(model.state_dict().values())
+    logits = model(x)
+    F.cross_entropy(logits, target).backward()
+    first = vector([logits]), vector(each.grad for each in model.parameters())
+    optimizer.step()
+    losses = [step(model, optimizer, x, target) for _ in range(steps - 1)]
+    return *first, vector(losses), vector(model.state_dict().values())
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -79,59 +79,8 @@ def largest_error(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tenso
 
 # ---- one process -----------------------------------------------------------------------------------------------------
 
-def training() -> dict:
-    """{'errors': {model and optimizer: error}, 'step': what one step of ours costs}."""
-    errors = {}
-    for name, kinds in ('inception_resnet_v2', ['plain']), ('inception_resnet_v2_npu', ['fused', 'NpuFusedSGD']):
-        torch.manual_seed(0)
-        model = timm.create_model(name, num_classes=10)
-        expected = train(model, 'plain', 'cpu')
-        for kind in kinds:
-            errors[f'{name}, {kind}'] = largest_error(train(model, kind, 'npu'), expected)
-    return {'errors': errors, 'step': cost_of_a_step(model.npu().train())}
-
-
-def cost_of_a_step(model: nn.Module) -> dict:
-    x, target = (each.npu() for each in images(2, SIZE))
-    optimizer = sgd(model, 'fused')
-    step(model, optimizer, x, target)
-    with standin_journal.recording() as record:
-        step(model, optimizer, x, target)
-    return {'calls': len(record.operators), 'bytes': record.bytes, 'synchronizations': record.synchronizations,
-            'D2H': len(record.copies('D2H')), 'H2D': len(record.copies('H2D')), 'names': record.calls()}
-
-
 def small_training() -> float:
     return largest_error(*(train(small_network(), 'plain', device, 32) for device in ('npu', 'cpu')))
-
-
-def autocast() -> dict:
-    """The cosine between the float16 gradients of the stand-in and the CPU; the casts and the types it used."""
-    gradients = []
-    for device in 'cpu', 'npu':
-        model = small_network().to(device)
-        x, target = (each.to(device) for each in images(4, 32))
-        with standin_journal.recording() as record, torch.autocast(device, torch.float16):
-            logits = model(x)
-            F.cross_entropy(logits, target).backward()
-        gradients.append(torch.cat([each.grad.cpu().flatten() for each in model.parameters()]))
-    return {'cosine': F.cosine_similarity(*gradients, dim=0).item(), 'dtype': str(logits.dtype),
-            'casts': record.calls()['aclnnInplaceCopy'] + record.calls()['aclnnCast']}
-
-
-def loss_scale() -> dict:
-    """A dynamic loss scale through finite, infinite, finite steps, and whether the weights stayed finite."""
-    model = small_network().npu()
-    optimizer, scaler = sgd(model, 'fused'), torch.amp.GradScaler('npu', init_scale=1024.0, growth_interval=1)
-    x, target = (each.npu() for each in images(2, 32))
-    scales = []
-    for factor in 1.0, float('inf'), 1.0:
-        optimizer.zero_grad()
-        scaler.scale(F.cross_entropy(model(x), target) * factor).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        scales.append(scaler.get_scale())
-    return {'scales': scales, 'finite': all(each.isfinite().all().item() for each in model.parameters())}
 
 
 def journal() -> dict:
@@ -168,41 +117,6 @@ def without_operators() -> dict:
     return {'operators': record.operators, 'scale': scaler.get_scale()}
 
 
-# {name: (torch's optimizer, the one to compare, options of both, switch of the second)}
-OPTIMIZERS = {
-    'SGD foreach': (torch.optim.SGD, torch.optim.SGD, dict(momentum=0.9, nesterov=True), 'foreach'),
-    'SGD fused': (torch.optim.SGD, torch.optim.SGD, dict(momentum=0.9, weight_decay=0.1), 'fused'),
-    'Adam foreach': (torch.optim.Adam, torch.optim.Adam, dict(weight_decay=0.1), 'foreach'),
-    'AdamW fused': (torch.optim.AdamW, torch.optim.AdamW, dict(weight_decay=0.1), 'fused'),
-    'NpuFusedSGD': (torch.optim.SGD, torch_npu.optim.NpuFusedSGD, dict(momentum=0.9, nesterov=True), None),
-    'NpuFusedAdam': (torch.optim.Adam, torch_npu.optim.NpuFusedAdam, dict(weight_decay=0.1), None),
-    'NpuFusedAdamW': (torch.optim.AdamW, torch_npu.optim.NpuFusedAdamW, dict(weight_decay=0.1), None),
-    'NpuFusedRMSprop': (torch.optim.RMSprop, torch_npu.optim.NpuFusedRMSprop, dict(momentum=0.9), None),
-}
-
-
-def optimizers() -> dict[str, float]:
-    """{optimizer: error against torch's own on the CPU}.
-
-    Without a BatchNorm: a bias before one has no gradient but rounding, which Adam would scale up.
-    """
-    torch.manual_seed(0)
-    start = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 10))
-    errors = {}
-    for name, (reference, tested, options, switch) in OPTIMIZERS.items():
-        weights = []
-        for device, optimizer_class in ('cpu', reference), ('npu', tested):
-            model = copy.deepcopy(start).to(device)
-            switches = {switch: True} if switch and device == 'npu' else {}
-            optimizer = optimizer_class(model.parameters(), lr=0.01, **options, **switches)
-            x, target = (each.to(device) for each in images(8, 8))
-            for _ in range(3):
-                step(model, optimizer, x, target)
-            weights.append(vector(model.parameters()))
-        errors[name] = error(weights[1], weights[0])
-    return errors
-
-
 def out_of_memory() -> dict:
     """The class of the error when a device is full, and whether it works on once there is room."""
     kept = torch.ones(1 << 20, device='npu')
@@ -236,129 +150,85 @@ def misplaced_argument() -> None:
     operators.aclnnNegGetWorkspaceSize(scalar, None, *map(ctypes.byref, room))
 
 
-# ---- evaluation and the rest of a training script: each is equal on the stand-in and the CPU -------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
-def _accuracy(logits: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
-    return timm.utils.accuracy(logits, target, topk=(1, 5))
-
-
-def _mixup_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    soft = timm.data.mixup.mixup_target(target, 10, lam=0.3, smoothing=0.1)
-    return torch.sum(-soft * F.log_softmax(logits, dim=-1), dim=-1).mean()
-
-
-def _moving_average(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    averages = [logits * 2]
-    torch._foreach_lerp_(averages, [logits], weight=0.1)
-    return averages[0].lerp_(logits, 0.5)
-
-
-def _clipped(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    weight = nn.Parameter(logits)
-    weight.grad = logits * 3
-    nn.utils.clip_grad_norm_([weight], 1.0)
-    return weight.grad
-
-
-def _distillation(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return F.kl_div(logits.log_softmax(-1), (logits * 2).log_softmax(-1), reduction='batchmean', log_target=True)
-
-
-def _confusion(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return torch.bincount(target * 10 + logits.argmax(1), minlength=100)
-
-
-def _normalised(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return (logits * 20 + 100).to(torch.uint8).float().sub_(127.5).div_(58.0).flip(0).clamp(-1, 1)
-
-
-def script() -> dict[str, float]:
-    """{what a script does: error}."""
-    logits, target = torch.randn(16, 10, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
-    functions = (
-        _accuracy, _mixup_loss, _moving_average, _clipped, _distillation, _confusion, _normalised,
-        nn.CrossEntropyLoss(label_smoothing=0.1), lambda x, t: x[t == 3], lambda x, t: x.sort(1),
-        lambda x, t: torch.std_mean(x, 0),
-    )
-    errors = {}
-    for function in functions:
-        values = []
-        for device in 'cpu', 'npu':
-            result = function(logits.clone().to(device), target.to(device))
-            values.append(vector([result] if isinstance(result, torch.Tensor) else result))
-        errors[f'{getattr(function, "__name__", function)} {len(errors)}'] = error(values[1], values[0])
-    return errors
-
-
-# ---- two processes ---------------------------------------------------------------------------------------------------
-
-def start_hccl() -> int:
+def start_hccl() -> tuple[int, int]:
+    """(rank, world size) of this process, in the job that its environment names."""
     rank = int(os.environ['RANK'])
-    torch.npu.set_device(rank)
-    dist.init_process_group('hccl')
-    return rank
+    if not dist.is_initialized():
+        torch.npu.set_device(rank)
+        dist.init_process_group('hccl')
+    return rank, dist.get_world_size()
 
 
-def collectives() -> dict:
-    rank = start_hccl()
-    big = torch.arange(1_000_003, device='npu', dtype=torch.float32) * (rank + 1)
+def collectives() -> dict[str, bool]:
+    """{collective: it gave what it must}."""
+    rank, size = start_hccl()
+    big = torch.arange(1_000_003, device='npu', dtype=torch.float32) % 1000  # more than one piece of the transport
+    expected = big.cpu() * (size * (size + 1) // 2)
+    big *= rank + 1
     dist.all_reduce(big)
-    gathered = [torch.zeros(2, device='npu') for _ in range(2)]
+    gathered = [torch.zeros(2, device='npu') for _ in range(size)]
     dist.all_gather(gathered, torch.full((2,), float(rank), device='npu'))
     sent = torch.full((2,), 7.0 + rank, device='npu')
-    dist.broadcast(sent, src=1)
-    objects = [None, None]
+    dist.broadcast(sent, src=size - 1)
+    objects = [None] * size
     dist.all_gather_object(objects, {'rank': rank})
+    pair = dist.new_group([0, 1])
+    paired = torch.ones(3, device='npu') * (rank + 1)
+    if rank < 2:
+        dist.all_reduce(paired, group=pair)
     dist.barrier()
-    dist.destroy_process_group()
-    exact = torch.equal(big.cpu(), torch.arange(1_000_003, dtype=torch.float32) * 3)
-    return {'all_reduce': exact, 'all_gather': [each.tolist() for each in gathered], 'broadcast': sent.tolist(),
-            'objects': objects}
+    return {'all_reduce': torch.equal(big.cpu(), expected),
+            'all_gather': [each.tolist() for each in gathered] == [[float(each)] * 2 for each in range(size)],
+            'broadcast': sent.tolist() == [6.0 + size] * 2,
+            'objects': objects == [{'rank': each} for each in range(size)],
+            'group of two': paired.tolist() == [3.0 if rank < 2 else rank + 1.0] * 3}
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64)
 
 
-def transfers() -> dict:
-    """What goes from rank to rank, and reductions in every type; True where both are what they must be."""
-    rank = start_hccl()
-    other = 1 - rank
+def transfers() -> dict[str, bool]:
+    """{what goes from rank to rank, and reductions in every type: whether it was what it must be}."""
+    rank, size = start_hccl()
+    following, previous = (rank + 1) % size, (rank - 1) % size
     received = torch.empty(100_000, device='npu')
     sent = torch.full_like(received, float(rank))
-    operations = dist.P2POp(dist.isend, sent, other), dist.P2POp(dist.irecv, received, other)
+    operations = dist.P2POp(dist.isend, sent, following), dist.P2POp(dist.irecv, received, previous)
     for each in dist.batch_isend_irecv(list(operations)):
         each.wait()
-    exchanged = torch.empty(4, device='npu')
-    dist.all_to_all_single(exchanged, torch.arange(4.0, device='npu') + 10 * rank)
+    found = {'batch': bool((received == previous).all())}
+    exchanged = torch.empty(2 * size, device='npu')
+    dist.all_to_all_single(exchanged, torch.arange(2.0 * size, device='npu') + 100 * rank)
+    pairs = [[2 * rank + 100 * each, 2 * rank + 1 + 100 * each] for each in range(size)]
+    found['all_to_all'] = exchanged.tolist() == [value for pair in pairs for value in pair]
     share = torch.empty(3, device='npu')
-    dist.reduce_scatter_tensor(share, torch.arange(6.0, device='npu'))
-    extremes = {}
+    dist.reduce_scatter_tensor(share, torch.arange(3.0 * size, device='npu'))
+    found['reduce_scatter'] = share.tolist() == [size * (3 * rank + each) for each in range(3)]
     for dtype in DTYPES:
         values = torch.tensor([rank, 5 - rank], device='npu').to(dtype)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        extremes[str(dtype)] = values.tolist() == [1, 5]
+        found[f'maximum of {dtype}'] = values.tolist() == [size - 1, 5]
     if rank == 0:
-        dist.send(sent, 1)
-    else:
+        dist.send(sent + 9, 1)
+    elif rank == 1:
         dist.recv(received, 0)
+        found['recv'] = bool((received == 9).all())
     dist.barrier()
-    result = {'batch': bool((received == 0).all()) if rank == 1 else bool((received == 1).all()),
-              'all_to_all': exchanged.tolist() == [2 * rank, 2 * rank + 1, 10 + 2 * rank, 11 + 2 * rank],
-              'reduce_scatter': share.tolist() == [6 * rank, 6 * rank + 2, 6 * rank + 4], **extremes}
-    dist.destroy_process_group()
-    return result
+    return found
 
 
 def disagreement() -> None:
-    rank = start_hccl()
+    rank, _ = start_hccl()
     dist.all_reduce(torch.ones(1 + rank, device='npu'))
     torch.npu.synchronize()
 
 
 def data_parallel() -> float:
-    """Two ranks of two images each, with SyncBatchNorm, against one CPU process with all four."""
-    rank = start_hccl()
-    x, target = images(4, 32)
+    """Ranks of two images each, with SyncBatchNorm, against one CPU process with all of them."""
+    rank, size = start_hccl()
+    x, target = images(2 * size, 32)
     own = slice(2 * rank, 2 * rank + 2)
     model = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(small_network()).npu(), device_ids=[rank])
     single = small_network()
@@ -366,12 +236,11 @@ def data_parallel() -> float:
         optimizer = sgd(trained, 'plain')
         for _ in range(STEPS):
             step(trained, optimizer, *batch)
-    dist.destroy_process_group()
     return error(*(vector(network.state_dict().values()) for network in (model.module, single)))
 
 
 def silent_peer() -> None:
-    rank = start_hccl()
+    rank, _ = start_hccl()
     dist.all_reduce(torch.ones(1, device='npu'))
     torch.npu.synchronize()
     if rank == 1:
@@ -381,4 +250,6 @@ def silent_peer() -> None:
 
 
 if __name__ == '__main__':
-    print(json.dumps(globals()[sys.argv[1]]()), flush=True)
+    print(json.dumps([globals()[name]() for name in sys.argv[1:]]), flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()

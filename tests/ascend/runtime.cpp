@@ -13,6 +13,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <set>
+#include <sstream>
 #include <unordered_map>
 
 #include "acl/acl.h"
@@ -35,9 +37,30 @@ struct Stream : Tagged<Kind::stream> { int32_t id = 0; };
 struct Event : Tagged<Kind::event> { std::chrono::steady_clock::time_point recorded{}; };
 struct PhysicalMemory : Tagged<Kind::physical_memory> { size_t size = 0; int32_t device = 0; };
 
-int32_t device_count() {
-  static const auto count = static_cast<int32_t>(setting("DEVICES", 8));
+int32_t installed_devices() {
+  auto count = static_cast<int32_t>(setting("DEVICES", 8));
   if (count < 1 || count > static_cast<int32_t>(kMaxDevices)) standin::refuse("ASCEND_STANDIN_DEVICES must be 1 to 64");
+  return count;
+}
+
+// The devices that ASCEND_RT_VISIBLE_DEVICES leaves to this process: its list up to the first number that is none or
+// was there before. They are numbered anew, and all are alike, so their count is all there is to know.
+int32_t visible_devices() {
+  int32_t installed = installed_devices();
+  const char* list = std::getenv("ASCEND_RT_VISIBLE_DEVICES");
+  if (list == nullptr || *list == '\0') return installed;
+  std::set<int32_t> seen;
+  std::istringstream words(list);
+  for (std::string word; std::getline(words, word, ',');) {
+    char* end = nullptr;
+    auto device = static_cast<int32_t>(std::strtol(word.c_str(), &end, 10));
+    if (end == word.c_str() || *end != '\0' || device < 0 || device >= installed || !seen.insert(device).second) break;
+  }
+  return static_cast<int32_t>(seen.size());
+}
+
+int32_t device_count() {
+  static const int32_t count = visible_devices();
   return count;
 }
 

@@ -230,9 +230,7 @@ def our_network() -> dict:
 
 
 def saturating_chip() -> dict:
-    """The dynamic scale of a chip that saturates at the largest number: whose it is, and that it trains and skips."""
-    torch.npu.utils.is_support_inf_nan = lambda: False
-    torch.npu.amp.GradScaler.clear_npu_overflow_flag = staticmethod(lambda: None)  # an operator of those chips alone
+    """Where the chip saturates at the largest number: whose dynamic scale it is, and that it trains and skips."""
     found = {}
     for opt in ('npufusedsgd', 'sgd'):
         run = Run(NPU, LEVELS['O2 dynamic'], opt)

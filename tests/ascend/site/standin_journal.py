@@ -80,7 +80,8 @@ def read_events(path: Path | str, start: int = 0) -> list[Event]:
 def recording() -> Iterator[Recording]:
     """Record this process's own operators and events; the synchronisation that ends the record is left out.
 
-    Whichever of operator log and trace is switched off stays empty.
+    Raises:
+        RuntimeError: Operator log or trace is switched off, so that an empty record would mean nothing.
     """
     import torch  # noqa: PLC0415 - only this function needs it; the readers above work anywhere
 
@@ -90,12 +91,11 @@ def recording() -> Iterator[Recording]:
     result = Recording()
     yield result
     torch.npu.synchronize()
-    if log is not None and log.exists():  # it does not before the first operator
+    if log.exists():  # it does not before the first operator
         result.operators += read_operators(log, log_start)
-    if trace is not None:
-        events = read_events(trace, trace_start)
-        last = max(index for index, event in enumerate(events) if event[:2] == ('synchronize', 'device'))
-        result.events += events[:last]
+    events = read_events(trace, trace_start)
+    last = max(index for index, event in enumerate(events) if event[:2] == ('synchronize', 'device'))
+    result.events += events[:last]
 
 
 def _lines(path: Path, start: int) -> list[list[str]]:
@@ -104,10 +104,12 @@ def _lines(path: Path, start: int) -> list[list[str]]:
         return [line.split('\t') for line in file.read().decode().splitlines()]
 
 
-def _path(switch: str) -> Path | None:
+def _path(switch: str) -> Path:
     name = os.environ.get(f'ASCEND_STANDIN_{switch}')
-    return Path(name.replace('%r', os.environ.get('RANK', '0'))) if name else None
+    if not name:
+        raise RuntimeError(f'ASCEND_STANDIN_{switch} names no file: nothing is recorded.')
+    return Path(name.replace('%r', os.environ.get('RANK', '0')))
 
 
-def _size(path: Path | None) -> int:
-    return path.stat().st_size if path is not None and path.exists() else 0
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
