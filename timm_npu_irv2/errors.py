@@ -1,6 +1,6 @@
 """The errors a user can cause. Their text is one line: what was wrong, and what to do."""
 
-__all__ = ['DeviceUnavailable', 'UnknownDialect', 'UserError', 'first_line']
+__all__ = ['CannotWrite', 'DeviceUnavailable', 'UnknownDialect', 'UserError', 'first_line']
 
 
 class UserError(Exception):
@@ -9,6 +9,10 @@ class UserError(Exception):
 
 class DeviceUnavailable(UserError):
     """The device asked for is not there, or its software is incomplete."""
+
+
+class CannotWrite(UserError, OSError):
+    """A file can't be put where it belongs: the disk is full, or the folder refuses it."""
 
 
 class UnknownDialect(UserError, RuntimeError):

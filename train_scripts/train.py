@@ -13,8 +13,8 @@ import logging
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,28 @@ from timm.data import resolve_data_config
 from timm.utils import random_seed
 
 from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.files import write_whole
 from timm_npu_irv2.training import checkpoint, setup
 from timm_npu_irv2.training.data import create_eval_loader, create_train_loader
-from timm_npu_irv2.training.distributed import StopRequest, World, device_name, initialize, launch, launches, shutdown
+from timm_npu_irv2.training.distributed import (
+    StopRequest,
+    World,
+    device_name,
+    from_primary,
+    gather_objects,
+    initialize,
+    launch,
+    launches,
+    may_restart,
+    restarted,
+    shutdown,
+)
 from timm_npu_irv2.training.engine import Position, Stopped, Trainer, evaluate
+from timm_npu_irv2.training.folder import output_folder
 from timm_npu_irv2.training.options import as_yaml, parse_args
 from timm_npu_irv2.training.report import Progress, Report
+from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
 from timm_npu_irv2.training.script import run_script, start_log
 
 _logger = logging.getLogger('train')
@@ -48,11 +63,27 @@ class Run:
     metric: str  # what the best checkpoint is chosen by
     started: float
     seconds_before: float = 0.0  # what the run took before it was interrupted
+    bad_images_before: dict[str, str] = field(default_factory=dict)  # and met
 
     @property
     def seconds(self) -> float:
         """Since the beginning of the run, interruptions not counted."""
         return self.seconds_before + time.monotonic() - self.started
+
+    @property
+    def loaders(self) -> list[Any]:
+        """Of training and, if there is one, of validation."""
+        return [self.trainer.loader, *([self.eval_loader] if self.eval_loader is not None else [])]
+
+    def bad_images(self) -> dict[str, str]:
+        """The images that could not be read, with the reasons; rank 0 learns of all. Called by every process."""
+        own = {name: reason for loader in self.loaders for name, reason in loader.bad_images.items()}
+        every = [self.bad_images_before, *gather_objects(own, self.world)]
+        return {name: reason for met in every for name, reason in met.items()}
+
+    def to_go_on(self) -> dict[str, Any]:
+        """What a checkpoint holds of the run besides the trainer's state. Called by every process."""
+        return {'seconds': self.seconds, 'bad_images': self.bad_images()}
 
     @property
     def batch_size(self) -> int:
@@ -67,6 +98,8 @@ def main(argv: Sequence[str]) -> int:
     if launches(args):
         return launch(args, __file__, argv)
     options = as_yaml(args)  # as given, before anything is worked out from them
+    if may_restart() and not args.experiment:
+        raise UserError('--max-restarts needs --experiment, which names the folder that a restart goes on in.')
     setup.global_options(args)
     world = initialize(
         device_name(args), dist_url=args.dist_url, backend=args.dist_backend, addr=args.addr, rank=args.rank,
@@ -75,8 +108,10 @@ def main(argv: Sequence[str]) -> int:
         start_log(world)
         device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
         stopping = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
-        with setup.explained_memory_errors(args, world), stopping as stop:
-            train(assemble(args, world, stop, started), options)
+        with setup.explained_failures(args, world), stopping as stop:
+            run = assemble(args, world, stop, started)
+            with output_folder(args, run.image_size, world) as folder, closing_all(run.loaders):
+                train(run, folder, options)
     finally:
         shutdown(world)
     return 0
@@ -112,11 +147,20 @@ def assemble(args: Namespace, world: World, stop: StopRequest | None, started: f
     return Run(args, world, trainer, eval_loader, epochs, data_config['input_size'][-1], parameters, metric, started)
 
 
-def train(run: Run, options: str) -> None:
+@contextlib.contextmanager
+def closing_all(loaders: Sequence[Any]) -> Iterator[None]:
+    """End the loaders' workers at the end of the block, whatever its reason."""
+    try:
+        yield
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def train(run: Run, folder: Path, options: str) -> None:
     """Resume if asked to, train epoch by epoch, report."""
     args, world, trainer = run.args, run.world, run.trainer
-    folder = setup.output_folder(args, run.image_size, world)
-    saver = checkpoint.CheckpointSaver(folder, args, world, decreasing=run.metric == 'loss')
+    saver = CheckpointSaver(folder, args, world, decreasing=run.metric == 'loss')
     resume(run, saver)
     setup.compile_and_distribute(trainer.task, args, world)
     report = Report(folder, trainer.position.epoch, run.metric)
@@ -127,7 +171,7 @@ def train(run: Run, options: str) -> None:
     with contextlib.closing(Progress(run.epochs)) as progress:
         if world.is_primary:
             trainer.on_log = progress.update
-        trainer.on_recovery = lambda trainer: saver.save_recovery(trainer, {'seconds': run.seconds})
+        trainer.on_recovery = lambda trainer: saver.save_recovery(trainer, run.to_go_on())
         trainer.last_good = saver.last_good
         trainer.images_folder = folder if args.save_images else None
         for epoch in range(trainer.position.epoch, run.epochs):
@@ -143,29 +187,40 @@ def train(run: Run, options: str) -> None:
     finish(run, folder, report, saver, validate(run) if args.epochs == 0 else None)
 
 
-def resume(run: Run, saver: checkpoint.CheckpointSaver) -> None:
+def resume(run: Run, saver: CheckpointSaver) -> None:
     """Go to where --resume or --start-epoch says; to the beginning if '--resume auto' finds nothing."""
     args, trainer = run.args, run.trainer
-    path = Path(args.resume) if args.resume else None
-    if args.resume == 'auto':
-        path = checkpoint.find_newest(saver.folder)
-        _logger.info(f"--resume auto: {path or 'nothing to resume, so this is a new run'}.")
+    path = checkpoint_to_resume(run, saver.folder)
     if path is not None:
         state = checkpoint.resume(trainer, path, args)
         run.seconds_before = state.get('seconds', 0.0)
+        run.bad_images_before = state.get('bad_images', {})
         saver.load_state_dict(state.get('saver', {}), path)
     if args.start_epoch is not None:
         trainer.position = Position(args.start_epoch, 0, args.start_epoch * trainer.updates_per_epoch)
     setup.reach(trainer.scheduler, trainer.position)
 
 
-def end_epoch(run: Run, saver: checkpoint.CheckpointSaver, epoch: int, metric: float | None) -> None:
+def checkpoint_to_resume(run: Run, folder: Path) -> Path | None:
+    """--resume's file, or for 'auto' and after a restart the newest in the folder, as rank 0 sees it."""
+    args = run.args
+    named = Path(args.resume) if args.resume and args.resume != 'auto' else None
+    if args.resume != 'auto' and not restarted():
+        return named
+    newest = from_primary(find_newest(folder) if run.world.is_primary else None, run.world)
+    if restarted() and newest is not None:  # what these options meant is done
+        args.start_epoch, args.no_resume_opt = None, False
+    _logger.info(f"Resuming by itself: {newest or named or 'there is no checkpoint, so this is a new run'}.")
+    return newest or named
+
+
+def end_epoch(run: Run, saver: CheckpointSaver, epoch: int, metric: float | None) -> None:
     """The next epoch's learning rate, a checkpoint if one is due, and the question whether to stop here."""
     trainer = run.trainer
     if trainer.scheduler is not None:
         trainer.scheduler.step(epoch + 1, metric)
     if metric is not None:
-        saver.save_epoch(trainer, epoch, metric, {'seconds': run.seconds})
+        saver.save_epoch(trainer, epoch, metric, run.to_go_on())
     if (number := trainer.stop.poll()) and epoch + 1 < run.epochs:
         if metric is None:
             trainer.on_recovery(trainer)
@@ -201,12 +256,15 @@ def finish(
         run: Run,
         folder: Path,
         report: Report,
-        saver: checkpoint.CheckpointSaver,
+        saver: CheckpointSaver,
         evaluation: dict[str, float] | None,
 ) -> None:
     """report.json, the curves, where the weights are, and the three lines that the zoo's scripts end with."""
+    bad_images = run.bad_images()
     if not run.world.is_primary:
         return
+    if bad_images:
+        _logger.warning(f'{len(bad_images)} image(s) could not be read and were skipped; report.json names them.')
     trainer = run.trainer
     if saver.best_epoch is not None:
         _logger.info(f'Best {run.metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}. Weights: '
@@ -215,7 +273,7 @@ def finish(
         model=run.args.model, num_classes=run.args.num_classes, parameters=run.parameters, device=run.world.device,
         world_size=run.world.size, precision=trainer.precision.description, batch_size=run.batch_size,
         seconds=run.seconds, images_per_second=trainer.throughput.images_per_second, evaluation=evaluation,
-        skipped_steps=trainer.precision.skipped_steps)
+        skipped_steps=trainer.precision.skipped_steps, bad_image_count=len(bad_images), bad_images=sorted(bad_images))
 
 
 if __name__ == '__main__':

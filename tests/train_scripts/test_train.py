@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from timm.models import register_model
 
-from timm_npu_irv2.training.checkpoint import read
+from timm_npu_irv2.training.checkpoint_file import read
 from timm_npu_irv2.training.script import run_script
 
 ROOT = Path(__file__).parents[2]
@@ -359,7 +359,7 @@ def test_the_zoos_launcher_stops_on_a_signal_with_a_checkpoint_to_resume_from(im
     assert 'Traceback' not in out
     path = Path(re.search(r'--resume (\S+) goes on', out)[1])
     assert read(path)['training']['position']['updates'] > 0
-    assert not list(path.parent.glob('.*'))  # nothing half-written
+    assert not list(path.parent.glob('.*.part'))  # nothing half-written
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:

@@ -18,10 +18,12 @@ from timm_npu_irv2 import weights
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.precision import create_precision
 from timm_npu_irv2.training import setup
-from timm_npu_irv2.training.checkpoint import CheckpointSaver, find_newest, read, resume, training_state, write
+from timm_npu_irv2.training.checkpoint import resume, training_state
+from timm_npu_irv2.training.checkpoint_file import read, write
 from timm_npu_irv2.training.distributed import World
 from timm_npu_irv2.training.engine import Position, Trainer, TrainSettings
 from timm_npu_irv2.training.options import parse_args
+from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
 
 torch.set_num_threads(1)
 WORLD = World()

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from timm_npu_irv2.precision import create_precision
 from timm_npu_irv2.training.distributed import World
 from timm_npu_irv2.training.engine import (
+    Diverged,
     Meter,
-    NonFiniteLoss,
     Position,
     Stopped,
     Throughput,
@@ -169,7 +169,7 @@ def test_a_lost_loss_stops_before_a_checkpoint_is_spoilt():
     saved = []
     trainer = trainer_of(loader, log_interval=100, recovery_interval=5, on_recovery=saved.append,
                          last_good=lambda: 'recovery-0-1')
-    with pytest.raises(NonFiniteLoss, match=r'nan in epoch 0, batch 5.*learning rate 0\.1.*recovery-0-1'):
+    with pytest.raises(Diverged, match=r'nan in epoch 0, batch 5.*learning rate 0\.1.*recovery-0-1'):
         trainer.train_one_epoch()
     assert saved == []
 

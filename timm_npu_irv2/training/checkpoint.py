@@ -2,17 +2,12 @@
 
 A file is timm's training checkpoint (``state_dict``, ``state_dict_ema``, ``optimizer``, ``epoch``, ``metric``, ...)
 with one more entry, ``training``: where in the epoch the run is, and what each process has for itself (random states,
-running statistics, sums of the metrics). Files are written whole or not at all, and read without executing anything.
+running statistics, sums of the metrics).
 """
 
 import argparse
 import logging
-import math
-import operator
-import os
 import random
-import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,96 +20,14 @@ from torch import Tensor, nn
 from .. import device as device_seam
 from .. import weights
 from ..errors import UserError
-from ..files import replacing
-from .distributed import World, barrier, gather_objects
+from .checkpoint_file import read
+from .distributed import World, gather_objects
 from .engine import Position, Trainer
 
-__all__ = ['CheckpointSaver', 'find_newest', 'read', 'resume', 'training_state', 'write']
+__all__ = ['resume', 'training_state']
 
 _logger = logging.getLogger(__name__)
-EXTENSION = '.pth.tar'
 _State = dict[str, Any]
-
-
-# Files
-
-
-def write(state: _State, path: Path) -> None:
-    """Save ``state`` to ``path``: after a crash at any moment the file is the old one or the new one.
-
-    Raises:
-        UserError: The disk is full, or the folder cannot be written to. The old file is still there.
-    """
-    try:
-        with replacing(path) as temporary, temporary.open('wb') as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save turns some OSErrors into RuntimeErrors
-        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
-        raise UserError(f'cannot save {path}: {reason}. Earlier checkpoints are untouched.') from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _duplicate(source: Path, target: Path) -> None:
-    """``target`` becomes another name of ``source``, or a copy where the file system has no hard links."""
-    with replacing(target) as temporary:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-
-
-def read(path: Path) -> _State:
-    """The contents of a checkpoint file, on the CPU.
-
-    Raises:
-        UserError: The file is missing, torn, tampered with, or would run code if it were unpickled.
-    """
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch itself does not look at the checksums
-            if damaged is not None:
-                raise UserError(f'{path} is damaged: the checksum of {damaged} is wrong. Take an earlier checkpoint.')
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints hold one
-            state = torch.load(path, map_location='cpu', weights_only=True)
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f'{path}: no such checkpoint.') from error
-    except Exception as error:  # torn files fail in as many ways as there are parsers
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f'{path} is not a checkpoint that can be read: {reason}') from error
-    if not isinstance(state, dict):
-        raise UserError(f'{path} is not a checkpoint: it holds a {type(state).__name__}.')
-    return state
-
-
-def find_newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``; None if there is none. Damaged ones are named in the log."""
-    names = {path for pattern in ('last', 'recovery-*', 'checkpoint-*') for path in folder.glob(pattern + EXTENSION)}
-    seen: set[int] = set()
-    for path in sorted(names, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
-        if path.stat().st_ino in seen:
-            continue
-        seen.add(path.stat().st_ino)
-        try:
-            read(path)
-            return path
-        except UserError as error:
-            _logger.warning(f'{error} Taking the one before.')
-    return None
 
 
 # What is in them
@@ -136,8 +49,10 @@ def training_state(trainer: Trainer, args: argparse.Namespace, extra: _State | N
         'training': {
             'position': vars(trainer.position),
             'num_classes': args.num_classes,
+            'class_to_idx': getattr(trainer.loader, 'class_to_idx', None),  # names, for hub.py
             'scheduler': _scheduler_state(trainer),
             'throughput': (trainer.throughput.images, trainer.throughput.seconds),
+            'skipped': (trainer.precision.skipped_steps, trainer.precision.skipped_in_a_row),
             'processes': processes,
         },
         **(extra or {}),
@@ -306,6 +221,7 @@ def _position(trainer: Trainer, checkpoint: _State) -> Position:
 def _load_exactly(trainer: Trainer, training: _State) -> None:
     world, processes = trainer.world, training['processes']
     trainer.throughput.images, trainer.throughput.seconds = training['throughput']
+    trainer.precision.skipped_steps, trainer.precision.skipped_in_a_row = training.get('skipped', (0, 0))
     if training['scheduler'] is not None and hasattr(trainer.scheduler, 'lr_scheduler'):
         trainer.scheduler.lr_scheduler.load_state_dict(training['scheduler'])
     if len(processes) != world.size:
@@ -321,86 +237,3 @@ def _load_exactly(trainer: Trainer, training: _State) -> None:
         module = trainer.task.get_trainable_module(ema=name == 'ema')
         for key, buffer in unwrap_model(module).named_buffers() if module is not None else ():
             buffer.copy_(buffers[key])
-
-
-class CheckpointSaver:
-    """Writes ``last``, ``model_best``, the best ``checkpoint-N`` and the two newest ``recovery-N-M``; timm's names.
-
-    Every process calls its methods, rank 0 writes.
-
-    Attributes:
-        best_metric, best_epoch: The best so far; None before there is one.
-    """
-
-    def __init__(
-            self,
-            folder: Path,
-            args: argparse.Namespace,
-            world: World,
-            *,
-            decreasing: bool = False,
-    ) -> None:
-        self.folder = folder
-        self._args = args
-        self._world = world
-        self._better = operator.lt if decreasing else operator.gt
-        self._decreasing = decreasing
-        self._history: list[tuple[str, float]] = []  # (file name, metric), the best one first
-        self._newest = ''
-        self.best_metric: float | None = None
-        self.best_epoch: int | None = None
-
-    def last_good(self) -> str:
-        """The newest checkpoint written or resumed from, for messages."""
-        return self._newest or 'none was saved'
-
-    def save_epoch(self, trainer: Trainer, epoch: int, metric: float, extra: _State | None = None) -> None:
-        """Save the state after ``epoch``, whose metric decides whether it is kept."""
-        is_best = not math.isnan(metric) and (self.best_metric is None or self._better(metric, self.best_metric))
-        if is_best:
-            self.best_metric, self.best_epoch = metric, epoch
-        name = f'checkpoint-{epoch}{EXTENSION}'
-        history = sorted([*self._history, (name, metric)], key=lambda entry: self._rank(entry[1]))
-        self._history = history[:self._args.checkpoint_hist]
-        state = training_state(trainer, self._args, {**(extra or {}), 'metric': metric, 'saver': self.state_dict()})
-        if state is not None:
-            last = self.folder / f'last{EXTENSION}'
-            write(state, last)
-            if (name, metric) in self._history:
-                _duplicate(last, self.folder / name)
-            if is_best:
-                _duplicate(last, self.folder / f'model_best{EXTENSION}')
-            for dropped, _ in history[self._args.checkpoint_hist:]:
-                (self.folder / dropped).unlink(missing_ok=True)
-            self._newest = str(last)
-        barrier(self._world)
-
-    def save_recovery(self, trainer: Trainer, extra: _State | None = None) -> None:
-        """Save the state in mid-epoch."""
-        state = training_state(trainer, self._args, {**(extra or {}), 'saver': self.state_dict()})
-        if state is not None:
-            path = self.folder / f'recovery-{trainer.position.epoch}-{trainer.position.batch}{EXTENSION}'
-            write(state, path)
-            self._newest = str(path)
-            older = sorted(self.folder.glob(f'recovery-*{EXTENSION}'), key=lambda path: path.stat().st_mtime_ns)
-            for dropped in older[:-2]:
-                dropped.unlink(missing_ok=True)
-        barrier(self._world)
-
-    def _rank(self, metric: float) -> float:
-        """A key that sorts the best first and NaN last."""
-        if math.isnan(metric):
-            return math.inf
-        return metric if self._decreasing else -metric
-
-    def state_dict(self) -> _State:
-        """timm's bookkeeping of the files there are."""
-        return {
-            'checkpoint_files': list(self._history), 'best_epoch': self.best_epoch, 'best_metric': self.best_metric}
-
-    def load_state_dict(self, state: _State, path: Path) -> None:
-        """Go on with the files of an earlier run in the same folder, resumed from ``path``."""
-        self._newest = str(path)
-        self.best_metric, self.best_epoch = state.get('best_metric'), state.get('best_epoch')
-        files = [(Path(name).name, metric) for name, metric in state.get('checkpoint_files', ()) if metric is not None]
-        self._history = [(name, metric) for name, metric in files if (self.folder / name).exists()]

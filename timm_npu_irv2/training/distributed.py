@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from .. import device as device_seam
 from ..errors import UserError
 
-__all__ = ['StopRequest', 'World', 'barrier', 'device_name', 'gather_objects', 'initialize', 'launch', 'launches',
-           'shutdown', 'sum_over_ranks']
+__all__ = ['StopRequest', 'World', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
+           'is_lost_peer', 'launch', 'launches', 'may_restart', 'restarted', 'shutdown', 'sum_over_ranks']
 
 _logger = logging.getLogger(__name__)
+T = TypeVar('T')
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,29 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     gathered: list[Any] = [None] * world.size if world.is_primary else []
     dist.gather_object(value, gathered if world.is_primary else None, group=world.control)
     return gathered
+
+
+def from_primary(value: T, world: World) -> T:
+    """Rank 0's ``value``, on every process."""
+    values = [value]
+    if world.distributed:
+        dist.broadcast_object_list(values, src=0, group=world.control)
+    return values[0]
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another process has gone."""
+    return isinstance(error, dist.DistError) or 'gloo' in str(error)
+
+
+def may_restart() -> bool:
+    """Whether torchrun would start the processes again if one fails (--max-restarts)."""
+    return int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0')) > 0
+
+
+def restarted() -> bool:
+    """Whether torchrun has done so."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0
 
 
 class StopRequest:

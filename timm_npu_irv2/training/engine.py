@@ -21,14 +21,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import device as device_seam
 from ..errors import UserError
+from ..files import replacing
 from ..precision import Precision
 from .distributed import StopRequest, World, sum_over_ranks
 
-__all__ = ['Meter', 'NonFiniteLoss', 'Position', 'Stopped', 'Throughput', 'TrainSettings', 'Trainer', 'evaluate']
+__all__ = ['Diverged', 'Meter', 'Position', 'Stopped', 'Throughput', 'TrainSettings', 'Trainer', 'evaluate']
 
 
-class NonFiniteLoss(UserError):
-    """The loss became NaN or infinite."""
+# A dynamic loss scale starts at 65536 and halves at each overflow: 40 halvings further, whatever gradient is still not
+# finite does not owe it to the scale.
+MOST_SKIPPED_IN_A_ROW = 40
+
+
+class Diverged(UserError):
+    """The loss or the weights became NaN or infinite, or every step has an overflow."""
 
 
 class Stopped(Exception):
@@ -239,7 +245,7 @@ class Trainer:
             Mean loss, top-1 in percent, images a second and learning rate of the whole epoch, over all processes.
 
         Raises:
-            NonFiniteLoss: The loss was NaN or infinite when it was last read.
+            Diverged: The loss was NaN or infinite when it was last read, or the loss scale skips every step.
             Stopped: The process was asked to stop; a recovery checkpoint is saved.
         """
         self.loader.set_epoch(self.position.epoch, self.position.batch)
@@ -294,6 +300,8 @@ class Trainer:
         """Learning rate, log, recovery checkpoint, and the question whether to stop."""
         if self.scheduler is not None:
             self.scheduler.step_update(self.position.updates)
+        if self.precision.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise self.diverged(f'an overflow in each of the last {self.precision.skipped_in_a_row} steps')
         update = -(-self.position.batch // self.settings.grad_accum_steps)
         if first or update % self.settings.log_interval == 0:
             self._log()
@@ -315,19 +323,24 @@ class Trainer:
         images_per_second = self.throughput.lap()
         recent, averages = self.meter.read()
         if not math.isfinite(averages['loss']):
-            raise NonFiniteLoss(
-                f'the loss is {recent["loss"]} in epoch {self.position.epoch}, batch {self.position.batch} or before '
-                f'(update {self.position.updates}, learning rate {self.learning_rate:.4g}); last good checkpoint: '
-                f'{self.last_good()}. Lower --lr or --loss-scale, or try --amp-dtype bfloat16.')
+            raise self.diverged(f'the loss is {recent["loss"]}')
         self.on_log({
             **asdict(self.position), 'batches': len(self.loader), **recent, 'loss_avg': averages['loss'],
             'top1_avg': averages['top1'], 'images_per_second': images_per_second, 'lr': self.learning_rate})
+
+    def diverged(self, what: str) -> Diverged:
+        """The error that says what is no longer finite, where, and what to go on from."""
+        return Diverged(
+            f'{what} in epoch {self.position.epoch}, batch {self.position.batch} or before (update '
+            f'{self.position.updates}, learning rate {self.learning_rate:.4g}); last good checkpoint: '
+            f'{self.last_good()}. Lower --lr or --loss-scale, or try --amp-dtype bfloat16.')
 
     def _save_images(self, images: Tensor) -> None:
         folder = self.images_folder
         if folder is not None and self.world.is_primary:
             path = folder / f'train-batch-{self.position.batch - 1}.jpg'
-            torchvision.utils.save_image(images.float(), path, padding=0, normalize=True)
+            with replacing(path) as temporary:
+                torchvision.utils.save_image(images.float(), temporary, format='JPEG', padding=0, normalize=True)
 
     def _update_ema(self) -> None:
         ema = self.task.get_trainable_module(ema=True)

@@ -7,14 +7,13 @@ import inspect
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss
-from timm.models import create_model, is_model, list_models, safe_model_name
+from timm.models import create_model, is_model, list_models
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import (
     ClassificationTask,
@@ -29,16 +28,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import device as device_seam
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..optim import create_optimizer
 from ..precision import Precision, create_precision
 from .data import mixup_active
-from .distributed import World
+from .distributed import World, is_lost_peer
 from .engine import Position, TrainSettings
+from .images import is_dead_worker
 
 __all__ = ['average_weights', 'build_model', 'build_optimizer', 'build_precision', 'build_scheduler', 'build_task',
-           'compile_and_distribute', 'explained_memory_errors', 'global_options', 'output_folder', 'place_model',
-           'reach',           'share_of_batch', 'share_statistics', 'start_wandb', 'train_settings']
+           'compile_and_distribute', 'explained_failures', 'global_options', 'place_model',
+           'reach', 'share_of_batch', 'share_statistics', 'start_wandb', 'train_settings']
 
 _logger = logging.getLogger(__name__)
 
@@ -284,39 +284,27 @@ def share_statistics(task: TrainingTask, args: Namespace, world: World) -> None:
         distribute_bn(task.get_trainable_module(ema=True), world.size, reduce)
 
 
-def output_folder(args: Namespace, image_size: int, world: World) -> Path:
-    """<--output>/<--experiment>, made by rank 0 if it is not there.
-
-    Raises:
-        UserError: It cannot be made or written to.
-    """
-    name = args.experiment or '-'.join(
-        (datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)))
-    folder = Path(args.output or './output/train') / name
-    if not world.is_primary:
-        return folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / '.writable'
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to the output folder '{folder}': {error.strerror}; choose --output.") from error
-    return folder
-
-
 @contextlib.contextmanager
-def explained_memory_errors(args: Namespace, world: World) -> Iterator[None]:
-    """Turn the device's lack of memory into advice."""
+def explained_failures(args: Namespace, world: World) -> Iterator[None]:
+    """Turn what can befall any run into advice: no memory on the device, lost processes, killed workers."""
     try:
         yield
     except RuntimeError as error:
-        if not device_seam.is_out_of_memory(error):
+        if isinstance(error, UserError):
             raise
-        half, steps = max(1, args.batch_size // 2), args.grad_accum_steps
-        raise UserError(
-            f'{world.device}: out of memory with --batch-size {args.batch_size}. Try --batch-size {half} '
-            f'--grad-accum-steps {2 * steps}, which updates alike, or --grad-checkpointing.') from error
+        if device_seam.is_out_of_memory(error):
+            half, steps = max(1, args.batch_size // 2), args.grad_accum_steps
+            raise UserError(
+                f'{world.device}: out of memory with --batch-size {args.batch_size}. Try --batch-size {half} '
+                f'--grad-accum-steps {2 * steps}, which updates alike, or --grad-checkpointing.') from error
+        if is_dead_worker(error):
+            raise UserError(
+                f'a process that loads images was killed ({first_line(error)}), most often for lack of memory: use '
+                'fewer --workers. --resume auto goes on from the newest checkpoint.') from error
+        if world.distributed and is_lost_peer(error):
+            raise UserError(f'rank {world.rank} lost the other processes ({first_line(error)}). --resume auto goes on '
+                            'from the newest checkpoint.') from error
+        raise
 
 
 def train_settings(args: Namespace, batch_size_reference: float) -> TrainSettings:

@@ -1,0 +1,171 @@
+"""The checkpoints in a run's folder: which are kept, under which names, and which is the newest one that is whole."""
+
+import argparse
+import logging
+import math
+import operator
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CannotWrite, UserError
+from ..files import replacing
+from .checkpoint import training_state
+from .checkpoint_file import EXTENSION, read, write
+from .distributed import World, barrier
+from .engine import Trainer
+
+__all__ = ['CheckpointSaver', 'checkpoints_in', 'find_newest']
+
+_logger = logging.getLogger(__name__)
+State = dict[str, Any]
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """What a run can go on from, the newest first."""
+    names = {path for pattern in ('last', 'recovery-*', 'checkpoint-*') for path in folder.glob(pattern + EXTENSION)}
+    return sorted(names, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def find_newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in ``folder``; None if there is none. Damaged ones are named in the log."""
+    seen: set[int] = set()
+    for path in checkpoints_in(folder):
+        if path.stat().st_ino in seen:
+            continue
+        seen.add(path.stat().st_ino)
+        try:
+            read(path)
+            return path
+        except UserError as error:
+            _logger.warning(f'{error} Taking the one before.')
+    return None
+
+
+class CheckpointSaver:
+    """Writes ``last``, ``model_best``, the best ``checkpoint-N`` and the two newest ``recovery-N-M``; timm's names.
+
+    Every process calls its methods, rank 0 writes.
+
+    Attributes:
+        best_metric, best_epoch: The best so far; None before there is one.
+    """
+
+    def __init__(
+            self,
+            folder: Path,
+            args: argparse.Namespace,
+            world: World,
+            *,
+            decreasing: bool = False,
+    ) -> None:
+        self.folder = folder
+        self._args = args
+        self._world = world
+        self._better = operator.lt if decreasing else operator.gt
+        self._decreasing = decreasing
+        self._history: list[tuple[str, float]] = []  # (file name, metric), the best one first
+        self._dropped: list[str] = []  # what the latest epoch has put out of the history
+        self._newest = ''
+        self.best_metric: float | None = None
+        self.best_epoch: int | None = None
+
+    def last_good(self) -> str:
+        """The newest checkpoint written or resumed from, for messages."""
+        return self._newest or 'none was saved'
+
+    def save_epoch(self, trainer: Trainer, epoch: int, metric: float, extra: State | None = None) -> None:
+        """Save the state after ``epoch``, whose metric decides whether it is kept.
+
+        Raises:
+            Diverged: The weights are no longer finite. Nothing is saved.
+            CannotWrite: The disk is full.
+        """
+        if not math.isnan(metric) and (self.best_metric is None or self._better(metric, self.best_metric)):
+            self.best_metric, self.best_epoch = metric, epoch
+        self._enter(f'checkpoint-{epoch}{EXTENSION}', metric)
+        saver = {**self.state_dict(), 'epoch': epoch}
+        state = training_state(trainer, self._args, {**(extra or {}), 'metric': metric, 'saver': saver})
+        if state is not None:
+            last = self.folder / f'last{EXTENSION}'
+            self._write(state, last, trainer)
+            self._publish(last, epoch)
+        barrier(self._world)
+
+    def _enter(self, name: str, metric: float) -> None:
+        """Take a file into the history of the best ones, and out what has no place in it any more."""
+        entries = [entry for entry in self._history if entry[0] != name] + [(name, metric)]
+        entries.sort(key=lambda entry: self._rank(entry[1]))
+        keep = self._args.checkpoint_hist
+        self._history, self._dropped = entries[:keep], [name for name, _ in entries[keep:]]
+
+    def _publish(self, last: Path, epoch: int) -> None:
+        """Give an epoch's checkpoint its further names. Done again on resuming, since a kill may have come between."""
+        name = f'checkpoint-{epoch}{EXTENSION}'
+        if any(name == kept for kept, _ in self._history):
+            _duplicate(last, self.folder / name)
+        if self.best_epoch == epoch:
+            _duplicate(last, self.folder / f'model_best{EXTENSION}')
+        for dropped in self._dropped:
+            (self.folder / dropped).unlink(missing_ok=True)
+
+    def save_recovery(self, trainer: Trainer, extra: State | None = None) -> None:
+        """Save the state in mid-epoch. Raises as :meth:`save_epoch` does."""
+        state = training_state(trainer, self._args, {**(extra or {}), 'saver': self.state_dict()})
+        if state is not None:
+            path = self.folder / f'recovery-{trainer.position.epoch}-{trainer.position.batch}{EXTENSION}'
+            self._write(state, path, trainer)
+            older = sorted(self.folder.glob(f'recovery-*{EXTENSION}'), key=lambda path: path.stat().st_mtime_ns)
+            for dropped in older[:-2]:
+                dropped.unlink(missing_ok=True)
+        barrier(self._world)
+
+    def _write(self, state: State, path: Path, trainer: Trainer) -> None:
+        if not _is_finite(state['state_dict']):
+            raise trainer.diverged('the weights are no longer finite, so they are not saved,')
+        write(state, path)
+        self._newest = str(path)
+
+    def _rank(self, metric: float) -> float:
+        """A key that sorts the best first and NaN last."""
+        if math.isnan(metric):
+            return math.inf
+        return metric if self._decreasing else -metric
+
+    def state_dict(self) -> State:
+        """timm's bookkeeping of the files there are, and which one is to go."""
+        return {'checkpoint_files': list(self._history), 'dropped': list(self._dropped),
+                'best_epoch': self.best_epoch, 'best_metric': self.best_metric}
+
+    def load_state_dict(self, state: State, path: Path) -> None:
+        """Go on with the files of an earlier run in the same folder, resumed from ``path``."""
+        self._newest = str(path)
+        self.best_metric, self.best_epoch = state.get('best_metric'), state.get('best_epoch')
+        self._history = [(Path(name).name, metric) for name, metric in state.get('checkpoint_files', ())
+                         if metric is not None]
+        self._dropped = [Path(name).name for name in state.get('dropped', ())]
+        if 'epoch' in state and self._world.is_primary and path.resolve().parent == self.folder.resolve():
+            self._publish(path, state['epoch'])
+        self._history = [(name, metric) for name, metric in self._history if (self.folder / name).exists()]
+
+
+def _is_finite(state_dict: State) -> bool:
+    """Whether all weights and statistics are; waits for the device once."""
+    finite = [torch.isfinite(value).all() for value in state_dict.values() if value.is_floating_point()]
+    return bool(torch.stack(finite).all()) if finite else True
+
+
+def _duplicate(source: Path, target: Path) -> None:
+    """``target`` becomes another name of ``source``, or a copy where the file system has no hard links."""
+    try:
+        with replacing(target) as temporary:
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+    except OSError as error:
+        raise CannotWrite(f'cannot write {target}: {error.strerror or error}.') from error
