@@ -1,0 +1,214 @@
+"""The model card of a published network: what the hub reads from it, and what a person wants to know.
+
+Its front matter is huggingface_hub's own :class:`ModelCardData`. Each block of code in the body runs as it stands.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+__all__ = ['address', 'write']
+
+# What may be told about a training: options that make the result, and none that names a place of a machine's.
+_RECIPE = (
+    'model num_classes in_chans img_size input_size gp model_kwargs mean std crop_pct interpolation pretrained '
+    'batch_size grad_accum_steps epochs opt opt_eps opt_betas opt_kwargs momentum weight_decay clip_grad '
+    'clip_mode layer_decay sched sched_on_updates lr lr_base lr_base_size warmup_lr warmup_epochs min_lr '
+    'cooldown_epochs decay_epochs decay_rate decay_milestones no_aug train_crop_mode scale ratio hflip vflip '
+    'color_jitter aa aug_repeats bce_loss reprob remode recount mixup cutmix mixup_prob mixup_off_epoch smoothing '
+    'train_interpolation drop drop_path bn_momentum bn_eps sync_bn model_ema model_ema_decay amp amp_impl '
+    'amp_dtype opt_level loss_scale seed'
+).split()
+
+# Options without effect where another is not set.
+_DEPENDS_ON = {
+    'model_ema_decay': 'model_ema', 'amp_impl': 'amp', 'amp_dtype': 'amp', 'opt_level': 'amp', 'loss_scale': 'amp',
+    'clip_mode': 'clip_grad', 'remode': 'reprob', 'recount': 'reprob', 'mixup_off_epoch': 'mixup',
+}
+
+_DECAYS = {'step': ('decay_epochs', 'decay_rate'), 'multistep': ('decay_milestones', 'decay_rate')}
+
+_NEEDS = {
+    'npu': 'It is a model of the plugin `timm-npu-irv2` for timm, which has to be installed.',
+    'timm': "It is timm's own `inception_resnet_v2`; the first way below needs nothing but timm.",
+}
+
+_BODY = '''\
+# {name}
+
+Inception-ResNet-v2 ([Szegedy et al., 2016](https://arxiv.org/abs/1602.07261)) for the classification of images, \
+{classes} classes, {size} px. {needs}
+
+## How to use it
+
+The blocks read a photograph `image.jpg` in the current folder. With timm:
+
+```python
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model('{id}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+with torch.inference_mode():
+    logits = model(transform(Image.open('image.jpg').convert('{mode}')).unsqueeze(0))
+names = model.pretrained_cfg.get('label_names')
+for probability, index in zip(*logits.softmax(-1)[0].topk({top})):
+    print(f'{{names[index] if names else index}}: {{probability:.1%}}')
+```
+
+On an NPU, if there is one, or a GPU; with `timm-npu-irv2`, whose network runs fewer operators for the same numbers:
+
+```python
+import torch
+from timm_npu_irv2.device import resolve_device
+from timm_npu_irv2.hub import from_pretrained
+
+device = resolve_device()
+model = from_pretrained('{id}').to(device).eval()
+with torch.inference_mode():
+    print(model(torch.zeros(1, {channels}, {size}, {size}, device=device)).shape)
+```
+
+With torch.hub, in a clone of the plugin's repository, which need not be installed:
+
+```python
+import torch
+
+model = torch.hub.load('.', 'inception_resnet_v2_npu', source='local', pretrained='{id}')
+features = torch.hub.load('.', 'inception_resnet_v2_npu_features', source='local', pretrained='{id}')
+```
+
+From the command line, in such a clone:
+
+```bash
+python train_scripts/inference.py image.jpg --model {id} --topk {top} --picture answers.png
+```
+'''
+
+
+def write(
+        name: str,
+        config: Mapping[str, Any],
+        *,
+        target: str,
+        license: str,
+        datasets: Sequence[str],
+        recipe: Mapping[str, Any],
+        figures: Mapping[str, Any],
+        averaged: bool,
+        dtype: str,
+        curves: str | None,
+) -> str:
+    """The text of the card.
+
+    Args:
+        name: The model's name, that of the folder; until :func:`address` changes it, the code loads ``local-dir:`` it.
+        config: What config.json holds.
+        target: 'npu' or 'timm'.
+        license: The hub's name of a license.
+        datasets: The hub's names of the data sets.
+        recipe: The options of the training; only those that make the result are told.
+        figures: report.json's entries about these weights; empty, or without top1, if nothing is known.
+        averaged: Whether the weights are the moving average.
+        dtype: What the weights were rounded to.
+        curves: The name of the picture of the training.
+    """
+    size = config['pretrained_cfg']['input_size']
+    body = _BODY.format(
+        name=name, id=f'local-dir:{name}', needs=_NEEDS[target], classes=config['num_classes'], size=size[-1],
+        channels=size[0], mode='RGB' if size[0] == 3 else 'L', top=min(5, config['num_classes']))
+    parts = [body, _results(figures, averaged, dtype), _training(recipe, figures), _labels(config)]
+    if curves:
+        parts.append(f'![Loss, accuracy, learning rate and throughput over the epochs]({curves})\n')
+    header = _header(name, target, license, datasets, recipe, figures)
+    return f'---\n{header}\n---\n\n' + '\n'.join(part for part in parts if part)
+
+
+def address(text: str, model_id: str) -> str:
+    """The card with ``model_id``, 'hf-hub:owner/name', wherever it loads a folder."""
+    return re.sub(r'local-dir:[\w.\-]+', model_id, text)
+
+
+def _header(
+        name: str,
+        target: str,
+        license: str,
+        datasets: Sequence[str],
+        recipe: Mapping[str, Any],
+        figures: Mapping[str, Any],
+) -> str:
+    data = ModelCardData(
+        library_name='timm',
+        pipeline_tag='image-classification',
+        license=license,
+        datasets=list(datasets) or None,
+        tags=['image-classification', 'timm', 'inception-resnet-v2', *(['ascend', 'npu'] if target == 'npu' else [])],
+        metrics=['accuracy'],
+        model_name=name,
+        eval_results=_eval_results(datasets, recipe, figures) or None,
+    )
+    return data.to_yaml()
+
+
+def _eval_results(datasets: Sequence[str], recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> list[EvalResult]:
+    """Top-1 and top-5 in the hub's model-index form, in percent."""
+    dataset = datasets[0] if datasets else 'imagefolder'
+    return [
+        EvalResult(
+            task_type='image-classification', task_name='Image Classification', dataset_type=dataset,
+            dataset_name=dataset if datasets else 'images in folders', dataset_split=recipe.get('val_split') or None,
+            metric_type='accuracy', metric_name=f'{label} accuracy (%)', metric_value=round(figures[key], 4))
+        for key, label in (('top1', 'Top-1'), ('top5', 'Top-5')) if figures.get(key) is not None
+    ]
+
+
+def _results(figures: Mapping[str, Any], averaged: bool, dtype: str) -> str:
+    if figures.get('top1') is None:
+        return ''
+    rows = [f'| top-1 | {figures["top1"]:.2f} % |']
+    if figures.get('top5') is not None:
+        rows.append(f'| top-5 | {figures["top5"]:.2f} % |')
+    note = 'Measured on the whole validation set, each image once'
+    note += ', with the moving average of the weights, which is what is published here' if averaged else ''
+    note += f'; before the weights were rounded to {dtype}' if dtype != 'float32' else ''
+    return '\n'.join(['## Accuracy\n', '| | |', '|---|---|', *rows, '', f'{note}.', ''])
+
+
+def _training(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    told = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items() if key in _RECIPE}
+    told = {key: told[key] for key in _RECIPE if key in told and _matters(key, told)}
+    if not told:
+        return ''
+    lines = ['## How it was trained\n']
+    device, versions = figures.get('device') or {}, figures.get('versions') or {}
+    if figures.get('seconds') and device:
+        lines += [f'{figures["epochs"]} epochs in {figures["seconds"] / 3600:.1f} hours on {figures["world_size"]} × '
+                  f'{device["type"]} ({device["name"]}), {figures["precision"]}; '
+                  f'{", ".join(f"{package} {version}" for package, version in versions.items())}.\n']
+    recipe_text = yaml.safe_dump(told, sort_keys=False, default_flow_style=None, width=110)
+    return '\n'.join([*lines, 'The recipe, which `train.py -c` reads:\n', f'```yaml\n{recipe_text}```', ''])
+
+
+def _matters(key: str, recipe: Mapping[str, Any]) -> bool:
+    """Whether an option has any effect. A 0 has: it says that something that is usual was not done."""
+    value = recipe[key]
+    if value is None or value is False or value in ('', [], {}):
+        return False
+    if key in ('lr_base', 'lr_base_size'):
+        return recipe.get('lr') is None
+    if key.startswith('decay_'):
+        return key in _DECAYS.get(recipe.get('sched'), ())
+    return key not in _DEPENDS_ON or bool(recipe.get(_DEPENDS_ON[key]))
+
+
+def _labels(config: Mapping[str, Any]) -> str:
+    names = config.get('label_names')
+    if not names:
+        return ''
+    shown = ', '.join(f'`{name}`' for name in names[:10])
+    more = f' … and {len(names) - 10} more, in `config.json`' if len(names) > 10 else ''
+    return f'## Classes\n\n{shown}{more}.\n'
