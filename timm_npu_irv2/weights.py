@@ -15,6 +15,7 @@ zoo's have 1001, index 0 being a background class, which timm's ``label_offset``
 """
 
 import argparse
+import hashlib
 import os
 import re
 import sys
@@ -22,11 +23,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import UnknownDialect, UserError
-from .files import replacing
+from .errors import CannotWrite, UnknownDialect, UserError, first_line
+from .files import damaged_entry, replacing
 
 __all__ = ['DIALECTS', 'convert', 'detect_dialect', 'load_file', 'save_file']
 
@@ -176,32 +178,61 @@ def load_file(path: str | os.PathLike, use_ema: bool = False) -> StateDict:
     if not Path(path).is_file():
         raise UserError(f'{path}: no such file.')
     try:
+        damaged = _damage(Path(path))
         state_dict = load_state_dict(str(path), use_ema=use_ema)
     except Exception as error:  # zip, pickle, safetensors and struct errors all mean the same to the reader
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} can't be read as weights: {reason}") from error
+        raise UserError(f"{path} can't be read as weights: {first_line(error)}") from error
+    if damaged is not None:
+        raise UserError(f'{path} is damaged: the checksum of {damaged} is wrong.')
     tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f'{path} holds no weights.')
     return tensors
 
 
+def _damage(path: Path) -> str | None:
+    """What in a file has another checksum than was written with it; None if nothing, or if it has no checksums."""
+    if path.suffix != '.safetensors':
+        return damaged_entry(path)
+    with safetensors.safe_open(path, 'pt') as file:
+        expected = (file.metadata() or {}).get('sha256')
+        if expected is None:
+            return None
+        found = _sha256({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+    return None if found == expected else 'the tensors'
+
+
+def _sha256(state_dict: Mapping[str, Tensor]) -> str:
+    """A checksum of names, types, shapes and every bit; the format has none of its own."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state_dict.items()):
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)}\n'.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Write a state dict as .safetensors, or else as a .pth with a ``state_dict`` key; all of it, or nothing."""
+    """Write a state dict as .safetensors, or else as a .pth with a ``state_dict`` key; all of it, or nothing.
+
+    Both hold checksums, which :func:`load_file` compares.
+
+    Raises:
+        CannotWrite: There is no such folder, or the disk is full.
+    """
     path = Path(path)
     if not path.parent.is_dir():
-        raise UserError(f"{path} can't be written: there is no folder {path.parent}.")
+        raise CannotWrite(f"{path} can't be written: there is no folder {path.parent}.")
     try:
         with replacing(path) as temporary:
             if path.suffix == '.safetensors':
-                import safetensors.torch  # noqa: PLC0415
-
                 contiguous = {key: value.contiguous() for key, value in state_dict.items()}
-                safetensors.torch.save_file(contiguous, temporary, metadata={'format': 'pt'})
+                metadata = {'format': 'pt', 'sha256': _sha256(contiguous)}
+                safetensors.torch.save_file(contiguous, temporary, metadata=metadata)
             else:
                 torch.save({'state_dict': dict(state_dict)}, temporary)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}.") from error
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch's and safetensors' for a full disk
+        reason = getattr(error, 'strerror', None) or first_line(error)
+        raise CannotWrite(f"{path} can't be written: {reason}.") from error
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
