@@ -108,7 +108,7 @@ def test_lookahead_wraps_them():
 def test_the_stand_in_is_told_in_one_line(caplog):
     with caplog.at_level(logging.INFO, 'timm_npu_irv2.optim'):
         create_optimizer_v2(network(), 'npufusedsgd', lr=0.01)
-    assert caplog.messages == ['npufusedsgd: no NPU, torch.optim.SGD(fused=True) stands for it.']
+    assert caplog.messages == ['npufusedsgd: torch.optim.SGD(fused=True) stands for it here.']
 
 
 def test_grad_scaler_skips_the_very_first_step_whole():

@@ -32,6 +32,7 @@ __all__ = [
     'grad_scaler',
     'half_dtype',
     'has_add_relu_kernel',
+    'has_fused_sgd',
     'is_out_of_memory',
     'load_backends',
     'memory_format',
@@ -206,6 +207,12 @@ def has_add_relu_kernel(x: torch.Tensor) -> bool:
     The CPU's turns NaN into 0, which would hide a diverged run; it is not used.
     """
     return x.device.type == 'npu'
+
+
+def has_fused_sgd(device: torch.device) -> bool:
+    """Whether ``torch.optim.SGD(fused=True)`` works on ``device``: on the NPU it is aclnnFusedSgd."""
+    key = {'npu': 'PrivateUse1', 'cuda': 'CUDA', 'cpu': 'CPU'}[device.type]
+    return torch._C._dispatch_has_kernel_for_dispatch_key('aten::_fused_sgd_', key)
 
 
 def synchronize(device: torch.device) -> None:

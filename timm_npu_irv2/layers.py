@@ -1,19 +1,21 @@
-"""The two layers in which this network differs from timm's: BatchNorm that counts on the host, and merged siblings."""
+"""The layers in which this network differs from timm's: merged siblings and norms, scaled ends of residual branches,
+and a BatchNorm that counts on the host."""
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d as TimmBatchNormAct2d
-from timm.layers import ConvNormAct
+from timm.layers import ConvNormAct, get_norm_act_layer
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ['BatchNormAct2d', 'BlockSequence', 'MergedSiblings', 'SeparateSiblings', 'conv_block_factory']
+__all__ = ['BatchNormAct2d', 'BlockSequence', 'LayerFactory', 'PiecewiseNorm', 'ScaledBiasConv2d', 'Siblings',
+           'conv_pool']
 
 
 @register_notrace_module
@@ -60,6 +62,10 @@ class BatchNormAct2d(TimmBatchNormAct2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and activate ``x`` (N, num_features, H, W)."""
+        return self.act(self.drop(self.normalize(x)))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` without the activation."""
         use_batch_statistics = self.training or not self.track_running_stats
         average_factor = self.momentum if self.momentum is not None else 0.0
         # momentum 0 freezes the statistics (see `frozen_statistics`): such a pass counts for nothing.
@@ -67,7 +73,7 @@ class BatchNormAct2d(TimmBatchNormAct2d):
             self.batches.add_(1)
             if self.momentum is None:  # cumulative average
                 average_factor = 1.0 / float(self.batches)
-        x = F.batch_norm(
+        return F.batch_norm(
             x,
             self.running_mean,
             self.running_var,
@@ -77,37 +83,113 @@ class BatchNormAct2d(TimmBatchNormAct2d):
             average_factor,
             self.eps,
         )
-        return self.act(self.drop(x))
 
 
-class MergedSiblings(ConvNormAct):
-    """Several 1×1 ConvNormActs that share their input, as one.
+class ScaledReLU(nn.Module):
+    r"""$s \cdot \max(0, x)$, the scale for free.
 
-    Equal to the separate layers channel by channel, since neither a convolution nor a BatchNorm nor an activation mixes
-    output channels; but the input is read once, and there is one launch where there were two or three.
+    ELU is $s\,x$ for $x > 0$ and $s\,\alpha(e^x - 1)$ elsewhere (https://arxiv.org/abs/1511.07289), so with
+    $\alpha = 0$ it is a scaled ReLU: one pass over the tensor forward and one backward, as for ReLU alone.
     """
 
-    def __init__(self, in_channels: int, branch_channels: Sequence[int], **kwargs) -> None:
-        super().__init__(in_channels, sum(branch_channels), kernel_size=1, **kwargs)
-        self.branch_channels: List[int] = list(branch_channels)
+    def __init__(self, scale: float, inplace: bool = False) -> None:
+        super().__init__()
+        self.scale = scale
+        self.inplace = inplace
 
-    def forward(self, x: Tensor) -> List[Tensor]:
-        """(N, in_channels, H, W) -> one (N, branch_channels[i], H, W) a branch, views of one tensor."""
-        return self.bn(self.conv(x)).split(self.branch_channels, 1)
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to ``x``, in place if the module was made so."""
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():
+            return torch.relu(x) * self.scale
+        elu = torch.ops.aten.elu_ if self.inplace else torch.ops.aten.elu
+        return elu(x, 0.0, self.scale)
+
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return f'scale={self.scale}'
 
 
-class SeparateSiblings(nn.ModuleList):
-    """The same as separate layers, for norms that look across channels (GroupNorm, LayerNorm …)."""
+class ScaledBiasConv2d(nn.Conv2d):
+    r"""The convolution $W x + s\,b$ at the end of a residual branch, whose input has been multiplied by $s$ already."""
 
-    def __init__(self, in_channels: int, branch_channels: Sequence[int], **kwargs) -> None:
-        super().__init__([ConvNormAct(in_channels, channels, kernel_size=1, **kwargs) for channels in branch_channels])
+    def __init__(self, *args, bias_scale: float, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.bias_scale = bias_scale
 
-    def forward(self, x: Tensor) -> List[Tensor]:
-        """(N, in_channels, H, W) -> one (N, branch_channels[i], H, W) a branch."""
+    def forward(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
+        """Apply to ``x`` (N, in_channels, H, W); ``scaled_bias`` is s·b, if it has been computed already."""
+        if scaled_bias is None:
+            assert self.bias is not None  # for TorchScript
+            scaled_bias = self.bias * self.bias_scale
+        return F.conv2d(x, self.weight, scaled_bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class _ScaledBiases(torch.autograd.Function):
+    """s·b for many small b, in one operator forward and one backward."""
+
+    @staticmethod
+    def forward(ctx, scale: float, *biases: Tensor) -> Tuple[Tensor, ...]:
+        ctx.scale = scale
+        return tuple(torch._foreach_mul(biases, scale))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
+        return None, *torch._foreach_mul(grads, ctx.scale)
+
+
+class PiecewiseNorm(nn.ModuleList):
+    """Norms over consecutive channels, for kinds that look across channels (GroupNorm, LayerNorm …)."""
+
+    def __init__(self, channels: Sequence[int], norms: Iterable[nn.Module]) -> None:
+        super().__init__(norms)
+        self.channels: List[int] = list(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, sum(channels), H, W) -> the same shape."""
+        pieces = x.split(self.channels, 1)
         out: List[Tensor] = []
-        for branch in self:
-            out.append(branch(x))
-        return out
+        for index, norm in enumerate(self):
+            out.append(norm(pieces[index]))
+        return torch.cat(out, 1)
+
+
+def split(x: Tensor, channels: List[int]) -> List[Tensor]:
+    """``x.split(channels, 1)``, without an operator in the gradient where there is one piece only."""
+    if len(channels) == 1:
+        return [x]
+    pieces = x.split(channels, 1)
+    return [pieces[i] for i in range(len(channels))]  # FX cannot iterate
+
+
+class Siblings(nn.Module):
+    """1×1 convolutions that share their input, as one: the input is read once, there is one launch for two or three.
+
+    Args:
+        layers: Makes the norm.
+        in_channels: Of the input.
+        direct: Output channels of the convolutions whose norm comes later, after a concatenation.
+        passed_on: Output channels of those that are normalised here, for the branches' next convolutions.
+    """
+
+    def __init__(
+            self,
+            layers: 'LayerFactory',
+            in_channels: int,
+            direct: Sequence[int],
+            passed_on: Sequence[int],
+            **dd,
+    ) -> None:
+        super().__init__()
+        self.passed_on: List[int] = list(passed_on)
+        self.pieces: List[int] = [*direct, sum(passed_on)]
+        self.conv = nn.Conv2d(in_channels, sum(direct) + sum(passed_on), kernel_size=1, bias=False, **dd)
+        self.bn = layers.norm(passed_on, **dd)
+
+    def forward(self, x: Tensor) -> List[Tensor]:
+        """(N, in_channels, H, W) -> one (N, C, H, W) for each of ``direct``, then for each of ``passed_on``."""
+        x = self.conv(x)
+        pieces = split(x, self.pieces)
+        return pieces[:-1] + split(self.bn(pieces[-1]), self.passed_on)
 
 
 class BlockSequence(nn.Sequential):
@@ -119,18 +201,32 @@ class BlockSequence(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the blocks in turn."""
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_blocks(self, x)
-        for block in self:
-            x = block(x)
+        if torch.jit.is_scripting() or torch.compiler.is_compiling() or not isinstance(x, Tensor):  # FX's proxies
+            for block in self:
+                x = block(x)
+            return x
+        biases = scaled_biases(self)
+        if self.grad_checkpointing:
+            return checkpoint_blocks(self, x, biases)
+        for block, bias in zip(self, biases, strict=True):
+            x = block(x, bias)
         return x
 
 
-def checkpoint_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
+def scaled_biases(blocks: Sequence[nn.Module]) -> Sequence[Optional[Tensor]]:
+    """The scaled bias of each block's last convolution, computed together; None where a block does it by itself."""
+    convs = [block.conv2d for block in blocks]
+    scales = {conv.bias_scale for conv in convs}
+    if len(scales) != 1 or scales == {1.0}:
+        return [None] * len(convs)
+    return _ScaledBiases.apply(scales.pop(), *[conv.bias for conv in convs])
+
+
+def checkpoint_blocks(blocks: nn.Sequential, x: Tensor, biases: Sequence[Optional[Tensor]]) -> Tensor:
     """Apply ``blocks`` in turn, keeping only their inputs; the backward computes what is inside again."""
-    for block in blocks:
+    for block, bias in zip(blocks, biases, strict=True):
         contexts = functools.partial(_checkpoint_contexts, block)
-        x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        x = checkpoint(block, x, bias, use_reentrant=False, context_fn=contexts)
     return x
 
 
@@ -157,37 +253,71 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
                 norm.num_batches_tracked.sub_(1)
 
 
+def conv_pool(conv: ConvNormAct, pool: nn.MaxPool2d, x: Tensor) -> Tensor:
+    """``pool(conv(x))``, but with the ReLU after the pooling, where the tensor is a quarter of the size.
+
+    A maximum and a ReLU commute exactly, and so do their gradients. Whoever listens to ``conv`` (hooks), or has
+    given it another norm or activation, gets the layers one after the other.
+    """
+    if torch.jit.is_scripting():
+        return pool(conv(x))
+    norm = conv.bn
+    if type(norm) is not BatchNormAct2d or not isinstance(norm.act, nn.ReLU) or conv._forward_hooks:
+        return pool(conv(x))
+    return norm.act(pool(norm.normalize(conv.conv(x))))
+
+
 def _host_counting_batch_norm(num_features: int, **kwargs) -> BatchNormAct2d:
     # timm takes a function for a ready-made norm + activation layer, a class for a plain norm to be looked up by name.
     return BatchNormAct2d(num_features, **kwargs)
 
 
-def conv_block_factory(
-        norm_layer: str | type | Callable,
-        norm_eps: float,
-        act_layer: str | type | Callable,
-) -> Tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
-    """The constructors of a block's layers.
+class LayerFactory:
+    """Makes the layers of the blocks: timm's ConvNormAct and what this network has besides.
 
     Args:
         norm_layer: A norm that timm's ``ConvNormAct`` takes; 'batchnorm2d' becomes :class:`BatchNormAct2d`.
         norm_eps: The norm's epsilon.
         act_layer: An activation that timm's ``ConvNormAct`` takes.
 
-    Returns:
-        ``(conv_block, siblings)``: one ConvNormAct, and several that share their input.
+    Attributes:
+        scales_activation: Whether :meth:`norm` can multiply its output by a constant.
     """
-    is_batch_norm = norm_layer in (nn.BatchNorm2d, TimmBatchNormAct2d) or (
-        isinstance(norm_layer, str) and norm_layer.replace('_', '').lower() in ('batchnorm', 'batchnorm2d')
-    )
-    if is_batch_norm:
-        norm_layer = functools.partial(_host_counting_batch_norm, act_layer=act_layer)
-    settings = dict(
-        padding=0,
-        norm_layer=norm_layer,
-        act_layer=act_layer,
-        norm_kwargs=dict(eps=norm_eps),
-        act_kwargs=dict(inplace=True),
-    )
-    siblings = MergedSiblings if is_batch_norm else SeparateSiblings
-    return functools.partial(ConvNormAct, **settings), functools.partial(siblings, **settings)
+
+    def __init__(
+            self,
+            norm_layer: str | type | Callable,
+            norm_eps: float,
+            act_layer: str | type | Callable,
+    ) -> None:
+        self._is_batch_norm = norm_layer in (nn.BatchNorm2d, TimmBatchNormAct2d) or (
+            isinstance(norm_layer, str) and norm_layer.replace('_', '').lower() in ('batchnorm', 'batchnorm2d')
+        )
+        self._norm_layer = norm_layer
+        self._eps = norm_eps
+        self._act_layer = act_layer
+        self.scales_activation = self._is_batch_norm and act_layer in ('relu', nn.ReLU)
+
+    def _norm_act(self, act_layer: str | type | Callable) -> Callable[..., nn.Module]:
+        if self._is_batch_norm:
+            return functools.partial(_host_counting_batch_norm, act_layer=act_layer)
+        return get_norm_act_layer(self._norm_layer, act_layer)
+
+    def conv(self, in_channels: int, out_channels: int, normalized: bool = True, **kwargs) -> ConvNormAct:
+        """timm's ConvNormAct without padding, or its convolution alone if the norm comes after a concatenation."""
+        return ConvNormAct(
+            in_channels, out_channels,
+            apply_norm=normalized,
+            norm_layer=self._norm_act(self._act_layer) if self._is_batch_norm else self._norm_layer,
+            act_layer=self._act_layer,
+            norm_kwargs=dict(eps=self._eps),
+            act_kwargs=dict(inplace=True),
+            **{'padding': 0, **kwargs},
+        )
+
+    def norm(self, channels: Sequence[int], scale: float = 1.0, **dd) -> nn.Module:
+        """The norms and activations of layers whose outputs are concatenated, as one; exact, since BatchNorm, like an
+        activation, works on each channel by itself. ``scale`` multiplies the activation's output."""
+        act_layer = functools.partial(ScaledReLU, scale) if scale != 1.0 else self._act_layer
+        make = functools.partial(self._norm_act(act_layer), eps=self._eps, act_kwargs=dict(inplace=True), **dd)
+        return make(sum(channels)) if self._is_batch_norm else PiecewiseNorm(channels, map(make, channels))

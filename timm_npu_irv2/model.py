@@ -21,7 +21,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from . import weights
-from .layers import BlockSequence, MergedSiblings, conv_block_factory
+from .layers import BlockSequence, LayerFactory, PiecewiseNorm, ScaledBiasConv2d, Siblings, conv_pool
 from .ops import scaled_residual_relu
 
 __all__ = ['InceptionResnetV2Npu', 'inception_resnet_v2_npu']
@@ -44,57 +44,85 @@ def _branch(*layers: nn.Module, first: int = 1) -> nn.Sequential:
 
 
 class Mixed5b(nn.Module):
-    """The first mixed block: (N, 192, H, W) -> (N, 320, H, W)."""
+    """The first mixed block: (N, 192, H, W) -> (N, 320, H, W).
 
-    def __init__(self, conv_block: Callable, siblings: Callable, **dd: Any) -> None:
+    timm's last branch pools and then convolves; both are linear, so here it convolves, with its siblings, and pools.
+    """
+
+    def __init__(self, layers: LayerFactory, **dd: Any) -> None:
         super().__init__()
-        self.siblings = siblings(192, (96, 48, 64), **dd)
-        self.branch1 = _branch(conv_block(48, 64, kernel_size=5, padding=2, **dd))
+        self.siblings = Siblings(layers, 192, direct=(96, 64), passed_on=(48, 64), **dd)
+        self.branch1 = _branch(layers.conv(48, 64, kernel_size=5, padding=2, normalized=False, **dd))
         self.branch2 = _branch(
-            conv_block(64, 96, kernel_size=3, padding=1, **dd),
-            conv_block(96, 96, kernel_size=3, padding=1, **dd),
+            layers.conv(64, 96, kernel_size=3, padding=1, **dd),
+            layers.conv(96, 96, kernel_size=3, padding=1, normalized=False, **dd),
         )
-        self.branch3 = _branch(
-            nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
-            conv_block(192, 64, kernel_size=1, **dd),
-            first=0,
-        )
+        self.branch3 = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+        self.bn = layers.norm((96, 64, 96, 64), **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x0, x1, x2 = self.siblings(x)
-        return torch.cat((x0, self.branch1(x1), self.branch2(x2), self.branch3(x)), 1)
+        x0, x3, x1, x2 = self.siblings(x)
+        return self.bn(torch.cat((x0, self.branch1(x1), self.branch2(x2), self.branch3(x3)), 1))
 
 
-class Block35(nn.Module):
+class ResidualBlock(nn.Module):
+    r"""The end of a residual block: $\max(0, x + s\,(W z + b))$ with $z$ the concatenated, activated branches.
+
+    ReLU is homogeneous, so $s$ goes into the activation that makes $z$, where it costs nothing, and into $b$:
+    neither the block's output, the largest tensor around, nor its gradient is multiplied by anything. Other activations
+    leave $s$ to the addition.
+    """
+
+    def __init__(
+            self,
+            layers: LayerFactory,
+            channels: int,
+            branch_channels: Tuple[int, ...],
+            scale: float,
+            relu: bool = True,
+            **dd: Any,
+    ) -> None:
+        super().__init__()
+        inner, self.scale = (scale, 1.0) if layers.scales_activation else (1.0, scale)
+        self.relu = relu
+        self.bn = layers.norm(branch_channels, scale=inner, **dd)
+        self.conv2d = ScaledBiasConv2d(sum(branch_channels), channels, kernel_size=1, bias_scale=inner, **dd)
+
+    def residual(self, x: Tensor, branches: List[Tensor], scaled_bias: Optional[Tensor]) -> Tensor:
+        """The block's output from its input and what its branches have computed, not yet normalised."""
+        out = self.conv2d(self.bn(torch.cat(branches, 1)), scaled_bias)
+        if self.relu:
+            return scaled_residual_relu(x, out, self.scale)
+        return torch.add(x, out, alpha=self.scale)
+
+
+class Block35(ResidualBlock):
     """Residual block on the 35 × 35 grid (for 299 px): (N, 320, H, W) -> the same."""
 
-    def __init__(self, conv_block: Callable, siblings: Callable, scale: float, **dd: Any) -> None:
-        super().__init__()
-        self.scale = scale
-        self.siblings = siblings(320, (32, 32, 32), **dd)
-        self.branch1 = _branch(conv_block(32, 32, kernel_size=3, padding=1, **dd))
+    def __init__(self, layers: LayerFactory, scale: float, **dd: Any) -> None:
+        super().__init__(layers, 320, (32, 32, 64), scale, **dd)
+        self.siblings = Siblings(layers, 320, direct=(32,), passed_on=(32, 32), **dd)
+        self.branch1 = _branch(layers.conv(32, 32, kernel_size=3, padding=1, normalized=False, **dd))
         self.branch2 = _branch(
-            conv_block(32, 48, kernel_size=3, padding=1, **dd),
-            conv_block(48, 64, kernel_size=3, padding=1, **dd),
+            layers.conv(32, 48, kernel_size=3, padding=1, **dd),
+            layers.conv(48, 64, kernel_size=3, padding=1, normalized=False, **dd),
         )
-        self.conv2d = nn.Conv2d(128, 320, kernel_size=1, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
         x0, x1, x2 = self.siblings(x)
-        out = self.conv2d(torch.cat((x0, self.branch1(x1), self.branch2(x2)), 1))
-        return scaled_residual_relu(x, out, self.scale)
+        return self.residual(x, [x0, self.branch1(x1), self.branch2(x2)], scaled_bias)
 
 
 class Mixed6a(nn.Module):
     """Reduction to the 17 × 17 grid: (N, 320, H, W) -> (N, 1088, (H - 1) // 2, (W - 1) // 2)."""
 
-    def __init__(self, conv_block: Callable, **dd: Any) -> None:
+    def __init__(self, layers: LayerFactory, **dd: Any) -> None:
         super().__init__()
-        self.branch0 = conv_block(320, 384, kernel_size=3, stride=2, **dd)
+        self.branch0 = layers.conv(320, 384, kernel_size=3, stride=2, **dd)
         self.branch1 = nn.Sequential(
-            conv_block(320, 256, kernel_size=1, **dd),
-            conv_block(256, 256, kernel_size=3, padding=1, **dd),
-            conv_block(256, 384, kernel_size=3, stride=2, **dd),
+            layers.conv(320, 256, kernel_size=1, **dd),
+            layers.conv(256, 256, kernel_size=3, padding=1, **dd),
+            layers.conv(256, 384, kernel_size=3, stride=2, **dd),
         )
         self.branch2 = nn.MaxPool2d(3, stride=2)
 
@@ -102,71 +130,57 @@ class Mixed6a(nn.Module):
         return torch.cat((self.branch0(x), self.branch1(x), self.branch2(x)), 1)
 
 
-class Block17(nn.Module):
+class Block17(ResidualBlock):
     """Residual block on the 17 × 17 grid: (N, 1088, H, W) -> the same."""
 
-    def __init__(self, conv_block: Callable, siblings: Callable, scale: float, **dd: Any) -> None:
-        super().__init__()
-        self.scale = scale
-        self.siblings = siblings(1088, (192, 128), **dd)
+    def __init__(self, layers: LayerFactory, scale: float, **dd: Any) -> None:
+        super().__init__(layers, 1088, (192, 192), scale, **dd)
+        self.siblings = Siblings(layers, 1088, direct=(192,), passed_on=(128,), **dd)
         self.branch1 = _branch(
-            conv_block(128, 160, kernel_size=(1, 7), padding=(0, 3), **dd),
-            conv_block(160, 192, kernel_size=(7, 1), padding=(3, 0), **dd),
+            layers.conv(128, 160, kernel_size=(1, 7), padding=(0, 3), **dd),
+            layers.conv(160, 192, kernel_size=(7, 1), padding=(3, 0), normalized=False, **dd),
         )
-        self.conv2d = nn.Conv2d(384, 1088, kernel_size=1, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
         x0, x1 = self.siblings(x)
-        out = self.conv2d(torch.cat((x0, self.branch1(x1)), 1))
-        return scaled_residual_relu(x, out, self.scale)
+        return self.residual(x, [x0, self.branch1(x1)], scaled_bias)
 
 
 class Mixed7a(nn.Module):
     """Reduction to the 8 × 8 grid: (N, 1088, H, W) -> (N, 2080, (H - 1) // 2, (W - 1) // 2)."""
 
-    def __init__(self, conv_block: Callable, siblings: Callable, **dd: Any) -> None:
+    def __init__(self, layers: LayerFactory, **dd: Any) -> None:
         super().__init__()
-        self.siblings = siblings(1088, (256, 256, 256), **dd)
-        self.branch0 = _branch(conv_block(256, 384, kernel_size=3, stride=2, **dd))
-        self.branch1 = _branch(conv_block(256, 288, kernel_size=3, stride=2, **dd))
+        self.siblings = Siblings(layers, 1088, direct=(), passed_on=(256, 256, 256), **dd)
+        self.branch0 = _branch(layers.conv(256, 384, kernel_size=3, stride=2, normalized=False, **dd))
+        self.branch1 = _branch(layers.conv(256, 288, kernel_size=3, stride=2, normalized=False, **dd))
         self.branch2 = _branch(
-            conv_block(256, 288, kernel_size=3, padding=1, **dd),
-            conv_block(288, 320, kernel_size=3, stride=2, **dd),
+            layers.conv(256, 288, kernel_size=3, padding=1, **dd),
+            layers.conv(288, 320, kernel_size=3, stride=2, normalized=False, **dd),
         )
         self.branch3 = nn.MaxPool2d(3, stride=2)
+        self.bn = layers.norm((384, 288, 320), **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x0, x1, x2 = self.siblings(x)
-        return torch.cat((self.branch0(x0), self.branch1(x1), self.branch2(x2), self.branch3(x)), 1)
+        out = self.bn(torch.cat((self.branch0(x0), self.branch1(x1), self.branch2(x2)), 1))
+        return torch.cat((out, self.branch3(x)), 1)
 
 
-class Block8(nn.Module):
+class Block8(ResidualBlock):
     """Residual block on the 8 × 8 grid: (N, 2080, H, W) -> the same. The last one has no ReLU."""
 
-    def __init__(
-            self,
-            conv_block: Callable,
-            siblings: Callable,
-            scale: float,
-            relu: bool = True,
-            **dd: Any,
-    ) -> None:
-        super().__init__()
-        self.scale = scale
-        self.relu = relu
-        self.siblings = siblings(2080, (192, 192), **dd)
+    def __init__(self, layers: LayerFactory, scale: float, relu: bool = True, **dd: Any) -> None:
+        super().__init__(layers, 2080, (192, 256), scale, relu, **dd)
+        self.siblings = Siblings(layers, 2080, direct=(192,), passed_on=(192,), **dd)
         self.branch1 = _branch(
-            conv_block(192, 224, kernel_size=(1, 3), padding=(0, 1), **dd),
-            conv_block(224, 256, kernel_size=(3, 1), padding=(1, 0), **dd),
+            layers.conv(192, 224, kernel_size=(1, 3), padding=(0, 1), **dd),
+            layers.conv(224, 256, kernel_size=(3, 1), padding=(1, 0), normalized=False, **dd),
         )
-        self.conv2d = nn.Conv2d(448, 2080, kernel_size=1, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
         x0, x1 = self.siblings(x)
-        out = self.conv2d(torch.cat((x0, self.branch1(x1)), 1))
-        if self.relu:
-            return scaled_residual_relu(x, out, self.scale)
-        return torch.add(x, out, alpha=self.scale)
+        return self.residual(x, [x0, self.branch1(x1)], scaled_bias)
 
 
 class InceptionResnetV2Npu(nn.Module):
@@ -206,23 +220,23 @@ class InceptionResnetV2Npu(nn.Module):
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = 1536
         dd = {'device': device, 'dtype': dtype}
-        conv, siblings = conv_block_factory(norm_layer, norm_eps, act_layer)
+        layers = LayerFactory(norm_layer, norm_eps, act_layer)
 
-        self.conv2d_1a = conv(in_chans, 32, kernel_size=3, stride=2, **dd)
-        self.conv2d_2a = conv(32, 32, kernel_size=3, **dd)
-        self.conv2d_2b = conv(32, 64, kernel_size=3, padding=1, **dd)
+        self.conv2d_1a = layers.conv(in_chans, 32, kernel_size=3, stride=2, **dd)
+        self.conv2d_2a = layers.conv(32, 32, kernel_size=3, **dd)
+        self.conv2d_2b = layers.conv(32, 64, kernel_size=3, padding=1, **dd)
         self.maxpool_3a = nn.MaxPool2d(3, stride=2)
-        self.conv2d_3b = conv(64, 80, kernel_size=1, **dd)
-        self.conv2d_4a = conv(80, 192, kernel_size=3, **dd)
+        self.conv2d_3b = layers.conv(64, 80, kernel_size=1, **dd)
+        self.conv2d_4a = layers.conv(80, 192, kernel_size=3, **dd)
         self.maxpool_5a = nn.MaxPool2d(3, stride=2)
-        self.mixed_5b = Mixed5b(conv, siblings, **dd)
-        self.repeat = BlockSequence(*[Block35(conv, siblings, scale=0.17, **dd) for _ in range(10)])
-        self.mixed_6a = Mixed6a(conv, **dd)
-        self.repeat_1 = BlockSequence(*[Block17(conv, siblings, scale=0.10, **dd) for _ in range(20)])
-        self.mixed_7a = Mixed7a(conv, siblings, **dd)
-        self.repeat_2 = BlockSequence(*[Block8(conv, siblings, scale=0.20, **dd) for _ in range(9)])
-        self.block8 = Block8(conv, siblings, scale=1.0, relu=False, **dd)
-        self.conv2d_7b = conv(2080, self.num_features, kernel_size=1, **dd)
+        self.mixed_5b = Mixed5b(layers, **dd)
+        self.repeat = BlockSequence(*[Block35(layers, scale=0.17, **dd) for _ in range(10)])
+        self.mixed_6a = Mixed6a(layers, **dd)
+        self.repeat_1 = BlockSequence(*[Block17(layers, scale=0.10, **dd) for _ in range(20)])
+        self.mixed_7a = Mixed7a(layers, **dd)
+        self.repeat_2 = BlockSequence(*[Block8(layers, scale=0.20, **dd) for _ in range(9)])
+        self.block8 = Block8(layers, scale=1.0, relu=False, **dd)
+        self.conv2d_7b = layers.conv(2080, self.num_features, kernel_size=1, **dd)
         self.feature_info = [
             dict(num_chs=channels, reduction=reduction, module=stage[-1])
             for channels, reduction, stage in zip((64, 192, 320, 1088, 1536), (2, 4, 8, 16, 32), STAGES, strict=True)
@@ -271,11 +285,9 @@ class InceptionResnetV2Npu(nn.Module):
         """(N, in_chans, H, W) -> the last feature map (N, 1536, H / 32, W / 32), sizes rounded down."""
         x = self.conv2d_1a(x)
         x = self.conv2d_2a(x)
-        x = self.conv2d_2b(x)
-        x = self.maxpool_3a(x)
+        x = conv_pool(self.conv2d_2b, self.maxpool_3a, x)
         x = self.conv2d_3b(x)
-        x = self.conv2d_4a(x)
-        x = self.maxpool_5a(x)
+        x = conv_pool(self.conv2d_4a, self.maxpool_5a, x)
         x = self.mixed_5b(x)
         x = self.repeat(x)
         x = self.mixed_6a(x)
@@ -347,7 +359,7 @@ class InceptionResnetV2Npu(nn.Module):
 
 def _dialect(model: nn.Module) -> str:
     """The dialect that a network of this module speaks: its siblings may be separate (see ``layers.py``)."""
-    return 'npu' if isinstance(model.mixed_5b.siblings, MergedSiblings) else 'npu_separate'
+    return 'npu_separate' if isinstance(model.mixed_5b.bn, PiecewiseNorm) else 'npu'
 
 
 def _translate_on_load(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str, *_: Any) -> None:

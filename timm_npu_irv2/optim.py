@@ -2,7 +2,8 @@
 
 A name stands for one algorithm, with the vendor's defaults, on every device. On an NPU it is torch_npu's class (apex's
 with apex), which combines parameters, gradients and states into one tensor each and updates them with a few kernels.
-Elsewhere it is the optimizer of torch or timm that computes the same, fused or foreach where there is such a kind.
+Elsewhere, and over the flat master weights of --opt-level O2 (``masters.py``), which are combined already, it is the
+optimizer of torch or timm that computes the same, fused or foreach where there is such a kind.
 """
 
 import functools
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from . import device as device_seam
 from .errors import UserError
 
-__all__ = ['create_optimizer', 'gradient_holders', 'register_optimizers']
+__all__ = ['create_optimizer', 'gradient_holders', 'is_elementwise', 'register_optimizers']
 
 _logger = logging.getLogger(__name__)
 
@@ -97,17 +98,27 @@ def create_optimizer(model: nn.Module, options: Any, **kwargs: Any) -> Optimizer
     name = arguments['opt'].lower().split('_')[-1]  # timm's 'lookahead_NAME'
     if name not in timm.optim.list_optimizers():
         raise UserError(f"--opt {arguments['opt']}: no such optimizer; `timm.optim.list_optimizers()` lists them.")
-    if any(fused.name == name for fused in _OPTIMIZERS):
-        arguments['use_apex'] = getattr(options, 'amp_impl', None) == 'apex'
+    fused = next((fused for fused in _OPTIMIZERS if fused.name == name), None)
+    if fused is not None:
+        apex = getattr(options, 'amp_impl', None) == 'apex'
+        o2 = getattr(options, 'amp', False) and getattr(options, 'opt_level', None) == 'O2'
+        arguments['use_apex'] = apex
+        arguments['combined'] = o2 and not apex and arguments['opt'].lower() == name and fused.stand_in in _ELEMENTWISE
     return timm.optim.create_optimizer_v2(model, **arguments)
 
 
-def _create(fused: _Fused, params: Iterable[Any], use_apex: bool = False, **kwargs: Any) -> Optimizer:
+def _create(
+        fused: _Fused,
+        params: Iterable[Any],
+        use_apex: bool = False,
+        combined: bool = False,
+        **kwargs: Any,
+) -> Optimizer:
     groups = list(params)
     first = _first_parameter(groups)
     device = 'cpu' if first is None else first.device
     vendor_class = device_seam.fused_optimizer_class(fused.vendor_name, device, use_apex)
-    if vendor_class is None:
+    if vendor_class is None or combined:
         return _create_stand_in(fused, groups, kwargs)
     _check_dtypes(fused, groups)
     for name in ('foreach', 'fused'):  # combined tensors are the vendor's answer to both
@@ -127,7 +138,7 @@ def _create_stand_in(fused: _Fused, groups: list[Any], kwargs: dict[str, Any]) -
     # momentum buffers that nobody wrote (torch 2.14).
     optimizer._step_supports_amp_scaling = False
     arguments = ', '.join(f'{name}={value}' for name, value in same_with.items())
-    _logger.info('%s: no NPU, %s(%s) stands for it.', fused.name, _full_name(fused.stand_in), arguments)
+    _logger.info('%s: %s(%s) stands for it here.', fused.name, _full_name(fused.stand_in), arguments)
     return optimizer
 
 
@@ -173,6 +184,17 @@ def _combine_again(optimizer: Optimizer) -> None:
     for state in optimizer.state.values():
         if state.keys() - {'momentum_buffer'}:  # SGD counts nothing
             state['step'] = int(state.get('step', 0))
+
+
+# Optimizers that update every element by itself, whatever tensor it is in.
+_ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adadelta,
+                timm.optim.RMSpropTF)
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer`` does the same to one long tensor as to its pieces."""
+    cautious = any(group.get('caution') for group in optimizer.param_groups)  # timm's: looks at a tensor's mean
+    return type(optimizer) in _ELEMENTWISE and not cautious
 
 
 def gradient_holders(optimizer: Optimizer) -> list[Tensor]:

@@ -10,7 +10,6 @@ Mixed Precision Training, https://arxiv.org/abs/1710.03740).
 """
 
 import contextlib
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -24,7 +23,8 @@ from torch.optim import Optimizer
 
 from . import device as device_seam
 from .errors import UserError
-from .optim import gradient_holders
+from .masters import FlatMasters, Masters, float32_twin
+from .optim import gradient_holders, is_elementwise
 
 __all__ = ['Apex', 'Autocast', 'FullPrecision', 'HalfWeights', 'Precision', 'create_precision']
 
@@ -199,6 +199,10 @@ class _NoScale:
     def unscale(self, optimizer: Optimizer) -> None:
         pass
 
+    def clip(self, optimizer: Optimizer, parameters: Iterable[Tensor], limit: float, mode: str) -> None:
+        """Clip the unscaled gradients."""
+        dispatch_clip_grad(parameters, limit, mode=mode)
+
     def step(self, optimizer: Optimizer) -> bool:
         """Step; whether it was taken."""
         optimizer.step()
@@ -226,6 +230,33 @@ class _StaticScale(_NoScale):
         gradients = [p.grad for p in gradient_holders(optimizer) if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, 1 / self.value)
+
+
+class _FoldedScale(_StaticScale):
+    """A constant scale for SGD, which is linear in its gradients: the scale goes into its constants, at no cost.
+
+    With g' = S·g and the momentum buffer kept S times as great, weight decay S times and learning rate 1/S times what
+    the user set give the same weights, bit for bit where S is a power of two.
+    """
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        pass
+
+    def clip(self, optimizer: Optimizer, parameters: Iterable[Tensor], limit: float, mode: str) -> None:
+        super().unscale(optimizer)
+        super().clip(optimizer, parameters, limit, mode)
+        torch._foreach_mul_([p.grad for p in gradient_holders(optimizer)], self.value)
+
+    def step(self, optimizer: Optimizer) -> bool:
+        constants = [(group['lr'], group['weight_decay']) for group in optimizer.param_groups]
+        try:
+            for group, (lr, weight_decay) in zip(optimizer.param_groups, constants, strict=True):
+                group['lr'], group['weight_decay'] = lr / self.value, weight_decay * self.value
+            optimizer.step()
+        finally:
+            for group, (lr, weight_decay) in zip(optimizer.param_groups, constants, strict=True):
+                group['lr'], group['weight_decay'] = lr, weight_decay
+        return True
 
 
 class _DynamicScale(_NoScale):
@@ -320,8 +351,8 @@ class _Native(Precision):
         self._gather_gradients()
         self._scaler.unscale(optimizer)
         if clip_grad is not None:
-            clipped = _parameters(optimizer) if parameters is None else self._updated(parameters)
-            dispatch_clip_grad(clipped, clip_grad, mode=clip_mode)
+            clipped = self._updated(optimizer, parameters, by_layer=clip_mode == 'agc')
+            self._scaler.clip(optimizer, clipped, clip_grad, clip_mode)
         stepped = self._scaler.step(optimizer)
         if stepped:
             self._publish_weights()
@@ -333,9 +364,14 @@ class _Native(Precision):
     def _publish_weights(self) -> None:
         """Bring the updated parameters to those that the next forward uses."""
 
-    def _updated(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """The parameters that the optimizer updates in place of the model's."""
-        return list(parameters)
+    def _updated(
+            self,
+            optimizer: Optimizer,
+            parameters: Iterable[nn.Parameter] | None,
+            by_layer: bool,
+    ) -> list[nn.Parameter]:
+        """The tensors that the optimizer updates in place of the model's ``parameters`` (all if None)."""
+        return _parameters(optimizer) if parameters is None else list(parameters)
 
     def state_dict(self) -> dict[str, Any]:
         return self._scaler.state_dict()
@@ -375,7 +411,7 @@ class Autocast(_Native):
 class _WithMasters(Precision):
     """Weights are read from, loaded into and averaged over the float32 masters, wherever they come from."""
 
-    _masters: '_Masters'
+    _masters: Masters
 
     def model_state_dict(self, model: nn.Module) -> dict[str, Any]:
         return self._masters.state_dict(unwrap_model(model))
@@ -400,20 +436,37 @@ class HalfWeights(_WithMasters, _Native):
         super().__init__(scaler)
         self.input_dtype = dtype
         self.description = f'O2, {_name(dtype)} weights with float32 masters{scaler.description}'
-        self._masters = _Masters()
+        self._masters = Masters()
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         if getattr(optimizer, 'is_second_order', False):
             raise UserError('second-order optimizers cannot use the half weights of --opt-level O2: use O1 or O0.')
         _cast_at_the_ends(model)
-        twin = _twin(model)
+        twin = float32_twin(model)
         pairs = zip(model.parameters(), twin.parameters(), strict=True)
-        self._masters = _Masters(twin, {p: master for p, master in pairs if p is not master})
-        self._masters.enter(optimizer)
+        masters = {p: master for p, master in pairs if p is not master}
         _halve(model, self.input_dtype)
+        if is_elementwise(optimizer) and any(p in masters and p.requires_grad for p in _parameters(optimizer)):
+            self._masters = self._flat_masters(twin, masters, optimizer)
+        else:
+            self._masters = Masters(twin, masters)
+        self._trained = _parameters(optimizer)
+        self._masters.enter(optimizer)
         if hasattr(optimizer, 'sync_lookahead'):
             optimizer.sync_lookahead = self._published(optimizer.sync_lookahead)
         return model, optimizer
+
+    def _flat_masters(self, twin: nn.Module, masters: dict[Tensor, Tensor], optimizer: Optimizer) -> FlatMasters:
+        if not isinstance(optimizer, torch.optim.SGD):
+            return FlatMasters(twin, masters)
+        state_scale, options = {}, {}
+        if type(self._scaler) is _StaticScale:
+            self._scaler = _FoldedScale(self._scaler.value)
+            state_scale['momentum_buffer'] = self._scaler.value
+        groups = optimizer.param_groups
+        if all(g['fused'] is None and g['foreach'] is None and g['momentum'] > 0 for g in groups):
+            options['fused'] = device_seam.has_fused_sgd(_parameters(optimizer)[0].device)
+        return FlatMasters(twin, masters, state_scale, options)
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
         _cast_at_the_ends(model)
@@ -433,85 +486,13 @@ class HalfWeights(_WithMasters, _Native):
     def _publish_weights(self) -> None:
         self._masters.publish()
 
-    def _updated(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        return [self._masters.of(p) for p in parameters]
-
-
-class _Masters:
-    """The float32 masters of a model's half weights, and the traffic between the two.
-
-    The seam for another layout of the masters (flat buffers, say): a step touches the optimizer's groups,
-    ``gather_gradients`` and ``publish``, and nothing else.
-
-    Attributes:
-        float32_model: The model's twin, whose parameters are the masters.
-    """
-
-    def __init__(self, float32_model: nn.Module | None = None, masters: dict[Tensor, Tensor] | None = None) -> None:
-        self.float32_model = float32_model
-        self._masters = masters or {}
-        self._gradients: dict[Tensor, Tensor] = {}
-
-    def of(self, parameter: Tensor) -> Tensor:
-        """The parameter that the optimizer updates in ``parameter``'s place: its master, or itself."""
-        return self._masters.get(parameter, parameter)
-
-    def enter(self, optimizer: Optimizer) -> None:
-        """Take the places of the model's parameters in the optimizer's groups and states."""
-        for group in optimizer.param_groups:
-            group['params'] = [self.of(p) for p in group['params']]
-        for parameter in [p for p in optimizer.state if p in self._masters]:
-            optimizer.state[self.of(parameter)] = optimizer.state.pop(parameter)
-
-    @torch.no_grad()
-    def gather_gradients(self) -> None:
-        """Copy the model's gradients to the masters in float32, and drop them.
-
-        A master's gradient lives in the same tensor from step to step: optimizers that combine gradients rely on it.
-        """
-        halves, floats = [], []
-        for parameter, master in self._masters.items():
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is None:
-                master.grad = None
-                continue
-            if master not in self._gradients:
-                self._gradients[master] = torch.empty_like(master)
-            master.grad = self._gradients[master]
-            halves.append(gradient)
-            floats.append(master.grad)
-        if floats:
-            torch._foreach_copy_(floats, halves)
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Round the masters to the model's weights."""
-        torch._foreach_copy_(list(self._masters), list(self._masters.values()))
-
-    def state_dict(self, model: nn.Module) -> dict[str, Any]:
-        """The model's state dict with the masters in place of their weights, and no half tensor in it."""
-        state = model.state_dict()
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.dtype in HALF_TYPES:
-                state[name] = value.float()
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter in self._masters:
-                state[name] = self.of(parameter).detach()
-        return state
-
-    @torch.no_grad()
-    def load_state_dict(self, model: nn.Module, state_dict: dict[str, Any], strict: bool) -> Any:
-        """Load the model, then the masters to their full precision."""
-        answer = model.load_state_dict(state_dict, strict=strict)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter in self._masters and name in state_dict:
-                self.of(parameter).copy_(state_dict[name])
-        return answer
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` that has its BatchNorm modules, the very same, and weights of its own."""
-    return copy.deepcopy(model, memo={id(m): m for m in model.modules() if isinstance(m, _BatchNorm)})
+    def _updated(
+            self,
+            optimizer: Optimizer,
+            parameters: Iterable[nn.Parameter] | None,
+            by_layer: bool,
+    ) -> list[nn.Parameter]:
+        return self._masters.clipped(self._trained if parameters is None else parameters, by_layer)
 
 
 def _halve(model: nn.Module, dtype: torch.dtype) -> None:
@@ -557,10 +538,10 @@ class Apex(_WithMasters):
             if 'combine_grad' in inspect.signature(self._amp.initialize).parameters:  # Ascend's
                 self._arguments['combine_grad'] = True
         self.description = 'apex ' + ', '.join(f'{name} {value}' for name, value in self._arguments.items())
-        self._masters = _Masters()
+        self._masters = Masters()
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        twin = _twin(model)  # before apex replaces the model's forward
+        twin = float32_twin(model)  # before apex replaces the model's forward
         parameters = _parameters(optimizer)
         try:
             model, optimizer = self._amp.initialize(model, optimizer, **self._arguments)
@@ -568,7 +549,7 @@ class Apex(_WithMasters):
             raise UserError(f'--amp-impl apex: {error}'.partition('\n')[0]) from error
         optimizer.zero_grad()  # apex makes its masters in the first call
         pairs = zip(parameters, _parameters(optimizer), strict=True)
-        self._masters = _Masters(twin, {p: master for p, master in pairs if p is not master})
+        self._masters = Masters(twin, {p: master for p, master in pairs if p is not master})
         self._share_parameters(model, twin)
         return model, optimizer
 

@@ -1,8 +1,8 @@
 """State dicts of Inception-ResNet-v2 in every dialect, told apart by their keys and translated bit for bit.
 
 ===============  =======================================================================================================
-``npu``          this package: siblings merged (``repeat.0.siblings.conv.weight``), classifier ``classif``
-``npu_separate`` this package with a norm that can't be merged: ``repeat.0.siblings.1.conv.weight``
+``npu``          this package: siblings and norms merged (``repeat.0.siblings.conv.weight``, ``repeat.0.bn.weight``)
+``npu_separate`` this package with norms that can't be merged (``repeat.0.bn.1.weight``)
 ``timm``         timm's ``inception_resnet_v2``: ``repeat.0.branch1.0.conv.weight``, classifier ``classif``
 ``cadene``       Cadene's pretrained-models.pytorch and Ascend's model zoo: timm's names, classifier ``last_linear``
 ===============  =======================================================================================================
@@ -15,6 +15,7 @@ zoo's have 1001, index 0 being a background class, which timm's ``label_offset``
 """
 
 import argparse
+import functools
 import hashlib
 import os
 import re
@@ -36,33 +37,69 @@ DIALECTS = ('npu', 'timm', 'cadene')
 
 StateDict = Dict[str, Tensor]
 
-# Blocks whose first layers share their input: {pattern: [(layer in timm's network, output channels), …]}.
-_SIBLINGS: Dict[str, Tuple[Tuple[str, int], ...]] = {
-    r'mixed_5b': (('branch0', 96), ('branch1.0', 48), ('branch2.0', 64)),
-    r'repeat\.\d+': (('branch0', 32), ('branch1.0', 32), ('branch2.0', 32)),
-    r'repeat_1\.\d+': (('branch0', 192), ('branch1.0', 128)),
-    r'mixed_7a': (('branch0.0', 256), ('branch1.0', 256), ('branch2.0', 256)),
-    r'repeat_2\.\d+|block8': (('branch0', 192), ('branch1.0', 192)),
+# What is merged in which blocks: {block: {merged layer: [(layer in timm's network, output channels), …]}}.
+_MERGED: Dict[str, Dict[str, Tuple[Tuple[str, int], ...]]] = {
+    r'mixed_5b': {
+        'siblings.conv': (('branch0.conv', 96), ('branch3.1.conv', 64), ('branch1.0.conv', 48), ('branch2.0.conv', 64)),
+        'siblings.bn': (('branch1.0.bn', 48), ('branch2.0.bn', 64)),
+        'bn': (('branch0.bn', 96), ('branch1.1.bn', 64), ('branch2.2.bn', 96), ('branch3.1.bn', 64)),
+    },
+    r'repeat\.\d+': {
+        'siblings.conv': (('branch0.conv', 32), ('branch1.0.conv', 32), ('branch2.0.conv', 32)),
+        'siblings.bn': (('branch1.0.bn', 32), ('branch2.0.bn', 32)),
+        'bn': (('branch0.bn', 32), ('branch1.1.bn', 32), ('branch2.2.bn', 64)),
+    },
+    r'repeat_1\.\d+': {
+        'siblings.conv': (('branch0.conv', 192), ('branch1.0.conv', 128)),
+        'siblings.bn': (('branch1.0.bn', 128),),
+        'bn': (('branch0.bn', 192), ('branch1.2.bn', 192)),
+    },
+    r'mixed_7a': {
+        'siblings.conv': (('branch0.0.conv', 256), ('branch1.0.conv', 256), ('branch2.0.conv', 256)),
+        'siblings.bn': (('branch0.0.bn', 256), ('branch1.0.bn', 256), ('branch2.0.bn', 256)),
+        'bn': (('branch0.1.bn', 384), ('branch1.1.bn', 288), ('branch2.2.bn', 320)),
+    },
+    r'repeat_2\.\d+|block8': {
+        'siblings.conv': (('branch0.conv', 192), ('branch1.0.conv', 192)),
+        'siblings.bn': (('branch1.0.bn', 192),),
+        'bn': (('branch0.bn', 192), ('branch1.2.bn', 256)),
+    },
 }
-_BLOCKS = tuple((re.compile(rf'({block})\.(.+)'), siblings) for block, siblings in _SIBLINGS.items())
 _CLASSIFIER = {'npu': 'classif', 'npu_separate': 'classif', 'timm': 'classif', 'cadene': 'last_linear'}
 
-
-def _split_key(key: str) -> Tuple[str, Sequence[Tuple[str, int]], str]:
-    """A key as (block, the block's siblings, the rest); no siblings for a key outside such a block."""
-    for pattern, siblings in _BLOCKS:
-        match = pattern.fullmatch(key)
-        if match:
-            return match[1], siblings, match[2]
-    return '', (), key
+Sources = Tuple[Tuple[str, int], ...]
 
 
-def _sibling_index(siblings: Sequence[Tuple[str, int]], rest: str) -> Tuple[int, str]:
-    """Which sibling of its block a key of timm's names, and the key below it; -1 for none."""
-    for index, (layer, _) in enumerate(siblings):
-        if rest.startswith((f'{layer}.conv.', f'{layer}.bn.')):
-            return index, rest[len(layer) + 1:]
-    return -1, rest
+@functools.cache
+def _merged_in(block: str) -> Dict[str, Sources]:
+    """The merged layers of a block; none for what is no block with any."""
+    return next((merged for pattern, merged in _MERGED.items() if re.fullmatch(pattern, block)), {})
+
+
+def _split_key(key: str) -> Tuple[str, str]:
+    """A key as (block, the rest); '' for the block outside of those with merged layers."""
+    match = re.match(r'(mixed_5b|mixed_7a|block8|repeat(?:_[12])?\.\d+)\.(.+)', key)
+    return (match[1], match[2]) if match else ('', key)
+
+
+def _merged_place(block: str, rest: str) -> Tuple[str, int]:
+    """Where a layer of timm's goes: the merged layer and the part of it; ('', -1) if it stays alone."""
+    layer = rest.rpartition('.')[0]
+    for merged, sources in _merged_in(block).items():
+        for index, (source, _) in enumerate(sources):
+            if layer == source:
+                return merged, index
+    return '', -1
+
+
+def _unmerged_place(block: str, rest: str) -> Tuple[str, int]:
+    """Which merged layer a key of this package's belongs to, and the part of it if it holds one part only, else -1."""
+    layer = rest.rpartition('.')[0]
+    merged_in = _merged_in(block)
+    if layer in merged_in:
+        return layer, -1
+    separate, _, index = layer.rpartition('.')
+    return (separate, int(index)) if separate in merged_in and index.isdecimal() else ('', -1)
 
 
 def detect_dialect(state_dict: Mapping[str, Tensor]) -> str:
@@ -72,10 +109,10 @@ def detect_dialect(state_dict: Mapping[str, Tensor]) -> str:
         UnknownDialect: The keys are not Inception-ResNet-v2's. The message names keys expected and found.
     """
     split_keys = [_split_key(key) for key in state_dict]
-    if any(rest.startswith('siblings.') and block for block, _, rest in split_keys):
-        separate = any(re.match(r'siblings\.\d', rest) for _, _, rest in split_keys)
-        return 'npu_separate' if separate else 'npu'
-    if any(_sibling_index(siblings, rest)[0] >= 0 for _, siblings, rest in split_keys):
+    own = [_unmerged_place(block, rest) for block, rest in split_keys]
+    if any(merged for merged, _ in own):
+        return 'npu_separate' if any(index >= 0 for _, index in own) else 'npu'
+    if any(_merged_place(block, rest)[0] for block, rest in split_keys):
         return 'cadene' if any(key.startswith('last_linear.') for key in state_dict) else 'timm'
     found = ', '.join(list(state_dict)[:3]) or 'no key at all'
     raise UnknownDialect(
@@ -114,21 +151,23 @@ def _to_timm(state_dict: Mapping[str, Tensor], dialect: str) -> StateDict:
         return _rename_classifier(state_dict, dialect, 'timm')
     out: StateDict = {}
     for key, value in state_dict.items():
-        block, siblings, rest = _split_key(key)
-        if not siblings or not rest.startswith('siblings.'):
+        block, rest = _split_key(key)
+        merged, index = _unmerged_place(block, rest)
+        name = rest.rpartition('.')[2]
+        if not merged:
             out[key] = value
-        elif dialect == 'npu_separate':
-            _, index, tail = rest.split('.', 2)
-            out[f'{block}.{siblings[int(index)][0]}.{tail}'] = value
+        elif index >= 0:
+            out[f'{block}.{_merged_in(block)[merged][index][0]}.{name}'] = value
         else:
-            for (layer, _), part in zip(siblings, _split_tensor(key, value, siblings), strict=True):
-                out[f'{block}.{layer}.{rest.removeprefix("siblings.")}'] = part
+            sources = _merged_in(block)[merged]
+            for (source, _), part in zip(sources, _split_tensor(key, value, sources), strict=True):
+                out[f'{block}.{source}.{name}'] = part
     return out
 
 
-def _split_tensor(key: str, value: Tensor, siblings: Sequence[Tuple[str, int]]) -> List[Tensor]:
-    """The siblings' parts of a merged tensor; a scalar (the count of batches) is the same for all."""
-    channels = [count for _, count in siblings]
+def _split_tensor(key: str, value: Tensor, sources: Sources) -> List[Tensor]:
+    """The parts of a merged tensor; a scalar (the count of batches) is the same for all."""
+    channels = [count for _, count in sources]
     if value.ndim == 0:
         return [value.clone() for _ in channels]
     if value.shape[0] != sum(channels):
@@ -137,29 +176,30 @@ def _split_tensor(key: str, value: Tensor, siblings: Sequence[Tuple[str, int]]) 
 
 
 def _merge(timm_names: Mapping[str, Tensor], to: str) -> StateDict:
-    """timm's siblings joined (npu) or renamed (npu_separate)."""
+    """timm's layers merged; for npu_separate only the convolutions, and the norms renamed."""
     out: StateDict = {}
     parts: Dict[str, Dict[int, Tensor]] = {}
     for key, value in timm_names.items():
-        block, siblings, rest = _split_key(key)
-        index, tail = _sibling_index(siblings, rest)
-        if index < 0:
+        block, rest = _split_key(key)
+        merged, index = _merged_place(block, rest)
+        name = rest.rpartition('.')[2]
+        if not merged:
             out[key] = value
-        elif to == 'npu_separate':
-            out[f'{block}.siblings.{index}.{tail}'] = value
+        elif to == 'npu_separate' and merged.endswith('bn'):
+            out[f'{block}.{merged}.{index}.{name}'] = value
         else:
-            merged = f'{block}.siblings.{tail}'
-            parts.setdefault(merged, {})[index] = value
-            if len(parts[merged]) == len(siblings):
-                out[merged] = _join_tensors([parts[merged][i] for i in range(len(siblings))])
+            target, count = f'{block}.{merged}.{name}', len(_merged_in(block)[merged])
+            parts.setdefault(target, {})[index] = value
+            if len(parts[target]) == count:
+                out[target] = _join_tensors([parts[target][i] for i in range(count)])
     incomplete = sorted(key for key in parts if key not in out)
     if incomplete:
-        raise UserError(f'the siblings that make up {incomplete[0]} are not all there: the file is damaged.')
+        raise UserError(f'the layers that make up {incomplete[0]} are not all there: the file is damaged.')
     return out
 
 
 def _join_tensors(parts: List[Tensor]) -> Tensor:
-    # Siblings see the same batches, so their counts agree in every file that training wrote.
+    # They see the same batches, so their counts agree in every file that training wrote.
     return torch.stack(parts).amax(0) if parts[0].ndim == 0 else torch.cat(parts)
 
 

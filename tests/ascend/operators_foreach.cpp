@@ -99,7 +99,8 @@ OPERATOR(AmpUpdateScale, In, In, In found_inf, double growth_factor, double back
 
 // ---- fused optimizers: one call updates parameters and state in place ------------------------------------------------------
 
-OPERATOR(FusedSgd, InOutList parameters, InOutList grads, InOutList momentum_buffers, In grad_scale, float weight_decay, float momentum,
+// The gradients are written, divided by the scale, only if there is a scale; the log always counts them as read.
+OPERATOR(FusedSgd, InOutList parameters, InList grads, InOutList momentum_buffers, In grad_scale, float weight_decay, float momentum,
          float lr, float dampening, bool nesterov, bool maximize, bool is_first_step) {
   at::_fused_sgd_(parameters.tensors(), grads.tensors(), momentum_buffers.tensors(), weight_decay, momentum, lr, dampening, nesterov,
                   maximize, is_first_step, grad_scale.optional(), std::nullopt);

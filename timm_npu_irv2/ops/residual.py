@@ -57,7 +57,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     (output,) = ctx.saved_tensors
     masked = torch.ops.aten.threshold_backward(grad, output, 0)
     x_dtype, branch_dtype = ctx.dtypes
-    return masked.to(x_dtype), (masked * ctx.scale).to(branch_dtype), None
+    scaled = masked if ctx.scale == 1 else masked * ctx.scale
+    return masked.to(x_dtype), scaled.to(branch_dtype), None
 
 
 LIBRARY.define('scaled_residual_relu(Tensor x, Tensor branch, float scale) -> Tensor')
