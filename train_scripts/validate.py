@@ -37,7 +37,7 @@ from timm_npu_irv2.training.data import DeviceLoader, create_eval_loader
 from timm_npu_irv2.training.distributed import World, gather_objects, initialize, shutdown
 from timm_npu_irv2.training.engine import evaluate
 from timm_npu_irv2.training.flags import REFUSED, TRAIN_FLAGS, Flag, Group
-from timm_npu_irv2.training.options import parse_flags
+from timm_npu_irv2.training.options import parse_flags, too_small
 from timm_npu_irv2.training.picture import Prediction, choose, draw_predictions
 from timm_npu_irv2.training.script import run_script, start_log
 
@@ -123,6 +123,9 @@ def parse(argv: Sequence[str]) -> Namespace:
         "validate.py. '-' and '_' in names are the same."))
     args.data_dir = args.data or args.data_dir
     args.pretrained = args.pretrained or not args.checkpoint
+    sizes = [size for size in (args.img_size, *(args.input_size or ())[1:]) if size]
+    if wrong := too_small(args.model, sizes):
+        raise UserError(wrong)
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise UserError(f'--model-dtype {args.model_dtype} is for validation without --amp: leave one out.')
     if args.num_gpu > 1:
@@ -169,10 +172,11 @@ def main(argv: Sequence[str]) -> int:
         start_log(world)
         device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
         pairs = expand(args)
-        if len(pairs) == 1:
-            results: Any = validate(args, world, *pairs[0])
-        else:
-            results = validate_several(args, world, pairs)
+        with setup.explained_losses(world, 'Start again.'):
+            if len(pairs) == 1:
+                results: Any = validate(args, world, *pairs[0])
+            else:
+                results = validate_several(args, world, pairs)
         if world.is_primary:
             if args.results_file:
                 write_results(Path(args.results_file), results, args.results_format)
@@ -229,9 +233,15 @@ def measure(args: Namespace, world: World) -> Results:
                        tta=args.tta, on_batch=tally)
     seconds = time.perf_counter() - tally.started
     answers = gather_objects(tally.answers(loader), world)
+    bad_images = sorted(name for names in gather_objects(list(loader.bad_images), world) for name in names)
+    loader.close()
     if not world.is_primary:
         return {}
-    return collect(args, data_config, metrics, parameters, seconds, loader, answers)
+    results = collect(args, data_config, metrics, parameters, seconds, loader, answers)
+    if bad_images:
+        _logger.warning(f'{len(bad_images)} image(s) could not be read and are not counted; the results name them.')
+        results |= {'bad_image_count': len(bad_images), 'bad_images': bad_images}
+    return results
 
 
 def load_model(args: Namespace) -> nn.Module:

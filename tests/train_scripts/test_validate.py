@@ -1,8 +1,10 @@
 """validate.py: exact figures whatever the processes and batches, any dialect, results in files, one line for errors."""
 
 import csv
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +200,48 @@ def test_checkpoints_of_any_dialect(reference_state_dict, tmp_path, dialect):
         assert torch.equal(loaded[key], value)
 
 
+def test_images_that_cannot_be_read_are_not_counted_but_named(images, checkpoint, results, tmp_path):
+    folder = tmp_path / 'images'
+    shutil.copytree(images, folder)
+    bad = folder / 'val' / 'class2' / '0.png'
+    bad.write_bytes(bad.read_bytes()[:-500])
+    found = results('--data-dir', str(folder), '--on-bad-image', 'skip')
+    assert (found['count'], found['bad_image_count'], found['bad_images']) == (CLASSES * PER_CLASS - 1, 1, [str(bad)])
+    with pytest.raises(UserError, match=f'image {bad} cannot be read'):
+        results('--data-dir', str(folder))
+
+
+@pytest.mark.long
+def test_top1_of_1003_images_is_one_number_for_all_world_and_batch_sizes(checkpoint, tmp_path):
+    random = np.random.default_rng(1)
+    for number in range(1003):
+        path = tmp_path / 'val' / f'class{number % CLASSES}' / f'{number}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((70, 70), Image.Resampling.BICUBIC).save(path)
+    shutil.copytree(tmp_path / 'val', tmp_path / 'train')  # train.py insists on one
+    found = {}
+    for processes, batch in itertools.product((1, 2, 3), (7, 64)):
+        for script in 'validate.py', 'train.py':
+            found[script, processes, batch] = accuracy_of(script, tmp_path, checkpoint, processes, batch)
+    print(found)
+    assert len(set(found.values())) == 1
+
+
+def accuracy_of(script: str, images: Path, checkpoint: Path, processes: int, batch: int) -> tuple[float, float]:
+    """top-1 and top-5 as validate.py, or train.py without an epoch, reports them."""
+    words = ['--data-dir', images, *MODEL, '-b', str(batch), '-j', '1']
+    if script == 'validate.py':
+        words += ['--checkpoint', checkpoint, '--results-file', images / 'report.json', '--results-format', 'json']
+    else:
+        words += ['--initial-checkpoint', checkpoint, '--epochs', '0', '--output', images.parent, '--experiment',
+                  images.name, '--num-classes', str(CLASSES)]
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes),
+                    SCRIPTS / script, *words], check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    report = json.loads((images / 'report.json').read_text())
+    return round(report['top1'], 4), round(report['top5'], 4)
+
+
 # ------------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -217,6 +261,9 @@ def test_checkpoints_of_any_dialect(reference_state_dict, tmp_path, dialect):
     (['--valid-labels', 'nowhere.txt'], 'nowhere.txt'),
     (['--results-file', 'no/such/folder.csv'], 'No such file'),
     (['--tta', '3'], 'two views'),
+    (['--workers', '-1'], 'at least 0'),
+    (['--model', 'inception_resnet_v2_npu', '--img-size', '74'], 'at least 75 pixels'),
+    (['--data-dir', '/nowhere'], "'/nowhere' does not exist"),
 ])
 def test_errors_are_one_line(images, checkpoint, tmp_path, capfd, words, message):
     torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), tmp_path / 'small.pth')

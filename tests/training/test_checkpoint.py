@@ -21,7 +21,7 @@ from timm_npu_irv2.training import setup
 from timm_npu_irv2.training.checkpoint import resume, training_state
 from timm_npu_irv2.training.checkpoint_file import read, write
 from timm_npu_irv2.training.distributed import World
-from timm_npu_irv2.training.engine import Position, Trainer, TrainSettings
+from timm_npu_irv2.training.engine import Diverged, Position, Trainer, TrainSettings
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
 
@@ -176,6 +176,37 @@ def test_the_smaller_loss_is_the_better_one_and_the_history_goes_on_after_a_resu
     assert again.best_epoch == 0
     names = sorted(path.name for path in tmp_path.glob('checkpoint-*'))
     assert names == ['checkpoint-0.pth.tar', 'checkpoint-2.pth.tar']
+
+
+@pytest.mark.parametrize('lost', ['checkpoint-1', 'model_best'])
+def test_a_kill_between_the_names_of_a_checkpoint_loses_none(tmp_path, lost):
+    """last.pth.tar comes first; the rest is made up for when the run goes on."""
+    args = options('--checkpoint-hist', '1')
+    trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD)
+    saver.save_epoch(trainer, 0, 10.0)
+    left = {name: (tmp_path / f'{name}.pth.tar').read_bytes() for name in ('checkpoint-0', 'model_best')}
+    saver.save_epoch(trainer, 1, 20.0)
+    expected = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / f'{lost}.pth.tar').unlink()
+    for name in ('checkpoint-0', lost):  # as they were before the kill
+        if name in left:
+            (tmp_path / f'{name}.pth.tar').write_bytes(left[name])
+    CheckpointSaver(tmp_path, args, WORLD).load_state_dict(
+        read(tmp_path / 'last.pth.tar')['saver'], tmp_path / 'last.pth.tar')
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    args = options()
+    trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD)
+    saver.save_recovery(trainer)
+    next(trainer.task.trainable_module.parameters()).data.view(-1)[0] = float('inf')
+    for save in (lambda: saver.save_recovery(trainer), lambda: saver.save_epoch(trainer, 0, 1.0)):
+        trainer.position.batch += 1
+        trainer.last_good = saver.last_good
+        with pytest.raises(Diverged, match=r'weights are no longer finite.*rate 0\.01.*recovery-0-0\.pth\.tar'):
+            save()
+    assert [path.name for path in tmp_path.iterdir()] == ['recovery-0-0.pth.tar']
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path):

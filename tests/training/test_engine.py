@@ -174,6 +174,32 @@ def test_a_lost_loss_stops_before_a_checkpoint_is_spoilt():
     assert saved == []
 
 
+def test_a_loss_scale_that_skips_every_step_gives_up_and_says_where():
+    """float16's gradients of these weights overflow whatever the scale."""
+    model = network()
+    trainer = trainer_of(batches(50), model, last_good=lambda: 'recovery-0-1')
+    trainer.precision = create_precision(torch.device('cpu'), amp=True, amp_dtype=torch.float16, loss_scale='dynamic')
+    model[0].weight.register_hook(lambda gradient: gradient * math.inf)
+    before = weights(trainer)
+    with pytest.raises(Diverged, match=r'an overflow in each of the last 40 steps in epoch 0, batch 40 .*recovery-0-1'):
+        trainer.train_one_epoch()
+    assert torch.equal(weights(trainer), before)
+
+
+def test_a_skipped_step_now_and_then_is_no_reason_to_give_up():
+    model, calls = network(), []
+    trainer = trainer_of(batches(50), model)
+    trainer.precision = create_precision(torch.device('cpu'), amp=True, amp_dtype=torch.float16, loss_scale='dynamic')
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gradient * math.inf if len(calls) % 30 else gradient
+
+    model[0].weight.register_hook(spoil)
+    trainer.train_one_epoch()
+    assert trainer.precision.skipped_steps == 49
+
+
 def test_recovery_checkpoints_come_at_their_interval_but_not_at_the_end():
     saved = []
     trainer = trainer_of(batches(6), recovery_interval=2, on_recovery=lambda t: saved.append(t.position.batch))

@@ -202,7 +202,7 @@ def _load_weights(trainer: Trainer, checkpoint: _State, path: Path) -> None:
 
 def _load_optimizer(trainer: Trainer, checkpoint: _State, path: Path) -> None:
     state = checkpoint.get('optimizer')
-    own = [len(group['params']) for group in trainer.optimizer.param_groups]
+    own = [len(group['params']) for group in trainer.optimizer.state_dict()['param_groups']]
     if state is None or [len(group['params']) for group in state['param_groups']] != own:
         _logger.warning(f'{path} holds no optimizer state that fits this network: momenta start from zero.')
         return

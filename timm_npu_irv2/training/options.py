@@ -16,7 +16,7 @@ import yaml
 from ..errors import UserError
 from .flags import REFUSED, TRAIN_FLAGS, Flag, Group
 
-__all__ = ['as_yaml', 'parse_args', 'parse_flags']
+__all__ = ['as_yaml', 'parse_args', 'parse_flags', 'too_small']
 
 SMALLEST_IMAGE = 75  # Inception-ResNet-v2: its unpadded convolutions leave one pixel of 75, and none of 74
 
@@ -79,6 +79,14 @@ def parse_flags(
             setattr(args, flag.dest, dict(getattr(args, flag.dest) or {}))
         _check_range(flag, getattr(args, flag.dest))
     return args
+
+
+def too_small(model: str, sizes: Iterable[int]) -> str:
+    """What is wrong with images of these sizes for a model; nothing if nothing is."""
+    smallest = min(sizes, default=SMALLEST_IMAGE)
+    if not model.startswith('inception_resnet_v2') or smallest >= SMALLEST_IMAGE:
+        return ''
+    return f'image size {smallest}: Inception-ResNet-v2 needs at least {SMALLEST_IMAGE} pixels.'
 
 
 def as_yaml(args: argparse.Namespace) -> str:
@@ -229,11 +237,9 @@ _Rules = list[tuple[Any, str]]
 
 def _model_contradictions(args: argparse.Namespace) -> _Rules:
     sizes = [size for size in (args.img_size, *(args.input_size or ())[1:], *(args.train_img_sizes or ())) if size]
-    smallest = SMALLEST_IMAGE if args.model.startswith('inception_resnet_v2') else 1
     channels = args.in_chans or (args.input_size or [3])[0]
     return [
-        (sizes and min(sizes) < smallest,
-         f'image size {min(sizes, default=0)}: Inception-ResNet-v2 needs at least {SMALLEST_IMAGE} pixels.'),
+        (too_small(args.model, sizes), too_small(args.model, sizes)),
         (args.img_size and args.input_size and args.input_size[1:] != [args.img_size] * 2,
          '--img-size and --input-size name different sizes: give one of them.'),
         (args.in_chans and args.input_size and args.input_size[0] != args.in_chans,

@@ -37,7 +37,7 @@ from .engine import Position, TrainSettings
 from .images import is_dead_worker
 
 __all__ = ['average_weights', 'build_model', 'build_optimizer', 'build_precision', 'build_scheduler', 'build_task',
-           'compile_and_distribute', 'explained_failures', 'global_options', 'place_model',
+           'compile_and_distribute', 'explained_losses', 'explained_memory_errors', 'global_options', 'place_model',
            'reach', 'share_of_batch', 'share_statistics', 'start_wandb', 'train_settings']
 
 _logger = logging.getLogger(__name__)
@@ -285,25 +285,30 @@ def share_statistics(task: TrainingTask, args: Namespace, world: World) -> None:
 
 
 @contextlib.contextmanager
-def explained_failures(args: Namespace, world: World) -> Iterator[None]:
-    """Turn what can befall any run into advice: no memory on the device, lost processes, killed workers."""
+def explained_memory_errors(args: Namespace, world: World) -> Iterator[None]:
+    """Turn the device's lack of memory into advice."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, UserError):
+        if not device_seam.is_out_of_memory(error):
             raise
-        if device_seam.is_out_of_memory(error):
-            half, steps = max(1, args.batch_size // 2), args.grad_accum_steps
-            raise UserError(
-                f'{world.device}: out of memory with --batch-size {args.batch_size}. Try --batch-size {half} '
-                f'--grad-accum-steps {2 * steps}, which updates alike, or --grad-checkpointing.') from error
+        half, steps = max(1, args.batch_size // 2), args.grad_accum_steps
+        raise UserError(
+            f'{world.device}: out of memory with --batch-size {args.batch_size}. Try --batch-size {half} '
+            f'--grad-accum-steps {2 * steps}, which updates alike, or --grad-checkpointing.') from error
+
+
+@contextlib.contextmanager
+def explained_losses(world: World, advice: str) -> Iterator[None]:
+    """Turn the loss of a process into one line: one that loads images, or another of the run."""
+    try:
+        yield
+    except RuntimeError as error:
         if is_dead_worker(error):
-            raise UserError(
-                f'a process that loads images was killed ({first_line(error)}), most often for lack of memory: use '
-                'fewer --workers. --resume auto goes on from the newest checkpoint.') from error
+            raise UserError(f'a process that loads images was killed ({first_line(error)}), most often for lack of '
+                            f'memory: use fewer --workers. {advice}') from error
         if world.distributed and is_lost_peer(error):
-            raise UserError(f'rank {world.rank} lost the other processes ({first_line(error)}). --resume auto goes on '
-                            'from the newest checkpoint.') from error
+            raise UserError(f'rank {world.rank} lost the other processes ({first_line(error)}). {advice}') from error
         raise
 
 
