@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import OURS, REFERENCE, fill, relative_error
 from tests.hub_server import TOKEN, HubServer, Repository
+from tests.stock_timm import run_without_plugin
 from timm_npu_irv2 import hub, weights
 from timm_npu_irv2.errors import UserError
 
@@ -106,8 +107,8 @@ def environment(server: HubServer, cache: Path, **more: str) -> dict[str, str]:
             'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', **more}
 
 
-def python(code: str, *args: object, env=None, cwd=None, options=()) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *options, '-c', code, *map(str, args)], capture_output=True, text=True,
+def python(code: str, *args: object, env=None, cwd=None) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True,
                           check=False, env=env, cwd=cwd)
 
 
@@ -155,9 +156,6 @@ def test_timm_loads_the_folder_with_its_labels(published, state_dict):
 
 def test_stock_timm_without_the_plugin_gives_our_logits(published, for_timm, tmp_path):
     (tmp_path / 'packages').mkdir()
-    for entry in Path(timm.__file__).parents[1].iterdir():  # the packages of this environment but for the plugin
-        if 'timm_npu_irv2' not in entry.name:
-            (tmp_path / 'packages' / entry.name).symlink_to(entry)
     code = '''
 import importlib.util, sys, timm, torch
 assert importlib.util.find_spec('timm_npu_irv2') is None and not timm.is_model('inception_resnet_v2_npu')
@@ -167,8 +165,8 @@ with torch.inference_mode():
     torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
 '''
     torch.save(images(), tmp_path / 'images.pt')
-    env = {**os.environ, 'PYTHONPATH': str(tmp_path / 'packages')}
-    done = python(code, for_timm, tmp_path / 'images.pt', tmp_path / 'logits.pt', env=env, cwd=tmp_path, options=['-S'])
+    done = run_without_plugin(code, for_timm, tmp_path / 'images.pt', tmp_path / 'logits.pt',
+                              folder=tmp_path / 'packages', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert relative_error(torch.load(tmp_path / 'logits.pt'), logits(hub.from_pretrained(published))) < 1e-5
 

@@ -142,8 +142,9 @@ def export(
     return folder
 
 
-def _read_checkpoint(path: Path, ema: bool) -> _Checkpoint:
-    state_dict = weights.load_file(path, use_ema=ema)
+def _read_checkpoint(path: Path, ema: bool | None) -> _Checkpoint:
+    """A file with or without its averaged weights; with them if it has any for None."""
+    state_dict = weights.load_file(path, use_ema=ema is not False)
     content: dict[str, Any] = {}
     if path.suffix != '.safetensors':
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints hold one
@@ -153,12 +154,13 @@ def _read_checkpoint(path: Path, ema: bool) -> _Checkpoint:
     has_average = content.get('state_dict_ema') is not None
     if ema and not has_average:
         raise UserError(f'--ema: {path} holds no averaged weights; train.py --model-ema makes them.')
-    if has_average and not ema:
+    if has_average and ema is False:
         _logger.warning(f'{path} also holds averaged weights, which were what was evaluated; --ema takes them.')
     args = content.get('args') or {}
     return _Checkpoint(
         state_dict, args if isinstance(args, dict) else vars(args), content.get('epoch'),
-        (content.get('training') or {}).get('class_to_idx'), averaged=ema, measured=ema or not has_average)
+        (content.get('training') or {}).get('class_to_idx'), averaged=has_average and ema is not False,
+        measured=not has_average or ema is not False)
 
 
 def _build(content: _Checkpoint, target: str, source: Path) -> nn.Module:
@@ -497,12 +499,20 @@ def create(pretrained: bool | str | os.PathLike = False, **kwargs: Any) -> nn.Mo
 
 
 def _from_file(path: Path, **kwargs: Any) -> nn.Module:
-    state_dict = weights.convert(weights.load_file(path, use_ema=True), to='timm')
+    content = _read_checkpoint(path, None)
+    state_dict = weights.convert(content.state_dict, to='timm')
     cfg = get_pretrained_cfg(OURS).to_dict()
-    cfg.update(num_classes=len(state_dict.get('classif.weight', ())), state_dict=state_dict,
-               input_size=(state_dict['conv2d_1a.conv.weight'].shape[1], *cfg['input_size'][1:]))
-    kwargs = {'num_classes': cfg['num_classes'], 'in_chans': cfg['input_size'][0], **kwargs}
-    model = timm.create_model(OURS, pretrained=True, pretrained_cfg=cfg, **kwargs)
+    cfg |= {key: content.args[key] for key in _PREPROCESSING if key in cfg and content.args.get(key)}
+    channels, size = state_dict['conv2d_1a.conv.weight'].shape[1], content.args.get('img_size')
+    cfg['input_size'] = (channels, *([size, size] if size else cfg['input_size'][1:]))
+    cfg |= {'num_classes': len(state_dict.get('classif.weight', ())), 'state_dict': state_dict}
+    cfg['label_names'] = _names_in(content, cfg['num_classes'])
+    arguments = {'num_classes': cfg['num_classes'], 'in_chans': channels, 'global_pool': content.args.get('gp'),
+                 **(content.args.get('model_kwargs') or {}), **kwargs}
+    try:
+        model = timm.create_model(OURS, pretrained=True, pretrained_cfg=cfg, **arguments)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f'{path} does not fit {OURS}: {_one_line(error)}') from error
     model.pretrained_cfg.pop('state_dict', None)  # or the weights would be in memory twice
     return model
 
