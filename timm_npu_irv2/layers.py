@@ -119,8 +119,9 @@ class ScaledBiasConv2d(nn.Conv2d):
     def forward(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
         """Apply to ``x`` (N, in_channels, H, W); ``scaled_bias`` is s·b, if it has been computed already."""
         if scaled_bias is None:
-            assert self.bias is not None  # for TorchScript
-            scaled_bias = self.bias * self.bias_scale
+            bias = self.bias
+            assert bias is not None  # for TorchScript
+            scaled_bias = bias * self.bias_scale
         return F.conv2d(x, self.weight, scaled_bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -259,8 +260,6 @@ def conv_pool(conv: ConvNormAct, pool: nn.MaxPool2d, x: Tensor) -> Tensor:
     A maximum and a ReLU commute exactly, and so do their gradients. Whoever listens to ``conv`` (hooks), or has
     given it another norm or activation, gets the layers one after the other.
     """
-    if torch.jit.is_scripting():
-        return pool(conv(x))
     norm = conv.bn
     if type(norm) is not BatchNormAct2d or not isinstance(norm.act, nn.ReLU) or conv._forward_hooks:
         return pool(conv(x))

@@ -285,9 +285,14 @@ class InceptionResnetV2Npu(nn.Module):
         """(N, in_chans, H, W) -> the last feature map (N, 1536, H / 32, W / 32), sizes rounded down."""
         x = self.conv2d_1a(x)
         x = self.conv2d_2a(x)
-        x = conv_pool(self.conv2d_2b, self.maxpool_3a, x)
-        x = self.conv2d_3b(x)
-        x = conv_pool(self.conv2d_4a, self.maxpool_5a, x)
+        if torch.jit.is_scripting():
+            x = self.maxpool_3a(self.conv2d_2b(x))
+            x = self.conv2d_3b(x)
+            x = self.maxpool_5a(self.conv2d_4a(x))
+        else:
+            x = conv_pool(self.conv2d_2b, self.maxpool_3a, x)
+            x = self.conv2d_3b(x)
+            x = conv_pool(self.conv2d_4a, self.maxpool_5a, x)
         x = self.mixed_5b(x)
         x = self.repeat(x)
         x = self.mixed_6a(x)
