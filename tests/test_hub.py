@@ -267,7 +267,6 @@ def test_the_card_tells_the_recipe_and_no_place_of_the_machines(published):
         assert 'secret' not in (published / file).read_text()
 
 
-@pytest.mark.skipif(not (ROOT / 'train_scripts' / 'inference.py').exists(), reason='inference.py is not written yet')
 def test_every_block_of_the_card_runs(published, server, tmp_path):
     clone = tmp_path / 'clone'
     clone.mkdir()
@@ -446,3 +445,35 @@ def test_another_network_is_refused(tmp_path, published):
         hub.from_pretrained(folder)
     with pytest.raises(UserError, match='no exported model'):
         hub.from_pretrained(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def test_train_publishes_its_best_weights(server, tmp_path):
+    random = np.random.default_rng(0)
+    for name in ('train/left', 'train/right', 'val/left', 'val/right'):
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        for index in range(2):
+            picture = random.integers(0, 255, (80, 80, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / 'data' / name / f'{index}.png')
+    train = [sys.executable, str(ROOT / 'train_scripts' / 'train.py'), '--data-dir', str(tmp_path / 'data'), '-b', '4',
+             '--num-classes', '2', '--img-size', '75', '--epochs', '1', '--warmup-epochs', '0', '-j', '0', '--device',
+             'cpu', '--output', str(tmp_path), '--experiment', 'run', '--push-to-hub', 'me/sides', '--model-ema']
+    refused = subprocess.run(train, env=environment(server, tmp_path / 'home', HF_TOKEN='hf_wrong'),
+                             capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and 'refuses (401)' in refused.stderr.splitlines()[-1]
+    assert not list((tmp_path / 'run').glob('*.pth.tar'))  # it is known before the training
+    env = environment(server, tmp_path / 'home')
+    done = subprocess.run(train, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    files = server.files('me/sides')
+    assert set(files) == FILES | {'.gitattributes'}
+    assert json.loads(files['config.json'])['label_names'] == ['left', 'right']
+    report = json.loads((tmp_path / 'run' / 'report.json').read_text())
+    card = ModelCard(files['README.md'].decode())
+    assert card.data.eval_results[0].metric_value == round(report['top1'], 4)
+    assert str(tmp_path) not in card.text
+    average = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)['state_dict_ema']
+    written = load_file(tmp_path / 'run' / 'sides' / 'model.safetensors')
+    assert torch.equal(written['classif.weight'], average['classif.weight'])

@@ -22,6 +22,7 @@ from timm.data import resolve_data_config
 from timm.utils import random_seed
 
 from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2 import hub
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.files import write_whole
 from timm_npu_irv2.training import checkpoint, setup
@@ -40,6 +41,7 @@ from timm_npu_irv2.training.distributed import (
     shutdown,
 )
 from timm_npu_irv2.training.engine import Position, Stopped, Trainer, evaluate
+from timm_npu_irv2.training.flags import OUR_MODEL
 from timm_npu_irv2.training.folder import output_folder
 from timm_npu_irv2.training.options import as_yaml, parse_args
 from timm_npu_irv2.training.report import Progress, Report
@@ -109,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
         device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
         stopping = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
         advice = '--resume auto goes on from the newest checkpoint.'
-        with setup.explained_memory_errors(args, world), setup.explained_losses(world, advice), stopping as stop:
+        with setup.explained_memory_errors(args, world), setup.explained_loss_of_peers(world, advice), stopping as stop:
             run = assemble(args, world, stop, started)
             with output_folder(args, run.image_size, world) as folder, closing_all(run.loaders):
                 train(run, folder, options)
@@ -161,6 +163,8 @@ def closing_all(loaders: Sequence[Any]) -> Iterator[None]:
 def train(run: Run, folder: Path, options: str) -> None:
     """Resume if asked to, train epoch by epoch, report."""
     args, world, trainer = run.args, run.world, run.trainer
+    if args.push_to_hub and world.is_primary:
+        hub.prepare(args.push_to_hub)  # what is wrong with the token is better known before the training than after it
     saver = CheckpointSaver(folder, args, world, decreasing=run.metric == 'loss')
     resume(run, saver)
     setup.compile_and_distribute(trainer.task, args, world)
@@ -275,6 +279,21 @@ def finish(
         world_size=run.world.size, precision=trainer.precision.description, batch_size=run.batch_size,
         seconds=run.seconds, images_per_second=trainer.throughput.images_per_second, evaluation=evaluation,
         skipped_steps=trainer.precision.skipped_steps, bad_image_count=len(bad_images), bad_images=sorted(bad_images))
+    if run.args.push_to_hub:
+        publish(run, folder)
+
+
+def publish(run: Run, folder: Path) -> None:
+    """Export the best weights into the run's folder, and upload them."""
+    best, args = folder / 'model_best.pth.tar', run.args
+    exported = hub.export(
+        best if best.is_file() else folder / 'last.pth.tar', folder / args.push_to_hub.rpartition('/')[2],
+        target='npu' if args.model == OUR_MODEL else 'timm', ema=args.model_ema and not args.model_ema_force_cpu)
+    try:
+        _logger.info(f'Published: {hub.push(exported, args.push_to_hub)}')
+    except UserError as error:
+        raise UserError(f'{error} The training is complete; later, `python -m timm_npu_irv2.hub push {exported} '
+                        f'{args.push_to_hub}` publishes it.') from error
 
 
 if __name__ == '__main__':

@@ -312,6 +312,8 @@ _misc = Group('Running, logging and saving', (
     _flag('--wandb-project', 'its project', metavar='NAME'),
     _flag('--wandb-tags', 'its tags', default=[], nargs='+', metavar='TAG'),
     _flag('--wandb-resume-id', 'its run to continue, with --resume', default='', metavar='ID'),
+    _flag('--push-to-hub', 'publish the best weights as this repository of the Hugging Face Hub at the end', default='',
+          metavar='OWNER/NAME'),
 ))
 
 _sizes = Group('Training with several image sizes', (

@@ -18,6 +18,7 @@ from .flags import REFUSED, TRAIN_FLAGS, Flag, Group
 
 __all__ = ['as_yaml', 'parse_args', 'parse_flags', 'too_small']
 
+PUBLISHED = ('inception_resnet_v2_npu', 'inception_resnet_v2')  # what hub.py knows how to export
 SMALLEST_IMAGE = 75  # Inception-ResNet-v2: its unpadded convolutions leave one pixel of 75, and none of 74
 
 
@@ -296,6 +297,10 @@ def _process_contradictions(args: argparse.Namespace) -> _Rules:
         (args.dist_url and not re.fullmatch(r'env://|tcp://[^/:]+:\d+|tcp://\[[^\]]+\]:\d+', args.dist_url),
          f"--dist-url '{args.dist_url}': expected tcp://host:port or env://."),
         (args.wandb_resume_id and not args.resume, '--wandb-resume-id needs --resume.'),
+        (args.push_to_hub and args.model.partition('.')[0] not in PUBLISHED,
+         f'--push-to-hub publishes {" and ".join(PUBLISHED)}, not {args.model}.'),
+        (args.push_to_hub and not args.epochs,
+         '--push-to-hub needs a training: `python -m timm_npu_irv2.hub` publishes a checkpoint.'),
         (args.resume == 'auto' and not args.experiment, '--resume auto needs --experiment, the folder to look in.'),
     ]
 
