@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -261,6 +262,11 @@ def test_save_images_writes_a_batch_with_each_line_of_the_log(train):
 
 MISTAKES = [
     ('--batch-size 0', 'at least 1'),
+    ('--workers -1', 'at least 0'),
+    ('--epochs -1', 'at least 0'),
+    ('--model inception_resnet_v2_npu --img-size 74', 'at least 75 pixels'),
+    ('--model inception_resnet_v2_npu --input-size 3 80 70', 'at least 75 pixels'),
+    ('--jsd-loss', 'needs --aug-splits'),
     ('--device cuda:77', 'cuda'),
     ('--device tpu', 'tpu'),
     ('--model resnet_fifty', 'no such model'),
@@ -295,6 +301,58 @@ def test_a_checkpoint_of_another_network_or_number_of_classes_is_refused(train, 
     assert 'a checkpoint of --model test_resnet' in capsys.readouterr().err
 
 
+def test_a_folder_with_the_checkpoints_of_another_run_is_refused(train, capsys):
+    folder = train()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    train(code=2)
+    assert 'has the checkpoints of another run (' in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_restarts_need_a_folder_to_go_on_in(train, capsys, monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', '3')
+    train('--experiment', '', code=2)
+    assert '--max-restarts needs --experiment' in capsys.readouterr().err
+
+
+def test_a_restart_goes_on_by_itself_whatever_the_first_start_was_told(train, monkeypatch):
+    words = ['--no-resume-opt', '--start-epoch', '0', '--model-ema', '--epochs', '2']
+    undisturbed = train(*words, '--recovery-interval', '1', experiment='undisturbed')
+    restarted = undisturbed.parent / 'restarted'
+    restarted.mkdir()
+    shutil.copy(undisturbed / 'recovery-1-1.pth.tar', restarted)
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    train(*words, experiment='restarted')
+    for key in 'state_dict', 'state_dict_ema', 'optimizer':
+        assert_same(last(restarted)[key], last(undisturbed)[key])
+
+
+@pytest.fixture
+def damaged(images, tmp_path) -> Path:
+    """The images, one of each split cut off."""
+    folder = tmp_path / 'damaged'
+    shutil.copytree(images, folder)
+    for split in 'train', 'val':
+        path = folder / split / 'class1' / '3.png'
+        path.write_bytes(path.read_bytes()[:-2000])
+    return folder
+
+
+def test_bad_images_are_counted_and_named_in_the_report(train, damaged, capsys):
+    folder = train('--data-dir', str(damaged), '--on-bad-image', 'skip', '--train-batches-per-epoch', '9')
+    report = json.loads((folder / 'report.json').read_text())
+    expected = [str(damaged / split / 'class1' / '3.png') for split in ('train', 'val')]
+    assert (report['bad_image_count'], report['bad_images']) == (2, expected)
+    assert report['top1'] in [100 * hits / 14 for hits in range(15)]
+    told = capsys.readouterr().err
+    assert all(f'Skipped image {name}' in told for name in expected)
+
+
+def test_a_bad_image_stops_the_run_unless_told_otherwise(train, damaged, capsys):
+    train('--data-dir', str(damaged), '--train-batches-per-epoch', '9', code=2)
+    assert f"error: image {damaged / 'train' / 'class1' / '3.png'} cannot be read" in capsys.readouterr().err
+
+
 def test_lack_of_memory_names_the_batch_size_to_try(train, capsys, monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError('device out of memory. Tried to allocate 20.00 GiB')
@@ -307,7 +365,7 @@ def test_lack_of_memory_names_the_batch_size_to_try(train, capsys, monkeypatch):
 # As processes of their own
 
 
-def command(images: Path, output: Path, *words: str, torchrun: int = 0) -> subprocess.Popen:
+def command(images: Path, output: Path, *words: str, torchrun: int = 0, **options) -> subprocess.Popen:
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     start = [sys.executable]
     if torchrun:
@@ -320,6 +378,8 @@ def command(images: Path, output: Path, *words: str, torchrun: int = 0) -> subpr
             'c10d',
             '--rdzv-endpoint',
             'localhost:0',
+            '--max-restarts',
+            '1',
         ]
     argv = [
         *start,
@@ -333,7 +393,8 @@ def command(images: Path, output: Path, *words: str, torchrun: int = 0) -> subpr
         *SMALL,
         *words,
     ]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+                            **options)
 
 
 def test_two_processes_share_a_run_and_its_evaluation(images, tmp_path):
@@ -375,3 +436,70 @@ def test_the_zoos_launcher_ends_with_one_line_for_a_mistake_of_all_processes(ima
     assert process.returncode == 2
     assert [line for line in out.splitlines() if line.startswith('train.py: error')] == [out.strip().splitlines()[-1]]
     assert 'must be a multiple of 2' in out and 'Traceback' not in out
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for file in Path(f'/proc/{pid}/task').glob('*/children') for child in file.read_text().split()]
+
+
+def assert_no_file_is_half_written(folder: Path) -> None:
+    assert not list(folder.glob('.*.part'))
+    for path in folder.glob('*.pth.tar'):
+        read(path)
+
+
+def test_a_killed_worker_is_one_line(images, tmp_path):
+    process = command(images, tmp_path, '--epochs', '500', '-j', '1')
+    wait_for(tmp_path / 'run' / 'checkpoint-0.pth.tar', process)
+    while not (workers := [child for child in children(process.pid) if 'train.py' in cmdline(child)]):
+        time.sleep(0.01)
+    os.kill(workers[0], signal.SIGKILL)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and 'Traceback' not in out, out
+    assert re.search(r'train.py: error: a process that loads images was killed, .*fewer --workers', out), out
+    assert_no_file_is_half_written(tmp_path / 'run')
+
+
+def cmdline(pid: int) -> str:
+    return Path(f'/proc/{pid}/cmdline').read_text()
+
+
+def test_a_signal_to_all_processes_stops_them_with_a_checkpoint(images, tmp_path):
+    """A cluster's SIGTERM reaches the workers too."""
+    words = ['--epochs', '500', '-j', '2', '--use-multi-epochs-loader']
+    process = command(images, tmp_path, *words, start_new_session=True)
+    wait_for(tmp_path / 'run' / 'checkpoint-0.pth.tar', process)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, out
+    assert 'Traceback' not in out and 'goes on from there' in out
+    assert_no_file_is_half_written(tmp_path / 'run')
+
+
+def test_a_job_of_which_a_rank_is_killed_restarts_and_goes_on_by_itself(images, tmp_path):
+    words = ['--epochs', '6', '--train-batches-per-epoch', '9', '--recovery-interval', '1']
+    process = command(images, tmp_path, *words, '-b', '2', torchrun=2)
+    wait_for(tmp_path / 'run' / 'checkpoint-0.pth.tar', process)
+    os.kill(max(child for child in children(process.pid) if 'train.py' in cmdline(child)), signal.SIGKILL)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert re.search(r'Resuming by itself: \S+\.pth\.tar', out) and 'Final Performance' in out
+    assert [row[0] for row in rows(tmp_path / 'run')] == ['epoch', *map(str, range(6))]
+
+
+def test_a_disk_that_is_full_stops_the_run_and_spoils_nothing(images, tmp_path):
+    """A limit on the size of files stands for it: torch's file of 3 MB does not fit."""
+    process = command(images, tmp_path, '--epochs', '2')
+    process.communicate(timeout=120)
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir() if path.name.endswith('.pth.tar')}
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = command(images, tmp_path, '--epochs', '4', '--resume', 'auto', preexec_fn=small_files)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and 'Traceback' not in out, out
+    assert re.search(r'train.py: error: cannot save \S+last\.pth\.tar: .*Earlier checkpoints are untouched\.', out), out
+    after = {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir() if path.name.endswith('.pth.tar')}
+    assert after == before
+    assert_no_file_is_half_written(tmp_path / 'run')

@@ -92,6 +92,11 @@ class DeviceLoader:
             yield from devices.run_ahead(self._readable(), self._to_device, self.device)
         except UserError as error:  # a worker's comes with a traceback in its text
             raise UserError(str(error).strip().splitlines()[-1].rpartition('UserError: ')[2]) from error
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if isinstance(error, RuntimeError) and 'DataLoader worker (pid' not in str(error):
+                raise
+            raise UserError('a process that loads images was killed, most often for lack of memory: use fewer '
+                            '--workers; train.py goes on with --resume auto.') from error
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch that the next iteration yields, without its first ``start_batch`` batches."""

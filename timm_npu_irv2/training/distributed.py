@@ -105,14 +105,22 @@ def initialize(
     device = device_seam.resolve_device(kind, local_rank)
     os.environ.setdefault('MASTER_ADDR', addr or '127.0.0.1')
     os.environ.setdefault('MASTER_PORT', '29500')
+    meeting: dict[str, Any] = {'init_method': dist_url or 'env://'}
     try:
+        if restarted():
+            meeting = {'store': _fresh_store(dist_url or 'env://', index, size)}
         dist.init_process_group(
-            backend or device_seam.backend(device).collectives,
-            init_method=dist_url or 'env://', rank=index, world_size=size, timeout=timeout)
+            backend or device_seam.backend(device).collectives, **meeting, rank=index, world_size=size, timeout=timeout)
         control = dist.new_group(backend='gloo')
     except (dist.DistError, ValueError, RuntimeError) as error:
         raise UserError(f'rank {index} of {size} cannot join the others: {str(error).splitlines()[0]}') from error
     return World(index, local_rank, size, device, control)
+
+
+def _fresh_store(url: str, rank: int, size: int) -> dist.Store:
+    """Where restarted processes meet: torchrun's own store still has the addresses of those that are gone."""
+    store, _, _ = next(dist.rendezvous(url, rank, size))
+    return dist.PrefixStore(f'attempt {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
 
 
 def shutdown(world: World) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ..errors import UserError, first_line
 from .plan import Batch, Draw, generators_kept, reseed, seed_of
 
-__all__ = ['BatchDataset', 'LoadedBatch', 'SplitTransform', 'as_mode', 'is_dead_worker', 'outlive_signals']
+__all__ = ['BatchDataset', 'LoadedBatch', 'SplitTransform', 'as_mode', 'outlive_signals']
 
 GRACE = 30  # torchrun's, too, between SIGTERM and SIGKILL
 
@@ -147,8 +147,3 @@ def outlive_signals(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
-
-
-def is_dead_worker(error: BaseException) -> bool:
-    """Whether an error is torch's for a worker that was killed."""
-    return isinstance(error, RuntimeError) and 'DataLoader worker (pid' in str(error)

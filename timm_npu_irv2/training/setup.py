@@ -34,11 +34,10 @@ from ..precision import Precision, create_precision
 from .data import mixup_active
 from .distributed import World, is_lost_peer
 from .engine import Position, TrainSettings
-from .images import is_dead_worker
 
 __all__ = ['average_weights', 'build_model', 'build_optimizer', 'build_precision', 'build_scheduler', 'build_task',
-           'compile_and_distribute', 'explained_losses', 'explained_memory_errors', 'global_options', 'place_model',
-           'reach', 'share_of_batch', 'share_statistics', 'start_wandb', 'train_settings']
+           'compile_and_distribute', 'explained_loss_of_peers', 'explained_memory_errors', 'global_options',
+           'place_model', 'reach', 'share_of_batch', 'share_statistics', 'start_wandb', 'train_settings']
 
 _logger = logging.getLogger(__name__)
 
@@ -299,17 +298,14 @@ def explained_memory_errors(args: Namespace, world: World) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained_losses(world: World, advice: str) -> Iterator[None]:
-    """Turn the loss of a process into one line: one that loads images, or another of the run."""
+def explained_loss_of_peers(world: World, advice: str) -> Iterator[None]:
+    """Turn the end of another process of the run into one line."""
     try:
         yield
     except RuntimeError as error:
-        if is_dead_worker(error):
-            raise UserError(f'a process that loads images was killed ({first_line(error)}), most often for lack of '
-                            f'memory: use fewer --workers. {advice}') from error
-        if world.distributed and is_lost_peer(error):
-            raise UserError(f'rank {world.rank} lost the other processes ({first_line(error)}). {advice}') from error
-        raise
+        if not world.distributed or not is_lost_peer(error):
+            raise
+        raise UserError(f'rank {world.rank} lost the other processes ({first_line(error)}). {advice}') from error
 
 
 def train_settings(args: Namespace, batch_size_reference: float) -> TrainSettings:
