@@ -14,17 +14,20 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .ops import batch_norm_relu, scaled_relu
+
 __all__ = ['BatchNormAct2d', 'BlockSequence', 'LayerFactory', 'PiecewiseNorm', 'ScaledBiasConv2d', 'Siblings',
            'conv_pool']
 
 
 @register_notrace_module
 class BatchNormAct2d(TimmBatchNormAct2d):
-    """timm's BatchNorm + activation, with the number of batches counted on the host.
+    """timm's BatchNorm + activation (without its dropout), with the number of batches counted on the host.
 
     PyTorch keeps ``num_batches_tracked`` as a tensor beside the weights and adds 1 to it on the device: one more kernel
     launch a layer and step, for a number that nobody reads as long as ``momentum`` is set. Here it is a CPU tensor that
-    is no buffer, so ``.to(device)``, DDP and SyncBatchNorm leave it alone; it is still saved and loaded under its name.
+    is no buffer, so ``.to(device)``, DDP and SyncBatchNorm leave it alone, and ``new_batches``, a plain number that is
+    added to it when somebody looks; it is still saved and loaded under its name.
     """
 
     __jit_unused_properties__ = ('num_batches_tracked',)
@@ -33,64 +36,74 @@ class BatchNormAct2d(TimmBatchNormAct2d):
         super().__init__(num_features, **kwargs)
         del self._buffers['num_batches_tracked']
         self.batches = torch.zeros((), dtype=torch.long, device='cpu')
+        self.new_batches = 0
+
+    def _all_batches(self) -> Tensor:
+        self.batches.add_(self.new_batches)
+        self.new_batches = 0
+        return self.batches
 
     @property
     def num_batches_tracked(self) -> Optional[Tensor]:
         """The number of batches seen in training, a scalar beside the running statistics (a copy: see the class)."""
         if 'batches' not in self.__dict__:  # while the base class builds itself
             raise AttributeError('num_batches_tracked')
-        return self.batches.to(self.running_mean.device) if self.track_running_stats else None
+        return self._all_batches().to(self.running_mean.device) if self.track_running_stats else None
 
     def reset_running_stats(self) -> None:
         """Forget the statistics and the count."""
         super().reset_running_stats()
         if 'batches' in self.__dict__:
             self.batches.zero_()
+            self.new_batches = 0
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.track_running_stats:
             # The tensor itself, as for any buffer: an average of weights (EMA) writes through the state dict.
-            destination[prefix + 'num_batches_tracked'] = self.batches
+            destination[prefix + 'num_batches_tracked'] = self._all_batches()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # `state_dict` is the caller's copy for this module. Files from before PyTorch 0.4.1 have no count.
         count = state_dict.pop(prefix + 'num_batches_tracked', None)
         if count is not None and not count.is_meta:
             self.batches.copy_(count)
+            self.new_batches = 0
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and activate ``x`` (N, num_features, H, W)."""
-        return self.act(self.drop(self.normalize(x)))
+        if torch.jit.is_scripting():
+            return self.act(self.normalize(x))
+        act = self.act
+        if type(act) is not ScaledReLU and type(act) is not nn.ReLU:
+            return act(self.normalize(x))
+        training, momentum = self._next_batch()
+        scale = act.scale if type(act) is ScaledReLU else 1.0
+        return batch_norm_relu(
+            x, self.weight, self.bias, self.running_mean, self.running_var, training, momentum, self.eps, scale,
+        )
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise ``x`` without the activation."""
-        use_batch_statistics = self.training or not self.track_running_stats
-        average_factor = self.momentum if self.momentum is not None else 0.0
+        training, momentum = self._next_batch()
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps,
+        )
+
+    def _next_batch(self) -> Tuple[bool, float]:
+        """Count a batch; whether its own statistics are used, and how far the running ones move towards them."""
+        momentum = self.momentum if self.momentum is not None else 0.0
         # momentum 0 freezes the statistics (see `frozen_statistics`): such a pass counts for nothing.
         if self.training and self.track_running_stats and self.momentum != 0.0:
-            self.batches.add_(1)
+            self.new_batches += 1
             if self.momentum is None:  # cumulative average
-                average_factor = 1.0 / float(self.batches)
-        return F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            use_batch_statistics,
-            average_factor,
-            self.eps,
-        )
+                momentum = 1.0 / (float(self.batches) + self.new_batches)
+        return self.training or not self.track_running_stats, momentum
 
 
 class ScaledReLU(nn.Module):
-    r"""$s \cdot \max(0, x)$, the scale for free.
-
-    ELU is $s\,x$ for $x > 0$ and $s\,\alpha(e^x - 1)$ elsewhere (https://arxiv.org/abs/1511.07289), so with
-    $\alpha = 0$ it is a scaled ReLU: one pass over the tensor forward and one backward, as for ReLU alone.
-    """
+    """The activation scale * relu(x) (:func:`~.ops.scaled_relu`)."""
 
     def __init__(self, scale: float, inplace: bool = False) -> None:
         super().__init__()
@@ -99,10 +112,7 @@ class ScaledReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``x``, in place if the module was made so."""
-        if torch.jit.is_scripting() or torch.compiler.is_compiling():
-            return torch.relu(x) * self.scale
-        elu = torch.ops.aten.elu_ if self.inplace else torch.ops.aten.elu
-        return elu(x, 0.0, self.scale)
+        return scaled_relu(x, self.scale, self.inplace)
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

@@ -279,6 +279,8 @@ def _count(tensors: Iterable[Tensor]) -> int:
 
 def _in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
     """The elements of ``tensor`` as a vector, in the order in which those of ``like`` lie in memory."""
+    if like.ndim == 1:
+        return tensor
     if like.is_contiguous():
         return tensor.reshape(-1)
     return tensor.permute(sorted(range(like.ndim), key=lambda d: (-like.stride(d), d))).reshape(-1)

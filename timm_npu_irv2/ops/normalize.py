@@ -1,9 +1,24 @@
-"""Images as they travel (uint8) to images as the network wants them."""
+r"""Images as they travel (uint8) to images as the network wants them: $y = (x / 255 - \mu_c) / \sigma_c$."""
 
 import torch
 from torch import Tensor
 
-__all__ = ['normalize_images']
+from ._library import LIBRARY, triton_kernels
+
+__all__ = ['normalize_images', 'normalize_images_reference']
+
+
+def normalize_images_reference(
+        images: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """The operator in plain tensor operations."""
+    shape = (1, -1, 1, 1)
+    images = images.to(dtype=torch.promote_types(dtype, torch.float32), memory_format=memory_format)
+    return images.sub_(mean.view(shape) * 255).div_(std.view(shape) * 255).to(dtype)
 
 
 def normalize_images(
@@ -25,7 +40,27 @@ def normalize_images(
     Returns:
         (N, C, H, W) of ``dtype``.
     """
-    shape = (1, -1, 1, 1)
-    exact = torch.promote_types(dtype, torch.float32)
-    images = images.to(dtype=exact, memory_format=memory_format)
-    return images.sub_(mean.view(shape) * 255).div_(std.view(shape) * 255).to(dtype)
+    return torch.ops.timm_npu_irv2.normalize_images(images, mean, std, dtype, memory_format)
+
+
+def _forward(
+        images: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+) -> Tensor:
+    kernels = triton_kernels()
+    if kernels is not None and dtype != torch.float64:
+        return kernels.normalize_images(images, mean, std, dtype, memory_format)
+    return normalize_images_reference(images, mean, std, dtype, memory_format)
+
+
+LIBRARY.define('normalize_images(Tensor images, Tensor mean, Tensor std, ScalarType dtype, MemoryFormat memory_format) '
+               '-> Tensor')
+LIBRARY.impl('normalize_images', _forward, 'CompositeExplicitAutograd')
+torch.library.register_fake(
+    'timm_npu_irv2::normalize_images',
+    lambda images, mean, std, dtype, memory_format: torch.empty_like(images, dtype=dtype, memory_format=memory_format),
+    lib=LIBRARY,
+)

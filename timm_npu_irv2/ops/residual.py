@@ -6,14 +6,14 @@ addition and a ReLU: three passes over the largest tensors of the network. Here 
 
 With $g$ the gradient of $y$ and $m = g \cdot [y > 0]$ the gradients are $\partial x = m$ and $\partial b = s \cdot m$.
 The mask is read off the output, so the backward needs no other tensor, and the output is what the next block keeps
-anyway: the operator saves nothing of its own.
+anyway: the operator saves nothing of its own. With $s = 1$ both gradients are the same tensor.
 """
 
 import torch
 from torch import Tensor
 
 from .. import device
-from ._library import LIBRARY
+from ._library import LIBRARY, triton_kernels
 
 __all__ = ['scaled_residual_relu', 'scaled_residual_relu_reference']
 
@@ -38,12 +38,18 @@ def scaled_residual_relu(x: Tensor, branch: Tensor, scale: float) -> Tensor:
     # program must run where this package is not installed.
     if torch.jit.is_scripting() or torch.compiler.is_compiling():
         return torch.relu(torch.add(x, branch, alpha=scale))
+    if type(x) is Tensor and x.requires_grad and torch.is_grad_enabled():
+        # What the operator below would do, without torch.library's half of the time on the host.
+        return _ScaledResidualReLU.apply(x, branch, scale)
     return torch.ops.timm_npu_irv2.scaled_residual_relu(x, branch, scale)
 
 
 def _forward(x: Tensor, branch: Tensor, scale: float) -> Tensor:
+    kernels = triton_kernels()
+    if kernels is not None:
+        return kernels.scaled_residual_relu(x, branch, scale)
     if x.dtype == branch.dtype and device.has_add_relu_kernel(x):
-        return torch.ops.aten._add_relu(x, branch, alpha=scale)
+        return torch.ops.aten._add_relu.Tensor(x, branch, alpha=scale)
     return torch.add(x, branch, alpha=scale).relu_()
 
 
@@ -55,10 +61,19 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     (output,) = ctx.saved_tensors
-    masked = torch.ops.aten.threshold_backward(grad, output, 0)
     x_dtype, branch_dtype = ctx.dtypes
+    kernels = triton_kernels()
+    if kernels is not None and ctx.scale != 1:
+        return *kernels.scaled_residual_relu_backward(grad, output, ctx.scale, x_dtype, branch_dtype), None
+    masked = torch.ops.aten.threshold_backward.default(grad, output, 0)
     scaled = masked if ctx.scale == 1 else masked * ctx.scale
     return masked.to(x_dtype), scaled.to(branch_dtype), None
+
+
+class _ScaledResidualReLU(torch.autograd.Function):
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
 
 
 LIBRARY.define('scaled_residual_relu(Tensor x, Tensor branch, float scale) -> Tensor')
