@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
         device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
         stopping = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
         advice = '--resume auto goes on from the newest checkpoint.'
-        with setup.explained_memory_errors(args, world), setup.explained_loss_of_peers(world, advice), stopping as stop:
+        with setup.explained_memory_errors(args, world), setup.explained_losses(world, advice), stopping as stop:
             run = assemble(args, world, stop, started)
             with output_folder(args, run.image_size, world) as folder, closing_all(run.loaders):
                 train(run, folder, options)

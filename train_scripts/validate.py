@@ -172,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
         start_log(world)
         device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
         pairs = expand(args)
-        with setup.explained_loss_of_peers(world, 'Start again.'):
+        with setup.explained_losses(world, 'Start again.'):
             if len(pairs) == 1:
                 results: Any = validate(args, world, *pairs[0])
             else:

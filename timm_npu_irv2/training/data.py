@@ -26,7 +26,7 @@ from ..errors import UserError, first_line
 from ..ops.normalize import normalize_images
 from .dataset import channels_of, check_num_classes, check_same_classes, class_to_idx, image_mode, open_dataset
 from .distributed import World
-from .images import BatchDataset, LoadedBatch, SplitTransform, outlive_signals
+from .images import BatchDataset, LoadedBatch, SplitTransform, WorkerLost, outlive_signals
 from .plan import Batch, Draw, EpochShare, TrainPlan, generators_kept, reseed
 
 __all__ = ['DeviceLoader', 'IterableLoader', 'create_eval_loader', 'create_train_loader', 'mixup_active']
@@ -92,11 +92,8 @@ class DeviceLoader:
             yield from devices.run_ahead(self._readable(), self._to_device, self.device)
         except UserError as error:  # a worker's comes with a traceback in its text
             raise UserError(str(error).strip().splitlines()[-1].rpartition('UserError: ')[2]) from error
-        except (RuntimeError, EOFError, ConnectionError) as error:
-            if isinstance(error, RuntimeError) and 'DataLoader worker (pid' not in str(error):
-                raise
-            raise UserError('a process that loads images was killed, most often for lack of memory: use fewer '
-                            '--workers; train.py goes on with --resume auto.') from error
+        except (EOFError, ConnectionError) as error:  # in the middle of what the worker had to say
+            raise WorkerLost from error
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch that the next iteration yields, without its first ``start_batch`` batches."""

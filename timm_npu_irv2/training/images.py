@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from ..errors import UserError, first_line
 from .plan import Batch, Draw, generators_kept, reseed, seed_of
 
-__all__ = ['BatchDataset', 'LoadedBatch', 'SplitTransform', 'as_mode', 'outlive_signals']
+__all__ = ['BatchDataset', 'LoadedBatch', 'SplitTransform', 'WorkerLost', 'as_mode', 'is_lost_worker',
+           'outlive_signals']
 
 GRACE = 30  # torchrun's, too, between SIGTERM and SIGKILL
 
@@ -147,3 +148,12 @@ def outlive_signals(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+
+
+class WorkerLost(RuntimeError):
+    """A worker was killed while it sent a batch."""
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether an error is torch's for a worker that was killed; it can come up anywhere in the main process."""
+    return isinstance(error, WorkerLost) or (isinstance(error, RuntimeError) and 'DataLoader worker (pid' in str(error))

@@ -34,9 +34,10 @@ from ..precision import Precision, create_precision
 from .data import mixup_active
 from .distributed import World, is_lost_peer
 from .engine import Position, TrainSettings
+from .images import is_lost_worker
 
 __all__ = ['average_weights', 'build_model', 'build_optimizer', 'build_precision', 'build_scheduler', 'build_task',
-           'compile_and_distribute', 'explained_loss_of_peers', 'explained_memory_errors', 'global_options',
+           'compile_and_distribute', 'explained_losses', 'explained_memory_errors', 'global_options',
            'place_model', 'reach', 'share_of_batch', 'share_statistics', 'start_wandb', 'train_settings']
 
 _logger = logging.getLogger(__name__)
@@ -298,14 +299,18 @@ def explained_memory_errors(args: Namespace, world: World) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained_loss_of_peers(world: World, advice: str) -> Iterator[None]:
-    """Turn the end of another process of the run into one line."""
+def explained_losses(world: World, advice: str) -> Iterator[None]:
+    """Turn the end of another process into one line: of one that loads images, or of another rank."""
     try:
         yield
     except RuntimeError as error:
-        if not world.distributed or not is_lost_peer(error):
+        if is_lost_worker(error):
+            what = 'a process that loads images was killed, most often for lack of memory: use fewer --workers'
+        elif world.distributed and is_lost_peer(error):
+            what = f'rank {world.rank} lost the other processes ({first_line(error)})'
+        else:
             raise
-        raise UserError(f'rank {world.rank} lost the other processes ({first_line(error)}). {advice}') from error
+        raise UserError(f'{what}. {advice}') from error
 
 
 def train_settings(args: Namespace, batch_size_reference: float) -> TrainSettings:
