@@ -1,5 +1,6 @@
 """The network is timm's, to rounding, and has timm's interface."""
 
+import collections
 import copy
 import io
 
@@ -11,6 +12,7 @@ from timm.models import group_parameters, model_parameters
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from timm_npu_irv2 import weights
@@ -188,10 +190,11 @@ def test_layer_groups_are_timms(small):
         assert mark.unique().item() == expected[name], name
 
 
-def test_grad_checkpointing_changes_nothing_but_memory():
+@pytest.mark.parametrize('recompute', [True, 'all', 'cheap'])
+def test_grad_checkpointing_changes_nothing_but_memory(recompute):
     _, plain = create_pair(torch.float64, num_classes=10)
     checkpointed = copy.deepcopy(plain)
-    checkpointed.set_grad_checkpointing()
+    checkpointed.set_grad_checkpointing(recompute)
     x, y = torch.randn(4, 3, 75, 75, dtype=torch.float64), torch.arange(4)
     for model in (plain, checkpointed):
         F.cross_entropy(model.train()(x), y).backward()
@@ -296,3 +299,32 @@ def test_the_head_comes_last_among_the_parameters(small):
     # timm's adaptive gradient clipping leaves out the last two parameters as the head's.
     left_out = list(small.parameters())[len(list(model_parameters(small, exclude_head=True))):]
     assert [p.shape for p in left_out] == [small.classif.weight.shape, small.classif.bias.shape]
+
+
+# ---- recomputing ---------------------------------------------------------------------------------------------------
+
+class Counter(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.calls[operator.overloadpacket.__name__] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('recompute, convolutions', [(False, 189), ('cheap', 189), ('all', 189 + 166)])
+def test_recomputing_cheap_outputs_convolves_once(recompute, convolutions):
+    model = timm.create_model(OURS, num_classes=10).train()
+    model.set_grad_checkpointing(recompute)
+    with Counter() as counter:
+        model(torch.randn(2, 3, 107, 107)).sum().backward()
+    assert counter.calls['convolution'] == convolutions
+    assert (counter.calls['native_batch_norm'] > 136) == bool(recompute)
+
+
+def test_an_unknown_way_of_recomputing_is_refused():
+    with pytest.raises(ValueError, match="'all' or 'cheap', not 'some'"):
+        timm.create_model(OURS).set_grad_checkpointing('some')

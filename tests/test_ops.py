@@ -39,7 +39,8 @@ def kernels(request, monkeypatch):
 def test_triton_kernels_pass_the_same_tests():
     pytest.importorskip('triton')
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k', 'triton']
-    found = subprocess.run(command, env={**os.environ, 'TRITON_INTERPRET': '1'}, check=False, capture_output=True, text=True)
+    environment = {**os.environ, 'TRITON_INTERPRET': '1'}
+    found = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout[-4000:]
     assert int(re.search(r'(\d+) passed', found.stdout)[1]) >= 25
 

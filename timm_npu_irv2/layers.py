@@ -4,7 +4,7 @@ and a BatchNorm that counts on the host."""
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,12 @@ from timm.layers import BatchNormAct2d as TimmBatchNormAct2d
 from timm.layers import ConvNormAct, get_norm_act_layer
 from timm.models import register_notrace_module
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .ops import batch_norm_relu, scaled_relu
 
 __all__ = ['BatchNormAct2d', 'BlockSequence', 'LayerFactory', 'PiecewiseNorm', 'ScaledBiasConv2d', 'Siblings',
-           'conv_pool']
+           'conv_pool', 'recomputed']
 
 
 @register_notrace_module
@@ -204,11 +204,11 @@ class Siblings(nn.Module):
 
 
 class BlockSequence(nn.Sequential):
-    """A run of residual blocks, whose inner activations can be recomputed in the backward instead of being kept."""
+    """A run of residual blocks, of whose inner activations some or all can be recomputed in the backward."""
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__(*blocks)
-        self.grad_checkpointing = False
+        self.recompute: Optional[str] = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the blocks in turn."""
@@ -216,11 +216,13 @@ class BlockSequence(nn.Sequential):
             for block in self:
                 x = block(x)
             return x
-        biases = scaled_biases(self)
-        if self.grad_checkpointing:
-            return checkpoint_blocks(self, x, biases)
-        for block, bias in zip(self, biases, strict=True):
-            x = block(x, bias)
+        for block, bias in zip(self, scaled_biases(self), strict=True):
+            if self.recompute == 'all':
+                x = recomputed(block, x, bias)
+            elif self.recompute == 'cheap':
+                x = block.residual(x, recomputed(block.branches, x, bias, keep_convolutions=True))
+            else:
+                x = block(x, bias)
         return x
 
 
@@ -233,16 +235,43 @@ def scaled_biases(blocks: Sequence[nn.Module]) -> Sequence[Optional[Tensor]]:
     return _ScaledBiases.apply(scales.pop(), *[conv.bias for conv in convs])
 
 
-def checkpoint_blocks(blocks: nn.Sequential, x: Tensor, biases: Sequence[Optional[Tensor]]) -> Tensor:
-    """Apply ``blocks`` in turn, keeping only their inputs; the backward computes what is inside again."""
-    for block, bias in zip(blocks, biases, strict=True):
-        contexts = functools.partial(_checkpoint_contexts, block)
-        x = checkpoint(block, x, bias, use_reentrant=False, context_fn=contexts)
-    return x
+def recomputed(function: Callable[..., Tensor], *inputs: Optional[Tensor], keep_convolutions: bool = False) -> Tensor:
+    """``function(*inputs)``, keeping only the inputs for the backward, which computes what is inside once more.
+
+    Args:
+        function: A module or its bound method.
+        inputs: Its arguments.
+        keep_convolutions: Keep the outputs of convolutions too: what is left to compute again (norms, activations,
+            concatenations, pooling) is little work.
+    """
+    module = function if isinstance(function, nn.Module) else function.__self__
+    contexts = functools.partial(_recompute_contexts, module, keep_convolutions)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def _checkpoint_contexts(block: nn.Module) -> Tuple[contextlib.AbstractContextManager, ...]:
-    return contextlib.nullcontext(), frozen_statistics(block)
+def _recompute_contexts(
+        module: nn.Module,
+        keep_convolutions: bool,
+) -> Tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """What the first and the second pass run in."""
+    if not keep_convolutions:
+        return contextlib.nullcontext(), frozen_statistics(module)
+    first, second = create_selective_checkpoint_contexts(_keep_convolutions)
+    return first, _both(second, frozen_statistics(module))
+
+
+@contextlib.contextmanager
+def _both(*contexts: contextlib.AbstractContextManager) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def _keep_convolutions(_context: Any, operator: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    # The convolution with a bias ends a residual branch: nobody needs its output in the backward.
+    kept = operator == torch.ops.aten.convolution.default and args[2] is None
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextlib.contextmanager

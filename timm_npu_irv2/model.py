@@ -21,7 +21,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from . import weights
-from .layers import BlockSequence, LayerFactory, PiecewiseNorm, ScaledBiasConv2d, Siblings, conv_pool
+from .layers import BlockSequence, LayerFactory, PiecewiseNorm, ScaledBiasConv2d, Siblings, conv_pool, recomputed
 from .ops import scaled_residual_relu
 
 __all__ = ['InceptionResnetV2Npu', 'inception_resnet_v2_npu']
@@ -88,12 +88,22 @@ class ResidualBlock(nn.Module):
         self.bn = layers.norm(branch_channels, scale=inner, **dd)
         self.conv2d = ScaledBiasConv2d(sum(branch_channels), channels, kernel_size=1, bias_scale=inner, **dd)
 
-    def residual(self, x: Tensor, branches: List[Tensor], scaled_bias: Optional[Tensor]) -> Tensor:
-        """The block's output from its input and what its branches have computed, not yet normalised."""
-        out = self.conv2d(self.bn(torch.cat(branches, 1)), scaled_bias)
+    def merge(self, branches: List[Tensor], scaled_bias: Optional[Tensor]) -> Tensor:
+        """What the branches have computed, not yet normalised -> the block's residual."""
+        return self.conv2d(self.bn(torch.cat(branches, 1)), scaled_bias)
+
+    def residual(self, x: Tensor, out: Tensor) -> Tensor:
+        """The block's output from its input and its residual."""
         if self.relu:
             return scaled_residual_relu(x, out, self.scale)
         return torch.add(x, out, alpha=self.scale)
+
+    def branches(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
+        """The block's residual; ``scaled_bias`` is that of its last convolution, if it has been computed already."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
+        return self.residual(x, self.branches(x, scaled_bias))
 
 
 class Block35(ResidualBlock):
@@ -108,9 +118,9 @@ class Block35(ResidualBlock):
             layers.conv(48, 64, kernel_size=3, padding=1, normalized=False, **dd),
         )
 
-    def forward(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
+    def branches(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
         x0, x1, x2 = self.siblings(x)
-        return self.residual(x, [x0, self.branch1(x1), self.branch2(x2)], scaled_bias)
+        return self.merge([x0, self.branch1(x1), self.branch2(x2)], scaled_bias)
 
 
 class Mixed6a(nn.Module):
@@ -141,9 +151,9 @@ class Block17(ResidualBlock):
             layers.conv(160, 192, kernel_size=(7, 1), padding=(3, 0), normalized=False, **dd),
         )
 
-    def forward(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
+    def branches(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
         x0, x1 = self.siblings(x)
-        return self.residual(x, [x0, self.branch1(x1)], scaled_bias)
+        return self.merge([x0, self.branch1(x1)], scaled_bias)
 
 
 class Mixed7a(nn.Module):
@@ -178,9 +188,9 @@ class Block8(ResidualBlock):
             layers.conv(224, 256, kernel_size=(3, 1), padding=(1, 0), normalized=False, **dd),
         )
 
-    def forward(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
+    def branches(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
         x0, x1 = self.siblings(x)
-        return self.residual(x, [x0, self.branch1(x1)], scaled_bias)
+        return self.merge([x0, self.branch1(x1)], scaled_bias)
 
 
 class InceptionResnetV2Npu(nn.Module):
@@ -244,6 +254,7 @@ class InceptionResnetV2Npu(nn.Module):
         self.global_pool, self.head_drop, self.classif = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd,
         )
+        self.recompute: Optional[str] = None
         self.register_load_state_dict_pre_hook(_translate_on_load)
 
     @torch.jit.ignore
@@ -263,10 +274,20 @@ class InceptionResnetV2Npu(nn.Module):
         )
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of the residual blocks for the backward and compute what is inside them again."""
+    def set_grad_checkpointing(self, enable: Union[bool, str] = True) -> None:
+        """Keep less for the backward, and compute it again there.
+
+        Args:
+            enable: 'all' or True: keep only the inputs of the residual blocks. 'cheap': keep what convolutions
+                compute, throughout the network, and compute norms, activations, concatenations and pooling again.
+                False: keep everything.
+        """
+        recompute = {True: 'all', False: None}.get(enable, enable)
+        if recompute not in ('all', 'cheap', None):
+            raise ValueError(f"set_grad_checkpointing takes True, False, 'all' or 'cheap', not {enable!r}.")
+        self.recompute = recompute
         for sequence in (self.repeat, self.repeat_1, self.repeat_2):
-            sequence.grad_checkpointing = enable
+            sequence.recompute = recompute
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -283,6 +304,27 @@ class InceptionResnetV2Npu(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> the last feature map (N, 1536, H / 32, W / 32), sizes rounded down."""
+        if torch.jit.is_scripting() or self.recompute != 'cheap':
+            x = self._stem(x)
+            x = self.repeat(x)
+            x = self.mixed_6a(x)
+            x = self.repeat_1(x)
+            x = self.mixed_7a(x)
+            x = self.repeat_2(x)
+            x = self.block8(x)
+            x = self.conv2d_7b(x)
+        else:
+            x = recomputed(self._stem, x, keep_convolutions=True)
+            x = self.repeat(x)
+            x = recomputed(self.mixed_6a, x, keep_convolutions=True)
+            x = self.repeat_1(x)
+            x = recomputed(self.mixed_7a, x, keep_convolutions=True)
+            x = self.repeat_2(x)
+            x = self.block8.residual(x, recomputed(self.block8.branches, x, keep_convolutions=True))
+            x = self.conv2d_7b(x)
+        return x
+
+    def _stem(self, x: Tensor) -> Tensor:
         x = self.conv2d_1a(x)
         x = self.conv2d_2a(x)
         if torch.jit.is_scripting():
@@ -293,15 +335,7 @@ class InceptionResnetV2Npu(nn.Module):
             x = conv_pool(self.conv2d_2b, self.maxpool_3a, x)
             x = self.conv2d_3b(x)
             x = conv_pool(self.conv2d_4a, self.maxpool_5a, x)
-        x = self.mixed_5b(x)
-        x = self.repeat(x)
-        x = self.mixed_6a(x)
-        x = self.repeat_1(x)
-        x = self.mixed_7a(x)
-        x = self.repeat_2(x)
-        x = self.block8(x)
-        x = self.conv2d_7b(x)
-        return x
+        return self.mixed_5b(x)
 
     def forward_intermediates(
             self,
@@ -395,8 +429,10 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({
     # timm's own conversions of TensorFlow's weights, translated while loading.
-    'inception_resnet_v2_npu.tf_in1k': _cfg(hf_hub_id='timm/inception_resnet_v2.tf_in1k'),
-    'inception_resnet_v2_npu.tf_ens_adv_in1k': _cfg(hf_hub_id='timm/inception_resnet_v2.tf_ens_adv_in1k'),
+    'inception_resnet_v2_npu.tf_in1k': _cfg(
+        hf_hub_id='timm/inception_resnet_v2.tf_in1k', hf_hub_filename='model.safetensors'),  # never the pickle beside it
+    'inception_resnet_v2_npu.tf_ens_adv_in1k': _cfg(
+        hf_hub_id='timm/inception_resnet_v2.tf_ens_adv_in1k', hf_hub_filename='model.safetensors'),
     # The file that the model zoo's network was checked with; logit 0 is a background class. Its authors evaluated it
     # with a bilinear resize to 341 px. https://github.com/Cadene/pretrained-models.pytorch
     'inception_resnet_v2_npu.cadene_in1k': _cfg(

@@ -1,8 +1,9 @@
 r"""BatchNorm and ReLU as one operator: $y = s \cdot \max(0,\; \gamma \hat x + \beta)$.
 
 Here $\hat x = (x - \mu) / \sqrt{v + \epsilon}$, and $\mu$ and $v$ are the mean and the variance of a channel over the
-batch (Ioffe & Szegedy, 2015, https://arxiv.org/abs/1502.03167). With $g$ the gradient of $y$, $h = s \cdot g \cdot [y > 0]$ and bars for means over
-the batch, $\partial\beta = \sum h$, $\partial\gamma = \sum h \hat x$ and
+batch (Ioffe & Szegedy, 2015, https://arxiv.org/abs/1502.03167). With $g$ the gradient of $y$,
+$h = s \cdot g \cdot [y > 0]$ and bars for means over the batch, $\partial\beta = \sum h$,
+$\partial\gamma = \sum h \hat x$ and
 $\partial x = \gamma\,(h - \bar h - \hat x\,\overline{h \hat x}) / \sqrt{v + \epsilon}$.
 
 ATen has it as two kernels in either direction, with a tensor between them that is written and read again; the Triton

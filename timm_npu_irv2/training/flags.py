@@ -142,6 +142,8 @@ _model = Group('Model', (
     _flag('--fuser', "TorchScript's fuser", default='', choices=('', 'te', 'old', 'nvfuser')),
     _flag('--grad-accum-steps', 'batches whose gradients make one update', int, 1, NATURAL, metavar='N'),
     _switch('--grad-checkpointing', 'recompute activations in the backward pass: less memory, more time'),
+    _flag('--recompute', "what inception_resnet_v2_npu computes again in the backward pass: 'cheap' all but its "
+          "convolutions (half of the memory), 'all' as --grad-checkpointing", choices=('cheap', 'all')),
     _switch('--fast-norm', "timm's experimental fast normalisation layers"),
     _flag('--model-kwargs', "further arguments of the model, as name=value", key_values, nargs='*', metavar='K=V'),
     _flag('--head-init-scale', "factor on the classifier's initial weights", float),

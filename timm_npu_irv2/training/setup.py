@@ -96,9 +96,15 @@ def build_model(args: Namespace) -> nn.Module:
         if isinstance(module, _BatchNorm):
             module.momentum = module.momentum if args.bn_momentum is None else args.bn_momentum
             module.eps = module.eps if args.bn_eps is None else args.bn_eps
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)
+    if args.grad_checkpointing or args.recompute:
+        _recompute(model, args)
     return model
+
+
+def _recompute(model: nn.Module, args: Namespace) -> None:
+    if args.recompute and not hasattr(model, 'recompute'):
+        raise UserError(f'--recompute is for inception_resnet_v2_npu, not {args.model}: use --grad-checkpointing.')
+    model.set_grad_checkpointing(args.recompute or True)
 
 
 def _create(args: Namespace) -> nn.Module:
