@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# All checks and tests, on a bare machine: makes its own virtual environment (.venv-test, here or under
-# $TEST_ENVIRONMENTS), installs what is needed, and runs ruff and the tests.
-# Arguments go to pytest (for example: -k weights -x).
+# All checks and tests, on a bare machine, in virtual environments that it makes here or under $TEST_ENVIRONMENTS:
+#     .venv-test   ruff and the tests
+#     .venv-npu    tests/ascend and tests/npu: the real torch_npu on a stand-in for CANN, which needs a CPU build of
+#                  torch and g++; where these can't be had the reason is printed
+# Arguments go to pytest, both times (for example: -k weights -x). It fails if anything failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 environments=${TEST_ENVIRONMENTS:-$PWD}
 python=${PYTHON:-python3}
+torch_npu=2.13.0     # and the torch that it pins
+torchvision=0.28.0   # which belongs to that torch
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -15,25 +19,81 @@ say() { printf '\n== %s\n' "$*"; }
     exit 2
 }
 
-# prepare DIRECTORY PACKAGE...: a virtual environment with the packages, made again when they or pyproject.toml change.
+# prepare DIRECTORY FUNCTION ARGUMENT...: a virtual environment that the function fills, made again when the arguments,
+# pyproject.toml or Python change.
 prepare() {
     local environment=$1 stamp
     shift
     stamp="$("$python" -V) $* $(sha256sum < pyproject.toml)"
-    if [[ "$(cat "$environment/.stamp" 2>/dev/null)" != "$stamp" ]]; then
-        say "installing $environment (once)"
-        rm -rf "$environment"
-        "$python" -m venv "$environment"
-        "$environment/bin/pip" install --quiet --disable-pip-version-check "$@" 2>&1 | { grep -v '^WARNING: Location' || true; }
-        echo "$stamp" > "$environment/.stamp"
-    fi
+    [[ "$(cat "$environment/.stamp" 2>/dev/null)" != "$stamp" ]] || return 0
+    say "installing $environment (once)"
+    rm -rf "$environment"
+    "$python" -m venv "$environment" || return
+    "$1" "$environment" "${@:2}" || return
+    echo "$stamp" > "$environment/.stamp"
+}
+
+# install ENVIRONMENT PACKAGE...
+install() {
+    "$1/bin/pip" install --quiet --disable-pip-version-check "${@:2}" 2>&1 | { grep -v '^WARNING: Location' || true; }
+}
+
+# install_npu ENVIRONMENT TORCH TORCHVISION: a CUDA build of torch cannot be loaded beside torch_npu.
+install_npu() {
+    local pinned=("torch==$2+cpu" "torchvision==$3")
+    install "$1" "${pinned[@]}" || {
+        echo 'Trying the index of PyTorch for its CPU build.'
+        install "$1" --index-url https://download.pytorch.org/whl/cpu "${pinned[@]}"
+    } || return
+    install "$1" "torch_npu==$2" --editable . pytest
 }
 
 main=$environments/.venv-test
-prepare "$main" --editable '.[dev]'
+npu=$environments/.venv-npu
+failed=()
 
-say 'ruff'
-"$main/bin/ruff" check .
+# check NAME COMMAND...: notes a failure; that no test was selected is none where there are arguments for pytest.
+check() {
+    local name=$1 code=0
+    shift
+    say "$name"
+    "$@" || code=$?
+    [[ $code == 0 || ($code == 5 && $selected == yes) ]] || failed+=("$name")
+}
 
-say 'tests'
-"$main/bin/python" -m pytest "$@"
+selected=$([[ $# == 0 ]] && echo no || echo yes)
+
+prepare "$main" install --editable '.[dev]'
+check 'ruff' "$main/bin/ruff" check .
+check 'tests' "$main/bin/python" -m pytest "$@"
+
+# Prints why the NPU tests cannot run here, or nothing.
+npu_obstacle() {
+    if [[ "$(uname -s)" != Linux ]]; then
+        echo 'torch_npu is for Linux'
+    elif ! command -v "${CXX:-g++}" > /dev/null; then
+        echo "there is no C++ compiler (${CXX:-g++}) for the stand-in"
+    elif ! prepare "$npu" install_npu "$torch_npu" "$torchvision" >&2; then
+        echo "no CPU build of torch $torch_npu with torch_npu $torch_npu could be installed (see above)"
+    elif ! TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$npu/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
+        echo "the torch in $npu is a CUDA build, which cannot be loaded beside torch_npu"
+    fi
+}
+
+obstacle=$(npu_obstacle)
+if [[ -n $obstacle ]]; then
+    say "SKIPPED: tests on torch_npu, since $obstacle"
+else
+    check 'stand-in for CANN' "$npu/bin/python" tests/ascend/build.py "$npu/standin"
+    rm -f "$npu"/journal-*
+    export OMP_NUM_THREADS=1  # each test compares sums in one process with those in others
+    check 'tests on torch_npu' "$npu/bin/python" tests/ascend/environment.py "$npu/standin" \
+        --operator-log "$npu/journal-operators" --trace "$npu/journal-trace" -- \
+        "$npu/bin/python" -m pytest tests/ascend tests/npu "$@"
+    rm -f "$npu"/journal-*
+fi
+
+if [[ ${#failed[@]} != 0 ]]; then
+    say "FAILED: $(printf '%s; ' "${failed[@]}")"
+    exit 1
+fi
