@@ -26,7 +26,14 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -47,7 +54,7 @@ from . import card, weights
 from .errors import UserError
 from .files import replacing, write_whole
 
-__all__ = ['create', 'explained', 'export', 'from_pretrained', 'main', 'prepare', 'pull', 'push']
+__all__ = ['create', 'create_model', 'explained', 'export', 'from_pretrained', 'main', 'prepare', 'pull', 'push']
 
 _logger = logging.getLogger(__name__)
 
@@ -330,7 +337,7 @@ def pull(repo: str, folder: str | os.PathLike | None = None, *, revision: str | 
 def _download(repo: str, revision: str | None = None) -> Path:
     """The folder in the cache with a repository's files, all of one commit, their hashes checked."""
     with explained(repo):
-        unreachable = _unreachable(repo, revision)
+        unreachable = _unreachable(repo, revision, CONFIG)
         folder = Path()
         for name in (*_REQUIRED, *_OPTIONAL):  # the first one by its branch, which the cache remembers so
             try:
@@ -345,13 +352,13 @@ def _download(repo: str, revision: str | None = None) -> Path:
     return folder
 
 
-def _unreachable(repo: str, revision: str | None) -> Exception | None:
-    """Why the hub can't be asked about a repository, in which case the cache will have to do.
+def _unreachable(repo: str, revision: str | None, name: str) -> Exception | None:
+    """Why the hub can't be asked about a file, in which case the cache will have to do.
 
     One question without retries: hf_hub_download alone takes half a minute to find out that there is no network.
     """
     try:
-        get_hf_file_metadata(hf_hub_url(repo, CONFIG, revision=revision))
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
     except HTTPError as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
@@ -456,8 +463,7 @@ def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> nn.Module:
     if source == 'local-dir' or (source != 'hf-hub' and Path(name).is_dir()):
         folder = Path(rest if source == 'local-dir' else name)
     else:
-        repo, _, revision = (rest if source == 'hf-hub' else name).partition('@')
-        folder = _download(repo, revision or None)
+        folder = _download(*_split_revision(rest if source == 'hf-hub' else name))
     _check_folder(folder)
     try:
         pretrained_cfg, architecture, arguments = load_model_config_from_path(folder)
@@ -469,6 +475,37 @@ def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> nn.Module:
         if isinstance(error, UserError):
             raise
         raise UserError(f'{name} cannot be loaded: {_one_line(error)}') from error
+
+
+def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """``timm.create_model`` for scripts: of the hub it reads no pickle, checks what it reads, and fails in a line.
+
+    Args:
+        name: The name of any model of timm's, 'hf-hub:owner/name' or 'local-dir:FOLDER'.
+        pretrained: Load its weights.
+        kwargs: timm's.
+
+    Raises:
+        UserError: There is no such model, or its weights cannot be had.
+    """
+    source, _, repo = name.partition(':')
+    with explained(name):
+        if source == 'hf-hub':
+            folder = _download(*_split_revision(repo))
+            return timm.create_model(f'local-dir:{folder}', pretrained=pretrained, **kwargs)
+        cfg = get_pretrained_cfg(name, allow_unregistered=True) if pretrained and not repo else None
+        if cfg is not None and cfg.hf_hub_id and 'pretrained_cfg' not in kwargs:
+            # timm asks for both formats again and again before it gives up: a minute without a network.
+            unreachable = _unreachable(cfg.hf_hub_id, None, WEIGHTS)
+            if unreachable is not None and not isinstance(try_to_load_from_cache(cfg.hf_hub_id, WEIGHTS), str):
+                raise unreachable
+            kwargs = {'pretrained_cfg_overlay': {'hf_hub_filename': WEIGHTS}, **kwargs}
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+
+def _split_revision(repo: str) -> tuple[str, str | None]:
+    name, _, revision = repo.partition('@')
+    return name, revision or None
 
 
 def create(pretrained: bool | str | os.PathLike = False, **kwargs: Any) -> nn.Module:
@@ -483,8 +520,7 @@ def create(pretrained: bool | str | os.PathLike = False, **kwargs: Any) -> nn.Mo
         UserError: There are no such weights, or they cannot be had.
     """
     if isinstance(pretrained, bool):
-        with explained(OURS):
-            return timm.create_model(OURS, pretrained=pretrained, **kwargs)
+        return create_model(OURS, pretrained=pretrained, **kwargs)
     source = os.fspath(pretrained)
     if source.startswith(('hf-hub:', 'local-dir:')) or Path(source).is_dir():
         return from_pretrained(source, **kwargs)
@@ -494,8 +530,7 @@ def create(pretrained: bool | str | os.PathLike = False, **kwargs: Any) -> nn.Mo
     if source not in tags:
         raise UserError(f"pretrained='{source}' is neither a file nor a folder, nor one of the tags {', '.join(tags)}; "
                         "a repository of the hub is 'hf-hub:owner/name'.")
-    with explained(f'{OURS}.{source}'):
-        return timm.create_model(f'{OURS}.{source}', pretrained=True, **kwargs)
+    return create_model(f'{OURS}.{source}', pretrained=True, **kwargs)
 
 
 def _from_file(path: Path, **kwargs: Any) -> nn.Module:

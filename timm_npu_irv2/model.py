@@ -428,9 +428,9 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    # timm's own conversions of TensorFlow's weights, translated while loading.
+    # timm's own conversions of TensorFlow's weights, translated while loading; not the pickles that lie beside them.
     'inception_resnet_v2_npu.tf_in1k': _cfg(
-        hf_hub_id='timm/inception_resnet_v2.tf_in1k', hf_hub_filename='model.safetensors'),  # never the pickle beside it
+        hf_hub_id='timm/inception_resnet_v2.tf_in1k', hf_hub_filename='model.safetensors'),
     'inception_resnet_v2_npu.tf_ens_adv_in1k': _cfg(
         hf_hub_id='timm/inception_resnet_v2.tf_ens_adv_in1k', hf_hub_filename='model.safetensors'),
     # The file that the model zoo's network was checked with; logit 0 is a background class. Its authors evaluated it

@@ -36,7 +36,6 @@ from timm.data import (
 )
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.layers import apply_test_time_pool
-from timm.models import create_model
 from timm.utils import natural_key
 from torch import Tensor, nn
 
@@ -211,11 +210,10 @@ def load_model(args: Namespace) -> nn.Module:
                **args.model_kwargs}
     if args.checkpoint and not Path(args.checkpoint).is_file():
         raise UserError(f'--checkpoint {args.checkpoint}: no such file.')
-    with hub.explained(args.checkpoint or args.model):
-        if args.checkpoint and args.model == OUR_MODEL:
-            given = {key: value for key, value in options.items() if value is not None}
-            return hub.create(args.checkpoint, scriptable=args.torchscript, **given)
-        return create_model(args.model, pretrained=args.pretrained and not args.checkpoint,
+    if args.checkpoint and args.model == OUR_MODEL:
+        given = {key: value for key, value in options.items() if value is not None}
+        return hub.create(args.checkpoint, scriptable=args.torchscript, **given)
+    return hub.create_model(args.model, pretrained=args.pretrained and not args.checkpoint,
                             checkpoint_path=args.checkpoint, scriptable=args.torchscript, **options)
 
 
@@ -282,8 +280,8 @@ class Samples:
         return len(self.dataset)
 
     def name(self, index: int, full: bool) -> str:
-        """The sample's name."""
-        return str(self.dataset.filename(index, basename=not full))
+        """The sample's name; its number if it has none."""
+        return str(self.dataset.filename(index, basename=not full) if hasattr(self.dataset, 'filename') else index)
 
     def __getitem__(self, index: int) -> Image.Image:
         return self.dataset[index][0]
@@ -292,8 +290,8 @@ class Samples:
 def find_images(args: Namespace, channels: int) -> Images | Samples:
     """The images that are asked for: files, the files in folders (however deep, in natural order), a data set's."""
     mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
-    if args.dataset:
-        with hub.explained(f'--dataset {args.dataset}'):
+    if args.dataset or (len(args.data) == 1 and args.data[0].endswith('.tar')):
+        with hub.explained(f'--dataset {args.dataset}' if args.dataset else args.data[0]):
             dataset = create_dataset(args.dataset, root=args.data[0] if args.data else None, split=args.split,
                                      class_map=args.class_map, download=args.dataset_download, input_img_mode=mode)
         if not hasattr(dataset, '__getitem__'):
