@@ -33,6 +33,7 @@ __all__ = [
     'grad_scaler',
     'half_dtype',
     'has_add_relu_kernel',
+    'has_fused_convolution',
     'has_fused_sgd',
     'is_out_of_memory',
     'load_backends',
@@ -218,6 +219,12 @@ def has_add_relu_kernel(x: torch.Tensor) -> bool:
     The CPU's turns NaN into 0, which would hide a diverged run; it is not used.
     """
     return x.device.type == 'npu'
+
+
+def has_fused_convolution(x: torch.Tensor) -> bool:
+    """Whether oneDNN's convolutions, with bias, addition and ReLU in one operator, work on ``x``: on the CPU."""
+    return (x.device.type == 'cpu' and x.dtype in (torch.float32, torch.bfloat16)
+            and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
 
 
 def has_fused_sgd(device: torch.device) -> bool:

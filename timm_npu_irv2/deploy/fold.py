@@ -1,0 +1,136 @@
+r"""From a trained network to one that only infers: the arithmetic that can be done once is done here.
+
+* BatchNorm: $\gamma (W x - \mu) / \sqrt{v + \epsilon} + \beta = W' x + b'$.
+* The scale of a residual block goes into its last convolution: $s\,(W z + b) = (sW)\,z + sb$.
+* Of uint8 images $u$: $W\,(u / 255 - m) / d + b = W'' u + b''$, exact since the first convolution has no padding.
+
+It is computed in float64, so that the result differs from the trained network's by the rounding of float32 alone.
+"""
+
+import torch
+from timm.layers import BatchNormAct2d
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from .. import device as device_seam
+from .. import weights
+from ..errors import UnknownDialect, UserError
+from ..layers import ScaledReLU
+from .network import InferenceNetwork
+
+__all__ = ['to_inference']
+
+StateDict = dict[str, Tensor]
+
+# Residual blocks and their scales; https://arxiv.org/abs/1602.07261, section 3.3, and the values of TF-slim's network.
+SCALES = {
+    **{f'repeat.{i}': 0.17 for i in range(10)},
+    **{f'repeat_1.{i}': 0.10 for i in range(20)},
+    **{f'repeat_2.{i}': 0.20 for i in range(9)},
+    'block8': 1.0,
+}
+# Convolutions of timm's that become one: {block: their names}.
+SIBLINGS = {
+    'mixed_5b': ('branch0', 'branch1.0', 'branch2.0'),
+    'mixed_7a': ('branch0.0', 'branch1.0', 'branch2.0'),
+    **{block: ('branch0', 'branch1.0', *(['branch2.0'] if block.startswith('repeat.') else [])) for block in SCALES},
+}
+
+
+def to_inference(
+        model: nn.Module,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+) -> InferenceNetwork:
+    """The fastest equal of ``model`` that can only infer.
+
+    Args:
+        model: This package's network or timm's ``inception_resnet_v2``, with BatchNorm and ReLU, trained. It stays as
+            it is.
+        device: Where to infer; None for where the model is. Layout and kernels are chosen for it.
+        dtype: Of weights and output; None for float32.
+        mean, std: The normalisation of uint8 images; None for what the model's ``pretrained_cfg`` says.
+
+    Raises:
+        UserError: The network is another one, or has norms or activations that can't be folded.
+    """
+    model = unwrap_model(model)
+    norm_eps = _check(model)
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    in_chans = model.conv2d_1a.conv.in_channels
+    normalization = [_channels(given or cfg.get(name), in_chans, name, default)
+                     for given, name, default in ((mean, 'mean', 0.5), (std, 'std', 0.5))]
+    folded = fold(weights.convert(model.state_dict(), to='timm'), norm_eps, *normalization)
+    device = torch.device(device) if device is not None else model.conv2d_1a.conv.weight.device
+    network = InferenceNetwork(
+        num_classes=model.num_classes, in_chans=in_chans, global_pool=_pool_type(model.global_pool), device='meta')
+    dtype = dtype or torch.float32
+    network.load_state_dict({key: value.to(device, dtype) for key, value in folded.items()}, assign=True)
+    return prepare(network)
+
+
+def prepare(network: InferenceNetwork) -> InferenceNetwork:
+    """Lay the weights out for the device they are on, and freeze them."""
+    device = network.conv2d_1a.weight.device
+    network.requires_grad_(False).to(memory_format=device_seam.memory_format(device))
+    return network
+
+
+def fold(state_dict: StateDict, eps: float, mean: Tensor, std: Tensor) -> StateDict:
+    """timm's weights as :class:`InferenceNetwork`'s, float64; ``mean`` and ``std`` (in_chans,) are for uint8 images."""
+    convolutions = [key.removesuffix('.weight') for key, value in state_dict.items() if value.ndim == 4]
+    folded = {name.removesuffix('.conv'): _fold_norm(state_dict, name, eps) for name in convolutions}
+    for block, scale in SCALES.items():
+        folded[f'{block}.conv2d'] = tuple(scale * tensor for tensor in folded[f'{block}.conv2d'])
+    for block, names in SIBLINGS.items():
+        parts = [folded.pop(f'{block}.{name}') for name in names]
+        folded[f'{block}.siblings'] = tuple(map(torch.cat, zip(*parts, strict=True)))
+    folded['conv2d_1a_uint8'] = _fold_normalization(*folded['conv2d_1a'], mean, std)
+    out = {f'{name}.{kind}': tensor
+           for name, tensors in folded.items() for kind, tensor in zip(('weight', 'bias'), tensors, strict=True)}
+    return out | {key: value.double() for key, value in state_dict.items() if key.startswith('classif.')}
+
+
+def _fold_norm(state_dict: StateDict, name: str, eps: float) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution and the norm after it; the last ones of residual blocks have a bias instead."""
+    weight = state_dict[f'{name}.weight'].double()
+    if f'{name}.bias' in state_dict:
+        return weight, state_dict[f'{name}.bias'].double()
+    norm = name.removesuffix('conv') + 'bn'
+    gamma, beta, mean, var = (state_dict[f'{norm}.{kind}'].double()
+                              for kind in ('weight', 'bias', 'running_mean', 'running_var'))
+    factor = gamma / (var + eps).sqrt()
+    return weight * factor.view(-1, 1, 1, 1), beta - mean * factor
+
+
+def _fold_normalization(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    weight = weight / std.to(weight.device).view(1, -1, 1, 1)
+    return weight / 255, bias - (weight.sum((2, 3)) * mean.to(weight.device)).sum(1)
+
+
+def _check(model: nn.Module) -> float:
+    """The epsilon of the model's norms. Raises UserError unless all of it can be folded."""
+    try:
+        weights.detect_dialect(model.state_dict())
+    except UnknownDialect as error:
+        raise UserError(f'{type(model).__name__} is not Inception-ResNet-v2: only that can be folded.') from error
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    foldable = all(isinstance(norm, BatchNormAct2d) and norm.track_running_stats
+                   and isinstance(norm.act, (nn.ReLU, ScaledReLU)) for norm in norms)
+    if not norms or not foldable or len({norm.eps for norm in norms}) > 1:
+        raise UserError('only a network with BatchNorm and ReLU (norm_layer and act_layer as they come) can be folded.')
+    return norms[0].eps
+
+
+def _pool_type(pool: nn.Module) -> str:
+    return getattr(pool, 'pool_type', '') or ''
+
+
+def _channels(values: tuple[float, ...] | None, in_chans: int, name: str, default: float) -> Tensor:
+    """``values``, one for each channel of the image; a single one serves for all."""
+    values = tuple(values or ()) or (default,)
+    if len(values) not in (1, in_chans):
+        raise UserError(f'{name} has {len(values)} values, the images have {in_chans} channels: give {name}=.')
+    return torch.tensor(values * (in_chans // len(values)), dtype=torch.float64)
