@@ -38,6 +38,8 @@ __all__ = [
     'is_out_of_memory',
     'load_backends',
     'memory_format',
+    'peak_memory',
+    'reset_peak_memory',
     'resolve_device',
     'run_ahead',
     'synchronize',
@@ -238,6 +240,20 @@ def synchronize(device: torch.device) -> None:
     runtime = _runtime(device.type)
     if runtime is not None:
         runtime.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the greatest amount of memory that was in use."""
+    runtime = _runtime(device.type)
+    if runtime is not None:
+        runtime.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The greatest amount of the device's memory in use since :func:`reset_peak_memory`, in bytes; 0 on the CPU."""
+    runtime = _runtime(device.type)
+    synchronize(device)
+    return runtime.max_memory_allocated(device) if runtime is not None else 0
 
 
 def get_rng_state(device: torch.device) -> torch.Tensor | None:

@@ -184,9 +184,7 @@ class FlatMasters(Masters):
         buffer = self._gradient_buffer
         for parameters, out in (self._halves, buffer[:split]), (self._floats, buffer[split:]):
             if parameters:
-                torch.cat([_in_memory_order(_gradient(p), p) for p in parameters], out=out)
-        for parameter in (*self._halves, *self._floats):
-            parameter.grad = None
+                torch.cat(_take_gradients(parameters), out=out)
         for part in (part for parts in self._parts for part in parts):
             start = part.tensor.storage_offset()
             part.tensor.grad = buffer[start:start + part.tensor.numel()]
@@ -266,11 +264,16 @@ def float32_twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo={id(m): m for m in model.modules() if isinstance(m, _BatchNorm)})
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        raise UserError(f'a weight of shape {tuple(parameter.shape)} takes no part in the loss, which --opt-level O2 '
-                        'cannot leave out of a step: freeze it (requires_grad=False), or use --opt-level O1.')
-    return parameter.grad
+def _take_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients as vectors, in the order of the weights' memory; the parameters are left without."""
+    gradients = []
+    for parameter in parameters:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            raise UserError(f'a weight of shape {tuple(parameter.shape)} takes no part in the loss, which --opt-level '
+                            'O2 cannot leave out of a step: freeze it (requires_grad=False), or use --opt-level O1.')
+        gradients.append(gradient if gradient.ndim == 1 else _in_memory_order(gradient, parameter))
+    return gradients
 
 
 def _count(tensors: Iterable[Tensor]) -> int:
@@ -279,8 +282,6 @@ def _count(tensors: Iterable[Tensor]) -> int:
 
 def _in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
     """The elements of ``tensor`` as a vector, in the order in which those of ``like`` lie in memory."""
-    if like.ndim == 1:
-        return tensor
     if like.is_contiguous():
         return tensor.reshape(-1)
     return tensor.permute(sorted(range(like.ndim), key=lambda d: (-like.stride(d), d))).reshape(-1)

@@ -58,8 +58,7 @@ def batch_norm_relu(
         eps: Added to the variance.
         scale: What the output is multiplied by.
     """
-    kernels = triton_kernels() if training and weight is not None and isinstance(x, Tensor) else None
-    if kernels is None or torch.compiler.is_compiling():
+    if not training or weight is None or triton_kernels() is None or torch.compiler.is_compiling():
         x = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         return scaled_relu(x, scale, inplace=True)
     out, mean, variance = torch.ops.timm_npu_irv2.batch_norm_relu(x, weight, bias, eps, scale)

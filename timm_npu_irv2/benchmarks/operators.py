@@ -1,0 +1,107 @@
+"""``benchmark.py ops``: each operator against the plain operations it stands for, forward and backward, in turn."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import device as device_seam
+from ..ops import activation, batch_norm_relu, normalize, residual
+from . import report
+
+__all__ = ['add_arguments', 'run']
+
+# The largest tensors of the three residual stages at 299 px, per image.
+_SHAPES = ((320, 35, 35), (1088, 17, 17), (2080, 8, 8))
+_SCALE = 0.17
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this subcommand."""
+    parser.add_argument('--amp', action='store_true', help='tensors in the 16-bit type of the device')
+    parser.add_argument('-b', '--batch-size', type=int, default=8, help='images in a batch (default: 8)')
+    parser.add_argument('--rounds', type=int, default=30, help='turns of each (default: 30)')
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print; all figures. The kernels are those of TIMM_NPU_IRV2_KERNELS."""
+    device = device_seam.resolve_device(args.device)
+    device_seam.configure(device)
+    dtype = device_seam.half_dtype(device) if args.amp else torch.float32
+    rows: dict[str, list[float]] = {}
+    for shape in _SHAPES:
+        for name, (ours, plain) in _pairs(device, dtype, (args.batch_size, *shape)).items():
+            rows[f'{name} {"×".join(map(str, shape))}'] = _compare(ours, plain, device, args.rounds)
+    for name, (ours, plain) in _images(device, dtype, args).items():
+        rows[name] = _compare(ours, plain, device, args.rounds)
+    columns = ('operator ms', 'plain ms', 'ratio', 'least', 'greatest')
+    title = f'Operators, {str(dtype).removeprefix("torch.")}, batch {args.batch_size}, {device.type}: time / plain time'
+    report.print_table(title, columns, rows)
+    return {'title': title, 'columns': columns, 'rows': rows, 'device': device_seam.describe(device),
+            'versions': device_seam.versions()}
+
+
+Work = Callable[[], Any]
+
+
+def _pairs(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, tuple[Work, Work]]:
+    """{operator: (with it, without it)}, each a forward and a backward pass."""
+    layout = device_seam.memory_format(device)
+    x, branch, grad = (torch.randn(shape).to(device, dtype, memory_format=layout) for _ in range(3))
+    x.requires_grad_()
+    branch.requires_grad_()
+    weight, bias = (torch.ones(shape[1], device=device, requires_grad=True) for _ in range(2))
+    statistics_of = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
+
+    def pass_through(function: Callable[[], Tensor]) -> Work:
+        return lambda: torch.autograd.grad(function(), [x], grad, allow_unused=True)
+
+    def norm() -> Tensor:
+        return torch.nn.functional.batch_norm(x, *statistics_of, weight, bias, True, 0.1, 1e-3)
+
+    return {
+        'scaled_residual_relu': (
+            pass_through(lambda: residual.scaled_residual_relu(x, branch, 1.0)),
+            pass_through(lambda: torch.relu(x + branch)),
+        ),
+        'scaled_relu': (
+            pass_through(lambda: activation.scaled_relu(x, _SCALE)),
+            pass_through(lambda: activation.scaled_relu_reference(x, _SCALE)),
+        ),
+        'batch_norm_relu': (
+            pass_through(lambda: batch_norm_relu(x, weight, bias, *statistics_of, True, 0.1, 1e-3, _SCALE)),
+            pass_through(lambda: torch.relu(norm()) * _SCALE),
+        ),
+    }
+
+
+def _images(device: torch.device, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, tuple[Work, Work]]:
+    images = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8, device=device)
+    mean = torch.full((3,), 0.5, device=device)
+    settings = (images, mean, mean, dtype, device_seam.memory_format(device))
+    return {'normalize_images': (
+        lambda: normalize.normalize_images(*settings),
+        lambda: ((images.float() / 255 - mean.view(1, 3, 1, 1)) / mean.view(1, 3, 1, 1)).to(
+            dtype, memory_format=settings[-1]),
+    )}
+
+
+def _compare(ours: Work, plain: Work, device: torch.device, rounds: int) -> list[float]:
+    """Medians of both in ms, and median, least and greatest of the rounds' ratios."""
+    works = (ours, plain)
+    times: tuple[list[float], list[float]] = ([], [])
+    for index in range(rounds + 3):  # the first three warm up
+        for which in (0, 1) if index % 2 else (1, 0):
+            device_seam.synchronize(device)
+            start = time.perf_counter()
+            works[which]()
+            device_seam.synchronize(device)
+            if index >= 3:
+                times[which].append((time.perf_counter() - start) * 1e3)
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    return [statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios), min(ratios),
+            max(ratios)]

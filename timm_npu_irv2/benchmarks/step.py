@@ -1,0 +1,124 @@
+"""``benchmark.py step``: what one training step costs: calls, bytes and memory, counted, and the time of the host."""
+
+import argparse
+import gc
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import device as device_seam
+from . import report
+from .contestants import Contestant, Workload, contestants
+from .counting import cost_of, counts_kernels
+
+__all__ = ['COLUMNS', 'add_arguments', 'run']
+
+COLUMNS = ('calls', 'MB an image', 'MB a step', 'peak MB an image', 'synchronizations', 'host ms')
+
+
+@dataclass(frozen=True)
+class _Counts:
+    calls: int
+    bytes_per_image: float
+    bytes_per_step: float
+    synchronizations: int | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this subcommand."""
+    parser.add_argument('--batch-sizes', type=int, nargs=2, default=(2, 8), metavar='N',
+                        help='two batch sizes, from which what grows with the batch is told from what does not')
+    parser.add_argument('--memory-batch-sizes', type=int, nargs=2, default=(16, 24), metavar='N',
+                        help='the same for the peak of memory (not on the CPU)')
+    parser.add_argument('--float32', action='store_true', help='train in float32 instead of 16 bits')
+    parser.add_argument('--recompute', action='store_true', help='add this network with --recompute cheap')
+    parser.add_argument('--host-rounds', type=int, default=0, metavar='N',
+                        help="also time the host, N times alternately; only where operators take no time: on the "
+                             'stand-in with --skip-operators')
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Count, print; all figures."""
+    device = device_seam.resolve_device(args.device)
+    device_seam.configure(device)
+    found = contestants(not args.float32, args.recompute)
+    host = _host_time(found, device, args) if args.host_rounds else {}
+    rows: dict[str, list[Any]] = {}
+    for name, contestant in found.items():
+        counts = _count(contestant, device, args)
+        rows[contestant.name] = [
+            counts.calls, counts.bytes_per_image / 1e6, counts.bytes_per_step / 1e6,
+            _peak_per_image(contestant, device, args), counts.synchronizations, host.get(name, {}).get('median_ms'),
+        ]
+    unit = 'kernels of the NPU' if counts_kernels() else "ATen's operators"
+    precision = 'float32' if args.float32 else '16 bits'
+    title = f'A training step at {args.img_size} px, {precision}, {device.type}, counted in {unit}'
+    report.print_table(title, COLUMNS, rows)
+    for name, figures in host.items():
+        if name != 'timm':
+            print(f"  host time of {found[name].name}: {figures['ratio']:.3f} of timm's "
+                  f"({figures['ratio_min']:.3f} to {figures['ratio_max']:.3f} in {args.host_rounds} rounds)")
+    return {'title': title, 'columns': COLUMNS, 'rows': rows, 'host': host, 'device': device_seam.describe(device),
+            'versions': device_seam.versions()}
+
+
+def _count(contestant: Contestant, device: torch.device, args: argparse.Namespace) -> _Counts:
+    """Calls and bytes of a step, from two batch sizes: bytes = a * batch + b."""
+    small, large = sorted(args.batch_sizes)
+    costs = []
+    for batch_size in (small, large):
+        step = contestant.create(Workload(device, batch_size, args.img_size))
+        for _ in range(2):  # the first ones allocate states
+            step()
+        costs.append(cost_of(step))
+        del step
+        gc.collect()
+    per_image = (costs[1].bytes - costs[0].bytes) / (large - small)
+    return _Counts(
+        costs[0].calls.total(), per_image, costs[0].bytes - small * per_image, costs[0].synchronizations,
+    )
+
+
+def _peak_per_image(contestant: Contestant, device: torch.device, args: argparse.Namespace) -> float | None:
+    """By how much the peak of memory grows with an image, in MB; None where nobody counts memory."""
+    peaks = []
+    small, large = sorted(args.memory_batch_sizes)
+    for batch_size in (small, large):
+        if device.type == 'cpu':
+            return None
+        step = contestant.create(Workload(device, batch_size, args.img_size))
+        for _ in range(2):
+            step()
+        device_seam.reset_peak_memory(device)
+        step()
+        peaks.append(device_seam.peak_memory(device))
+        del step
+        gc.collect()
+    return (peaks[1] - peaks[0]) / (large - small) / 1e6
+
+
+def _host_time(
+        found: dict[str, Contestant],
+        device: torch.device,
+        args: argparse.Namespace,
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step and ratios to timm's, one step of each in turn."""
+    steps = {name: each.create(Workload(device, args.batch_sizes[0], args.img_size)) for name, each in found.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(args.host_rounds + 3):  # the first three warm up
+        for name in sorted(steps, reverse=index % 2 == 0):
+            device_seam.synchronize(device)
+            start = time.perf_counter()
+            steps[name]()
+            device_seam.synchronize(device)
+            if index >= 3:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    result = {}
+    for name, own in times.items():
+        ratios = [ours / theirs for ours, theirs in zip(own, times['timm'], strict=True)]
+        result[name] = {'median_ms': statistics.median(own), 'ratio': statistics.median(ratios),
+                        'ratio_min': min(ratios), 'ratio_max': max(ratios)}
+    return result
