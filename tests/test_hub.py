@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -294,6 +295,14 @@ def test_every_block_of_the_card_runs(published, server, tmp_path):
     assert parse_args(['-c', str(tmp_path / 'recipe.yaml')]).hflip == 0
 
 
+def test_the_commands_of_the_readme_are_known():
+    text = (ROOT / 'README.md').read_text()
+    commands = re.findall(r'^python -m timm_npu_irv2\.hub (.*)', text, flags=re.MULTILINE)
+    assert [hub._parser().parse_args(shlex.split(each)).command for each in commands] == ['export', 'push', 'pull']
+    for option in re.findall(r'`(--(?:for timm|ema|dtype|class-names)[^`]*)`', text):
+        hub._parser().parse_args(['export', 'a', 'b', *option.replace('\n', ' ').split()])
+
+
 # ------------------------------------------------------------------------------------------------------ transfers
 
 
@@ -435,6 +444,29 @@ def test_weights_are_adapted_to_another_head_and_stem(published, state_dict):
     assert model.classif.out_features == 7 and model.conv2d_1a.conv.in_channels == 1
     expected = state_dict['conv2d_1a.conv.weight'].sum(1, keepdim=True)
     assert torch.allclose(model.conv2d_1a.conv.weight, expected, atol=1e-6)
+
+
+def test_a_checkpoint_brings_its_preprocessing_and_its_labels(run, state_dict):
+    model = hub.create(run / 'last.pth.tar')
+    cfg = model.pretrained_cfg
+    assert cfg['label_names'] == CLASSES and cfg['input_size'] == (3, 96, 96) and 'state_dict' not in cfg
+    assert cfg['mean'] == [0.4, 0.5, 0.6] and cfg['crop_pct'] == 0.9
+    assert torch.equal(model.classif.weight, state_dict['classif.weight'])
+    assert hub.create(run / 'last.pth.tar', num_classes=2).num_classes == 2
+
+
+def test_published_weights_of_timms_are_read_without_a_pickle(online, reference_state_dict, tmp_path, monkeypatch):
+    weights.save_file(reference_state_dict, tmp_path / 'model.safetensors')
+    files = {'model.safetensors': (tmp_path / 'model.safetensors').read_bytes(), 'pytorch_model.bin': b'a pickle'}
+    online.add('timm/inception_resnet_v2.tf_in1k', files)
+    online.add('timm/inception_resnet_v2.tf_ens_adv_in1k', {'pytorch_model.bin': b'a pickle'})
+    model = hub.create(True)
+    assert torch.equal(model.classif.bias, reference_state_dict['classif.bias'])
+    with pytest.raises(UserError, match=r'no model\.safetensors'):
+        hub.create('tf_ens_adv_in1k')
+    with pytest.raises(huggingface_hub.errors.EntryNotFoundError):
+        timm.create_model(f'{OURS}.tf_ens_adv_in1k', pretrained=True)
+    assert not any('pytorch_model' in path for _, _, path, _ in online.log)
 
 
 def test_another_network_is_refused(tmp_path, published):
