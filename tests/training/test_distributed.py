@@ -75,6 +75,7 @@ def two(tmp_path_factory) -> dict[str, list]:
         'tell': _tell,
         'stop': _stop_at,
         'gradient': Train('--no-ddp-bb'),
+        'compressed': Train('--no-ddp-bb', '--grad-compress', 'fp16'),
         'float32': Train('--model-ema', count=6),
         'O2': Train('--opt-level', 'O2', '--no-ddp-bb', '--model-ema', count=6),
         'evaluate': _evaluate,
@@ -205,6 +206,15 @@ def test_gradients_are_those_of_one_process_that_averages_the_half_batches(two):
         gradient, theirs = before[name] - parameter, before[name] - both[0]['weights'][name]
         assert (gradient - theirs).norm() <= 1e-5 * gradient.norm() + 1e-7, name
     assert both[0]['loss'] == pytest.approx(metrics['loss'], rel=1e-6)
+
+
+def test_compressed_gradients_are_rounded_alike_on_all_processes(two):
+    exact, (one, other) = two['gradient'][0]['weights'], (each['weights'] for each in two['compressed'])
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    changed = [name for name in exact if not torch.equal(one[name], exact[name])]
+    assert len(changed) > 10
+    for name in changed:
+        assert (one[name] - exact[name]).norm() < 1e-3 * exact[name].norm() + 1e-3, name
 
 
 @pytest.mark.parametrize('precision', ['float32', 'O2'])

@@ -17,9 +17,9 @@ def print_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[
     widths = [max(len(column), *(len(row[i]) for row in cells.values())) for i, column in enumerate(columns)]
     first = max(map(len, cells))
     print(f'\n{title}')
-    print(' ' * (first + 2) + '  '.join(column.rjust(width) for column, width in zip(columns, widths, strict=True)))
+    print(' ' * (first + 4) + '  '.join(column.rjust(width) for column, width in zip(columns, widths, strict=True)))
     for name, row in cells.items():
-        print(f'  {name.ljust(first)}' + '  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+        print(f'  {name.ljust(first)}  ' + '  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
 
 def _cell(value: Any) -> str:

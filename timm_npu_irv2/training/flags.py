@@ -164,6 +164,8 @@ _device = Group('Device and precision', (
     _flag('--loss-scale', "a number, or 'dynamic' (default: dynamic for float16, none otherwise)", loss_scale, None,
           ANY_SIZE, metavar='N'),
     _flag('--model-dtype', 'type of weights and images without --amp (default: float32)', choices=('float32', *HALVES)),
+    _flag('--grad-compress', 'send float32 gradients between cards in this type: half the traffic, some rounding',
+          choices=('fp16', 'bf16')),
     _switch('--no-ddp-bb', 'no broadcast of buffers before each forward pass of DistributedDataParallel'),
     _switch('--synchronize-step', 'wait for the device at the end of each step'),
     _flag('--device-modules', 'Python modules to import first (other plugins)', nargs='+', metavar='MODULE'),

@@ -24,6 +24,7 @@ from timm.task import (
 )
 from timm.utils import ModelEmaV3, distribute_bn, set_jit_fuser
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -237,6 +238,9 @@ def average_weights(task: TrainingTask, precision: Precision, args: Namespace) -
         )
 
 
+_COMPRESSIONS = {'fp16': default_hooks.fp16_compress_hook, 'bf16': default_hooks.bf16_compress_hook}
+
+
 def compile_and_distribute(task: TrainingTask, args: Namespace, world: World) -> None:
     """torch.compile, then DistributedDataParallel around it, so that DDP stays out of the compiled graph."""
     if args.torchcompile:
@@ -250,6 +254,8 @@ def compile_and_distribute(task: TrainingTask, args: Namespace, world: World) ->
             gradient_as_bucket_view=True,
             **{'forward_sync_buffers' if renamed else 'broadcast_buffers': not args.no_ddp_bb},
         )
+        if args.grad_compress:
+            task.trainable_module.register_comm_hook(None, _COMPRESSIONS[args.grad_compress])
 
 
 def build_scheduler(

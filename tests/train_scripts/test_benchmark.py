@@ -1,0 +1,73 @@
+"""benchmark.py counts right, writes what it prints, and refuses nonsense in a line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from timm_npu_irv2.benchmarks import report
+from timm_npu_irv2.benchmarks.counting import cost_of
+
+SCRIPT = Path(__file__).parents[2] / 'train_scripts' / 'benchmark.py'
+
+
+def benchmark(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_calls_and_bytes_of_a_known_piece_of_work():
+    x, row = torch.ones(10, 10), torch.ones(10).expand(10, 10)
+    cost = cost_of(lambda: x.view(100).view(10, 10).add(row).mul_(2))
+    assert cost.calls == {'add': 1, 'mul_': 1}
+    assert cost.bytes == 4 * (100 + 10 + 100 + 100 + 100)  # what is expanded counts once
+
+
+def test_step_tells_the_cost_of_an_image_from_that_of_a_step(tmp_path):
+    result = benchmark('step', '--device', 'cpu', '--img-size', 75, '--float32', '--batch-sizes', 2, 4, '--recompute',
+                       '--json', tmp_path / 'step.json', '--chart', tmp_path / 'step.png')
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / 'step.json').read_text())['rows']
+    ours, theirs, recomputing = (dict(zip(('calls', 'image', 'step'), row, strict=False)) for row in rows.values())
+    assert ours['calls'] < 0.75 * theirs['calls'] and ours['image'] < 0.8 * theirs['image']
+    assert recomputing['calls'] == ours['calls'] + 136 + 136 + 46  # norms, activations, concatenations and pools again
+    assert ours['step'] == pytest.approx(theirs['step'], rel=0.02)  # the same weights
+    assert (tmp_path / 'step.png').stat().st_size > 10_000
+    assert all(name in result.stdout for name in rows)
+
+
+def test_train_and_ops_print_a_ratio_with_its_spread(tmp_path):
+    small = ('--device', 'cpu', '--img-size', 75, '--batch-size', 2, '--rounds', 1, '--json', tmp_path / 'out.json')
+    result = benchmark('train', *small, '--steps', 1, '--warmup', 0)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / 'out.json').read_text())
+    assert f"ratio {found['ratio']:.3f} (from" in result.stdout
+    rates = found['rounds']
+    ours, theirs = rates['inception_resnet_v2_npu'][0], rates['inception_resnet_v2 (timm)'][0]
+    assert found['ratio'] == pytest.approx(ours / theirs)
+    result = benchmark('ops', *small)
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads((tmp_path / 'out.json').read_text())['rows']) == 10
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['train', '--img-size', '74'], '--img-size must be at least 75'),
+    (['train', '--batch-size', '0'], '--batch-size must be at least 1'),
+    (['step', '--device', 'tpu'], 'no such device'),
+    (['fly'], 'invalid choice'),
+])
+def test_nonsense_is_refused_in_a_line(arguments, words):
+    result = benchmark(*arguments)
+    assert result.returncode == 2
+    assert words in result.stderr.splitlines()[-1]
+    assert 'Traceback' not in result.stderr
+
+
+def test_a_table_has_a_dash_for_what_is_not_known(capsys):
+    report.print_table('Title', ('a', 'b'), {'first': [1.5, None], 'second one': [1234.5, 3]})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == 'Title' and lines[3].split() == ['first', '1.500', '–']
+    assert lines[4].split() == ['second', 'one', '1234.5', '3']
