@@ -225,8 +225,9 @@ def has_add_relu_kernel(x: torch.Tensor) -> bool:
 
 def has_fused_convolution(x: torch.Tensor) -> bool:
     """Whether oneDNN's convolutions, with bias, addition and ReLU in one operator, work on ``x``: on the CPU."""
-    return (x.device.type == 'cpu' and x.dtype in (torch.float32, torch.bfloat16)
-            and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+    if x.device.type != 'cpu' or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def has_fused_sgd(device: torch.device) -> bool:

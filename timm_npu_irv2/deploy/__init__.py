@@ -1,6 +1,8 @@
-"""From a trained network to answers: the network that only infers, and the predictor that a server calls."""
+"""From a trained network to answers: the network that only infers, its folder, the predictor that a server calls."""
 
 from .fold import to_inference
 from .network import InferenceNetwork
+from .predictor import Predictor
+from .store import load, save
 
-__all__ = ['InferenceNetwork', 'to_inference']
+__all__ = ['InferenceNetwork', 'Predictor', 'load', 'save', 'to_inference']

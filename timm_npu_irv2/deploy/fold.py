@@ -7,12 +7,14 @@ r"""From a trained network to one that only infers: the arithmetic that can be d
 It is computed in float64, so that the result differs from the trained network's by the rounding of float32 alone.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from timm.layers import BatchNormAct2d
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .. import device as device_seam
 from .. import weights
 from ..errors import UnknownDialect, UserError
 from ..layers import ScaledReLU
@@ -21,6 +23,9 @@ from .network import InferenceNetwork
 __all__ = ['to_inference']
 
 StateDict = dict[str, Tensor]
+
+# What is kept of a pretrained_cfg: how an image becomes an input, and what the classes are called.
+KEPT = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'label_names', 'label_descriptions')
 
 # Residual blocks and their scales; https://arxiv.org/abs/1602.07261, section 3.3, and the values of TF-slim's network.
 SCALES = {
@@ -41,8 +46,8 @@ def to_inference(
         model: nn.Module,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
 ) -> InferenceNetwork:
     """The fastest equal of ``model`` that can only infer.
 
@@ -58,24 +63,39 @@ def to_inference(
     """
     model = unwrap_model(model)
     norm_eps = _check(model)
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
     in_chans = model.conv2d_1a.conv.in_channels
-    normalization = [_channels(given or cfg.get(name), in_chans, name, default)
-                     for given, name, default in ((mean, 'mean', 0.5), (std, 'std', 0.5))]
+    cfg = preprocessing(model, mean, std)
+    normalization = (torch.tensor(cfg[name], dtype=torch.float64) for name in ('mean', 'std'))
     folded = fold(weights.convert(model.state_dict(), to='timm'), norm_eps, *normalization)
     device = torch.device(device) if device is not None else model.conv2d_1a.conv.weight.device
     network = InferenceNetwork(
         num_classes=model.num_classes, in_chans=in_chans, global_pool=_pool_type(model.global_pool), device='meta')
     dtype = dtype or torch.float32
     network.load_state_dict({key: value.to(device, dtype) for key, value in folded.items()}, assign=True)
-    return prepare(network)
+    network.pretrained_cfg = cfg
+    return network.freeze()
 
 
-def prepare(network: InferenceNetwork) -> InferenceNetwork:
-    """Lay the weights out for the device they are on, and freeze them."""
-    device = network.conv2d_1a.weight.device
-    network.requires_grad_(False).to(memory_format=device_seam.memory_format(device))
-    return network
+def preprocessing(
+        model: nn.Module,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """What the network that infers keeps of a model's ``pretrained_cfg``, with a mean and a std for each channel.
+
+    Raises:
+        UserError: There are as many means or deviations as neither one nor the channels.
+    """
+    given = dict(getattr(model, 'pretrained_cfg', None) or {})
+    in_chans = model.conv2d_1a.conv.in_channels
+    cfg = {key: given[key] for key in KEPT if given.get(key) is not None}
+    cfg['input_size'] = (in_chans, *cfg.get('input_size', (3, 299, 299))[1:])
+    for name, chosen in (('mean', mean), ('std', std)):
+        values = tuple(chosen or cfg.get(name) or (0.5,))
+        cfg[name] = values[:1] * in_chans if len(set(values)) == 1 else values
+        if len(cfg[name]) != in_chans:
+            raise UserError(f'{name} has {len(values)} values, the images have {in_chans} channels: give {in_chans}.')
+    return cfg
 
 
 def fold(state_dict: StateDict, eps: float, mean: Tensor, std: Tensor) -> StateDict:
@@ -126,11 +146,3 @@ def _check(model: nn.Module) -> float:
 
 def _pool_type(pool: nn.Module) -> str:
     return getattr(pool, 'pool_type', '') or ''
-
-
-def _channels(values: tuple[float, ...] | None, in_chans: int, name: str, default: float) -> Tensor:
-    """``values``, one for each channel of the image; a single one serves for all."""
-    values = tuple(values or ()) or (default,)
-    if len(values) not in (1, in_chans):
-        raise UserError(f'{name} has {len(values)} values, the images have {in_chans} channels: give {name}=.')
-    return torch.tensor(values * (in_chans // len(values)), dtype=torch.float64)

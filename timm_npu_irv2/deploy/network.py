@@ -142,6 +142,9 @@ class InferenceNetwork(nn.Module):
         global_pool: timm's name of the pooling before the classifier.
         device, dtype: Of the weights.
 
+    Attributes:
+        pretrained_cfg: Preprocessing (timm's names) and ``label_names``, as far as they are known.
+
     Input: (N, in_chans, H, W), either uint8 as images come from a file, or floating point and normalised as the trained
     network takes them; H and W at least 75. Output: (N, num_classes), of the weights' dtype.
     """
@@ -156,6 +159,8 @@ class InferenceNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, 1536
+        self.arguments = {'num_classes': num_classes, 'in_chans': in_chans, 'global_pool': global_pool}
+        self.pretrained_cfg: dict[str, Any] = {}
         dd = {'device': device, 'dtype': dtype}
         self.conv2d_1a = FusedConvolution(in_chans, 32, 3, stride=2, **dd)
         self.conv2d_1a_uint8 = FusedConvolution(in_chans, 32, 3, stride=2, **dd)  # the normalisation is in its weights
@@ -176,7 +181,14 @@ class InferenceNetwork(nn.Module):
         self.global_pool, _, self.classif = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=0.0, **dd,
         )
-        self.requires_grad_(False).eval()
+        self.freeze()
+
+    def freeze(self) -> 'InferenceNetwork':
+        """Lay the weights out for the device they are on, and let no gradient be taken of them; returns itself."""
+        device = self.conv2d_1a.weight.device
+        if device.type != 'meta':
+            self.to(memory_format=device_seam.memory_format(device))
+        return self.requires_grad_(False).eval()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> the last feature map (N, 1536, H / 32, W / 32), sizes rounded down."""

@@ -1,0 +1,75 @@
+"""A network that only infers as a folder of two files: ``model.safetensors`` and ``config.json``."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import device as device_seam
+from .. import weights
+from ..errors import CannotWrite, UserError, first_line
+from ..files import write_whole
+from .network import InferenceNetwork
+
+__all__ = ['load', 'save']
+
+WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
+FORMAT = 'timm_npu_irv2.inference'
+
+
+def save(network: InferenceNetwork, folder: str | os.PathLike) -> Path:
+    """Write ``network``, its preprocessing and the names of its classes into ``folder``, which is made.
+
+    Raises:
+        CannotWrite: The folder or a file can't be made.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotWrite(f'cannot make the folder {folder}: {error.strerror or error}.') from error
+    config: dict[str, Any] = {
+        'format': FORMAT,
+        'dtype': str(network.conv2d_1a.weight.dtype).removeprefix('torch.'),
+        'arguments': network.arguments,
+        'pretrained_cfg': network.pretrained_cfg,
+    }
+    weights.save_file(network.state_dict(), folder / WEIGHTS)
+    write_whole(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + '\n')
+    return folder
+
+
+def load(
+        folder: str | os.PathLike,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+) -> InferenceNetwork:
+    """The network that :func:`save` wrote, bit for bit.
+
+    Args:
+        folder: Where it is.
+        device: Where to infer; None for the best device there is.
+        dtype: Of weights and output; None for what they were saved in.
+
+    Raises:
+        UserError: There is no such network, or it is damaged.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        if config['format'] != FORMAT:
+            raise UserError(f'{folder} holds no network for inference (its config.json is of another kind).')
+        network = InferenceNetwork(**config['arguments'], device='meta')
+        state_dict = weights.load_file(folder / WEIGHTS)
+        device, dtype = device_seam.resolve_device(device and str(device)), dtype or getattr(torch, config['dtype'])
+        state_dict = {key: value.to(device, dtype) for key, value in state_dict.items()}
+        network.load_state_dict(state_dict, assign=True)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = getattr(error, 'strerror', None) or first_line(error)
+        raise UserError(f'{folder} cannot be loaded as a network for inference: {reason}') from error
+    network.pretrained_cfg = config.get('pretrained_cfg') or {}
+    return network.freeze()
