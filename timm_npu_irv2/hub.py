@@ -359,11 +359,9 @@ def _unreachable(repo: str, revision: str | None, name: str) -> Exception | None
     """
     try:
         get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
-    except HTTPError as error:
+    except (HTTPError, OSError) as error:  # OfflineModeIsEnabled is one of the latter
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
-        return error
-    except OfflineModeIsEnabled as error:
         return error
     return None
 
