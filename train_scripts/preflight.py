@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
         args = validate.parse(options)
     else:
         args = parse_args(options)
+        check_restarts(args.experiment)
     check_devices(args.device, processes)
     if not args.dataset and not args.data_dir:
         raise UserError('no data: name the folder that holds train/ and val/ with --data-dir.')
@@ -43,6 +44,12 @@ def check_devices(name: str | None, processes: int) -> None:
     available = device_seam.device_count(kind)
     if processes > available:
         raise UserError(f'{processes} processes need as many devices; this machine has {available} {kind} device(s).')
+
+
+def check_restarts(experiment: str) -> None:
+    """Raise UserError if a restart would not find the folder to go on in."""
+    if os.environ.get('MAX_RESTARTS', '0') != '0' and not experiment:
+        raise UserError('MAX_RESTARTS needs --experiment, which names the folder that a restart goes on in.')
 
 
 def check_port() -> None:

@@ -75,7 +75,7 @@ class Job:
 
     def finish(self, workers: int) -> None:
         for process in self.start(workers):
-            assert process.wait(timeout=300) == 0, self.log.read_text()
+            assert process.wait(timeout=900) == 0, self.log.read_text()
 
     def kill(self, workers: int, delay: float, choose: random.Random) -> bool:
         """Start, and kill one process ``delay`` seconds after training has begun; whether it was still running."""
@@ -90,7 +90,7 @@ class Job:
         running = victim.poll() is None
         victim.send_signal(signal.SIGKILL)
         for process in job:
-            code = process.wait(timeout=120)  # the others notice that one is gone
+            code = process.wait(timeout=300)  # the others notice that one is gone
             assert code == -signal.SIGKILL if process is victim and running else code in (0, 2), self.log.read_text()
         return running
 

@@ -1,5 +1,6 @@
 """The shell launchers: what they run, with which words, and one line for what can be known to be wrong before."""
 
+import itertools
 import os
 import shutil
 import socket
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from timm_npu_irv2 import device as device_seam
 from timm_npu_irv2.errors import UserError
@@ -39,8 +41,8 @@ def recorded(tmp_path):
     return calls
 
 
-def run(launcher: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(['bash', SCRIPTS / launcher, *words], capture_output=True, text=True, check=False,
+def run(launcher: str, *words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(['bash', SCRIPTS / launcher, *words], capture_output=True, text=True, check=False, cwd=cwd,
                           env={**os.environ, 'PYTHON': sys.executable, **environment})
 
 
@@ -184,6 +186,13 @@ def test_more_processes_than_devices(tmp_path, monkeypatch):
     assert preflight.main(['train.py', '4', *words]) == 0
 
 
+def test_restarts_need_a_folder_to_go_on_in(tmp_path, monkeypatch):
+    words = ['train.py', '2', '--device', 'cpu', '--data-dir', str(tmp_path)]
+    monkeypatch.setenv('MAX_RESTARTS', '3')
+    assert 'MAX_RESTARTS needs --experiment' in message_of(*words)
+    assert preflight.main([*words, '--experiment', 'run']) == 0
+
+
 def test_port_in_use(tmp_path, monkeypatch):
     words = ['train.py', '2', '--device', 'cpu', '--data-dir', str(tmp_path)]
     with socket.socket() as taken:
@@ -223,3 +232,21 @@ def test_the_zoos_recipe_to_the_letter():
     one = parse_args(['-c', str(SCRIPTS / 'recipes/zoo_1p.yaml')])
     differing = {key for key, value in vars(eight).items() if getattr(one, key) != value}
     assert differing == {'lr', 'no_ddp_bb'} and one.lr == 0.075
+
+
+# ------------------------------------------------------------------------------------------------------ end to end
+
+
+def test_folders_with_awkward_names_are_trained_from_and_into(tmp_path):
+    awkward = tmp_path / """it's "odd" $(touch spoiled) `touch spoiled` * \\ ;&"""
+    for split, index in itertools.product(('train', 'val'), range(4)):
+        path = awkward / 'images' / split / f'class{index % 2}' / f'{index}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (40, 40), (60 * index, 0, 0)).save(path)
+    words = ['--model', 'test_resnet', '--img-size', '32', '--num-classes', '2', '-b', '2', '-j', '0', '--epochs', '1',
+             '--warmup-epochs', '0', '--device', 'cpu']
+    result = run('dist_train_npu.sh', '2', '--data-dir', str(awkward / 'images'), '--output', str(awkward), *words,
+                 '--experiment', 'a run', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (awkward / 'a run' / 'report.json').exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [awkward.name]
