@@ -11,7 +11,9 @@ from .conftest import OURS, REFERENCE
 
 pytestmark = pytest.mark.long
 
-STEPS, CPU = 50, torch.device('cpu')
+# With a learning rate ten times as great training is chaotic: rounding grows to the size of the loss in 50 steps, with
+# timm's network in two layouts too.
+STEPS, LEARNING_RATE, CPU = 50, 1e-3, torch.device('cpu')
 
 
 def networks(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
@@ -35,7 +37,7 @@ def batches(dtype: torch.dtype, count: int, size: int):
 
 def losses(model: nn.Module, data, layout=torch.contiguous_format, **precision) -> torch.Tensor:
     model = model.to(memory_format=layout).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
     level = create_precision(CPU, **precision) if precision else None
     if level is not None:
         model, optimizer = level.prepare(model, optimizer)

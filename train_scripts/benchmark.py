@@ -5,6 +5,7 @@
     python train_scripts/benchmark.py train --amp     # images/s of training, alternated with timm's network
     python train_scripts/benchmark.py infer           # images/s and latency of inference, alternated with others
     python train_scripts/benchmark.py ops             # each fused operator against plain operations
+    python train_scripts/benchmark.py table report.json …     # rows for the README from runs of train.py
 """
 
 import argparse
@@ -13,9 +14,9 @@ from pathlib import Path
 
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as device_seam
-from timm_npu_irv2.benchmarks import operators, report, step, training
+from timm_npu_irv2.benchmarks import operators, report, step, table, training
 
-COMMANDS = {'step': step, 'train': training, 'ops': operators}
+COMMANDS = {'step': step, 'train': training, 'ops': operators, 'table': table}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

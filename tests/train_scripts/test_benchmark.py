@@ -71,3 +71,19 @@ def test_a_table_has_a_dash_for_what_is_not_known(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == 'Title' and lines[3].split() == ['first', '1.500', '–']
     assert lines[4].split() == ['second', 'one', '1234.5', '3']
+
+
+def test_reports_become_rows_of_the_readmes_table(tmp_path):
+    report = {'world_size': 8, 'device': {'type': 'npu', 'name': 'Ascend910B3'}, 'top1': 79.141, 'images_per_second': 2603.06, 'epochs': 2,
+              'precision': 'O2', 'loss': 1.0}
+    (tmp_path / 'report.json').write_text(json.dumps(report))
+    result = benchmark('table', tmp_path / 'report.json')
+    assert result.stdout == '| this package, 8 × npu | 79.14 | 2603.1 | 2 | O2 |\n'
+    (tmp_path / 'report.json').write_text('{}')
+    result = benchmark('table', tmp_path / 'report.json')
+    assert result.returncode == 2 and 'is no report of train.py' in result.stderr
+
+
+def test_measuring_an_npu_without_data_is_refused_in_a_line():
+    result = subprocess.run(['bash', SCRIPT.with_name('measure_npu.sh')], capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and 'usage: measure_npu.sh --data_path=DIR' in result.stderr

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Measure on a machine with NPUs what the README leaves open, and print the rows of its tables:
+#     bash train_scripts/measure_npu.sh --data_path=DIR [options of train.py]
+# CARDS="1 8" (the default) are the numbers of cards, BATCH=192 the images in a batch of a card, OUTPUT the folder for
+# all figures.
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+[[ $# -gt 0 ]] || fail 'usage: measure_npu.sh --data_path=DIR [options of train.py]'
+[[ -n $PYTHON ]] || fail 'there is no python here: activate an environment, or set PYTHON.'
+OUTPUT=${OUTPUT:-output/measured} BATCH=${BATCH:-192}
+load_cann
+mkdir -p "$OUTPUT"
+
+for cards in ${CARDS:-1 8}; do
+    run=$OUTPUT/${cards}p-$(date +%Y%m%d-%H%M%S)
+    recipe=$SCRIPTS/recipes/zoo_$([[ $cards == 1 ]] && echo 1p || echo 8p).yaml
+    bash "$SCRIPTS/dist_train_npu.sh" "$cards" -c "$recipe" --epochs 2 --batch-size "$BATCH" \
+        --output "$OUTPUT" --experiment "$(basename "$run")" "$@"
+    reports+=("$run/report.json")
+done
+
+set_defaults 1
+benchmark() { "$PYTHON" "$SCRIPTS/benchmark.py" "$@"; }
+benchmark train --amp --batch-size "$BATCH" --json "$OUTPUT/train.json" ${DEVICE:+--device "$DEVICE"}
+for kernels in aten triton; do  # which of them is faster here is not known until this has run
+    TIMM_NPU_IRV2_KERNELS=$kernels benchmark ops --amp --batch-size "$BATCH" --json "$OUTPUT/ops-$kernels.json" \
+        ${DEVICE:+--device "$DEVICE"} || echo "measure_npu.sh: the $kernels kernels do not run here." >&2
+done
+benchmark table "${reports[@]}"
