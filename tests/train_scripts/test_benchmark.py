@@ -74,8 +74,8 @@ def test_a_table_has_a_dash_for_what_is_not_known(capsys):
 
 
 def test_reports_become_rows_of_the_readmes_table(tmp_path):
-    report = {'world_size': 8, 'device': {'type': 'npu', 'name': 'Ascend910B3'}, 'top1': 79.141, 'images_per_second': 2603.06, 'epochs': 2,
-              'precision': 'O2', 'loss': 1.0}
+    report = {'world_size': 8, 'device': {'type': 'npu', 'name': 'Ascend910B3'}, 'top1': 79.141,
+              'images_per_second': 2603.06, 'epochs': 2, 'precision': 'O2', 'loss': 1.0}
     (tmp_path / 'report.json').write_text(json.dumps(report))
     result = benchmark('table', tmp_path / 'report.json')
     assert result.stdout == '| this package, 8 × npu | 79.14 | 2603.1 | 2 | O2 |\n'

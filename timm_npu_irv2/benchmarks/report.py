@@ -19,7 +19,8 @@ def print_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[
     print(f'\n{title}')
     print(' ' * (first + 4) + '  '.join(column.rjust(width) for column, width in zip(columns, widths, strict=True)))
     for name, row in cells.items():
-        print(f'  {name.ljust(first)}  ' + '  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+        line = '  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print(f'  {name.ljust(first)}  {line}')
 
 
 def _cell(value: Any) -> str:
