@@ -254,7 +254,7 @@ class InceptionResnetV2Npu(nn.Module):
         self.global_pool, self.head_drop, self.classif = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd,
         )
-        self.recompute: Optional[str] = None
+        self.recompute = ''  # 'cheap', 'all' or nothing
         self.register_load_state_dict_pre_hook(_translate_on_load)
 
     @torch.jit.ignore
@@ -282,8 +282,8 @@ class InceptionResnetV2Npu(nn.Module):
                 compute, throughout the network, and compute norms, activations, concatenations and pooling again.
                 False: keep everything.
         """
-        recompute = {True: 'all', False: None}.get(enable, enable)
-        if recompute not in ('all', 'cheap', None):
+        recompute = {True: 'all', False: ''}.get(enable, enable)
+        if recompute not in ('all', 'cheap', ''):
             raise ValueError(f"set_grad_checkpointing takes True, False, 'all' or 'cheap', not {enable!r}.")
         self.recompute = recompute
         for sequence in (self.repeat, self.repeat_1, self.repeat_2):

@@ -71,8 +71,12 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 class _ScaledResidualReLU(torch.autograd.Function):
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def forward(ctx, x: Tensor, branch: Tensor, scale: float) -> Tensor:
+        output = _forward(x, branch, scale)
+        _setup_context(ctx, (x, branch, scale), output)  # as a method of its own torch would inspect it in every call
+        return output
+
     backward = staticmethod(_backward)
 
 
