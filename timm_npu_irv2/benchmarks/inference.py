@@ -1,0 +1,259 @@
+"""``benchmark.py infer``: images/s, latency and memory of inference, alternated with the ways others run the network.
+
+All take turns in one process, so that whatever slows the machine slows all of them. Memory is that of a process of its
+own, which has loaded the network and computed a few batches.
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+
+from .. import device as device_seam
+from ..deploy import InferenceNetwork, Predictor, graph, load, save, to_inference
+from . import report
+
+__all__ = ['COLUMNS', 'CONTESTANTS', 'add_arguments', 'run']
+
+COLUMNS = ('images/s', "of timm's", 'p50 ms', 'p99 ms', 'MB')
+OURS, TIMM, OURS_COMPILED, COMPILED = 'ours', 'timm', 'ours-compiled', 'timm-compiled'
+CHANNELS_LAST, ONNXRUNTIME, OPENVINO = 'timm-channels-last', 'onnxruntime', 'openvino'
+CONTESTANTS = (OURS, OURS_COMPILED, TIMM, CHANNELS_LAST, COMPILED, ONNXRUNTIME, OPENVINO)
+PEERS = CONTESTANTS[3:]
+CLIENTS = 16
+
+Infer = Callable[[Tensor], Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this subcommand."""
+    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'),
+                        help='what all of them compute in, but for `timm`, which stays in float32 (default: float32)')
+    parser.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images in a batch (default: 8)')
+    parser.add_argument('--rounds', type=int, default=7, metavar='N', help='turns of each (default: 7)')
+    parser.add_argument('--warmup', type=int, default=2, metavar='N', help='batches before the first turn (default: 2)')
+    parser.add_argument('--latencies', type=int, default=50, metavar='N', help='single images, in turn (default: 50)')
+    parser.add_argument('--only', nargs='+', choices=CONTESTANTS, metavar='NAME',
+                        help=f'leave the others out: {", ".join(CONTESTANTS)} (default: all that are installed)')
+    parser.add_argument('--predictor', action='store_true',
+                        help=f'also measure Predictor, with {CLIENTS} threads that send single images')
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print; all figures."""
+    device = device_seam.resolve_device(args.device)
+    device_seam.configure(device)
+    names = [name for name in args.only or CONTESTANTS if args.only or _available(name, device, args.dtype)]
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), names, args.img_size)
+        memory = {name: _memory(Path(folder), name, device, args) for name in names}
+        runners = {name: create(name, Path(folder), device, args.dtype) for name in names}
+        rates = _rates(runners, device, args)
+        latencies = _latencies(runners, device, args)
+        served = _served(Path(folder), device, args) if args.predictor else {}
+    rows = {name: _row(rates, latencies[name], memory[name], name) for name in names}
+    title = f'Inference at {args.img_size} px, {args.dtype}, batch {args.batch_size}, {device.type}'
+    report.print_table(title, COLUMNS, rows)
+    for line in _verdicts(rates, latencies, served):
+        print(f'  {line}')
+    return {'title': title, 'columns': COLUMNS, 'rows': rows, 'images_per_second': rates, 'latency_ms': latencies,
+            'served': served, 'threads': torch.get_num_threads(), 'device': device_seam.describe(device),
+            'versions': device_seam.versions()}
+
+
+# ------------------------------------------------------------------------------------------------------- contestants
+
+
+def _available(name: str, device: torch.device, dtype: str) -> bool:
+    if name in (ONNXRUNTIME, OPENVINO):
+        missing = [package for package in (name, 'onnx') if importlib.util.find_spec(package) is None]
+        dtypes = ('float32', 'bfloat16') if name == OPENVINO else ('float32',)
+        return device.type == 'cpu' and not missing and dtype in dtypes
+    return True
+
+
+def prepare(folder: Path, names: Iterable[str], img_size: int) -> None:
+    """Put the same random network into ``folder`` as everyone wants it: timm's weights, our folder, an ONNX file."""
+    torch.manual_seed(0)
+    model = timm.create_model('inception_resnet_v2').eval()
+    torch.save(model.state_dict(), folder / 'timm.pth')
+    if {OURS, OURS_COMPILED} & set(names):
+        save(to_inference(model), folder / 'ours')
+    if {ONNXRUNTIME, OPENVINO} & set(names):
+        example = torch.zeros(2, 3, img_size, img_size)
+        torch.onnx.export(model, (example,), folder / 'timm.onnx', dynamo=False, input_names=['images'],
+                          opset_version=graph.OPSET, dynamic_axes={'images': {0: 'batch'}})
+
+
+def create(name: str, folder: Path, device: torch.device, dtype: str) -> Infer:
+    """A function from normalised float32 images (N, 3, H, W) on ``device`` to logits, out of what is in ``folder``."""
+    if name == ONNXRUNTIME:
+        runner = graph.session(folder / 'timm.onnx', torch.get_num_threads())
+        return lambda images: runner.run(None, {'images': images.numpy()})
+    if name == OPENVINO:
+        return _openvino(folder / 'timm.onnx', dtype)
+    kind = getattr(torch, 'float32' if name == TIMM else dtype)
+    if name in (OURS, OURS_COMPILED):
+        model: nn.Module = load(folder / 'ours', device, kind)
+    else:
+        model = timm.create_model('inception_resnet_v2')
+        model.load_state_dict(torch.load(folder / 'timm.pth', weights_only=True))
+        layout = torch.contiguous_format if name == TIMM else device_seam.memory_format(device)
+        model = model.eval().to(device, kind, memory_format=layout)
+    if name in (OURS_COMPILED, COMPILED):
+        model = torch.compile(model)
+    layout = torch.contiguous_format if name == TIMM else device_seam.memory_format(device)
+    return lambda images: model(images.to(kind, memory_format=layout))
+
+
+def _openvino(path: Path, dtype: str) -> Infer:
+    compiled = graph.optional('openvino').Core().compile_model(str(path), 'CPU', {
+        'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'PERFORMANCE_HINT': 'LATENCY',
+        'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[dtype]})
+    return lambda images: compiled(images.numpy())
+
+
+# ------------------------------------------------------------------------------------------------------- measurements
+
+
+def _images(args: argparse.Namespace, device: torch.device, batch_size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch_size, 3, args.img_size, args.img_size, generator=generator).to(device)
+
+
+def _seconds(infer: Infer, images: Tensor) -> float:
+    device_seam.synchronize(images.device)
+    start = time.perf_counter()
+    infer(images)
+    device_seam.synchronize(images.device)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def _in_turn(
+        runners: Mapping[str, Infer],
+        images: Tensor,
+        rounds: int,
+        warmup: int,
+) -> dict[str, list[float]]:
+    """Seconds of each call; who begins changes from round to round."""
+    with torch._inductor.config.patch(freezing=True):  # for those that are compiled by their first call
+        for infer in runners.values():
+            for _ in range(max(warmup, 1)):
+                infer(images)
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for index in range(rounds):
+        for name in list(runners)[::-1 if index % 2 else 1]:
+            seconds[name].append(_seconds(runners[name], images))
+    return seconds
+
+
+def _rates(runners: Mapping[str, Infer], device: torch.device, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Images per second of each round."""
+    seconds = _in_turn(runners, _images(args, device, args.batch_size), args.rounds, args.warmup)
+    return {name: [args.batch_size / each for each in own] for name, own in seconds.items()}
+
+
+def _latencies(runners: Mapping[str, Infer], device: torch.device, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Milliseconds of single images."""
+    seconds = _in_turn(runners, _images(args, device, 1), args.latencies, args.warmup)
+    return {name: [each * 1e3 for each in own] for name, own in seconds.items()}
+
+
+def _memory(folder: Path, name: str, device: torch.device, args: argparse.Namespace) -> float | None:
+    """Megabytes of a process that serves batches with one of them; None where it can't be told."""
+    context = multiprocessing.get_context('spawn')
+    with context.Pool(1) as pool:
+        return pool.apply(_memory_here, (folder, name, device, args, torch.get_num_threads()))
+
+
+def _memory_here(
+        folder: Path,
+        name: str,
+        device: torch.device,
+        args: argparse.Namespace,
+        threads: int,
+) -> float | None:
+    torch.set_num_threads(threads)
+    images = _images(args, device, args.batch_size)
+    _in_turn({name: create(name, folder, device, args.dtype)}, images, 2, 1)
+    if device.type != 'cpu':
+        return device_seam.peak_memory(device) / 1e6
+    status = Path('/proc/self/status')
+    if not status.exists():
+        return None
+    (resident,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith('VmRSS'))
+    return int(resident) * 1024 / 1e6
+
+
+@torch.inference_mode()
+def _served(folder: Path, device: torch.device, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Images per second of whole batches, and through a Predictor that gets them one by one, in turn."""
+    network: InferenceNetwork = load(folder / 'ours', device, getattr(torch, args.dtype))
+    shape = (3, args.img_size, args.img_size)
+    network.pretrained_cfg['input_size'] = shape
+    images = torch.randint(0, 256, (4 * CLIENTS, *shape), dtype=torch.uint8)
+    rates: dict[str, list[float]] = {'batches': [], 'predictor': []}
+    with Predictor(network, batch_size=args.batch_size) as predictor, ThreadPoolExecutor(CLIENTS) as clients:
+        predictor.predict(list(images[:args.batch_size]))
+        for _ in range(args.rounds):
+            start = time.perf_counter()
+            for batch in images.split(args.batch_size):
+                network(batch.to(device)).softmax(-1).cpu()
+            rates['batches'].append(len(images) / (time.perf_counter() - start))
+            start = time.perf_counter()
+            list(clients.map(predictor.predict, images))
+            rates['predictor'].append(len(images) / (time.perf_counter() - start))
+    return rates
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def _row(rates: Mapping[str, Sequence[float]], latencies: Sequence[float], memory: float | None, name: str) -> list:
+    return [statistics.median(rates[name]), _ratio(rates, name, TIMM)[0] if TIMM in rates else None,
+            *_percentiles(latencies), memory]
+
+
+def _percentiles(values: Sequence[float]) -> tuple[float, float]:
+    ordered = sorted(values)
+    return statistics.median(ordered), ordered[min(int(len(ordered) * 0.99), len(ordered) - 1)]
+
+
+def _ratio(rates: Mapping[str, Sequence[float]], name: str, peer: str) -> tuple[float, float, float]:
+    """Median, lowest and highest ratio of the rounds."""
+    ratios = [ours / theirs for ours, theirs in zip(rates[name], rates[peer], strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def _verdicts(
+        rates: Mapping[str, Sequence[float]],
+        latencies: Mapping[str, Sequence[float]],
+        served: Mapping[str, Sequence[float]],
+) -> Iterable[str]:
+    peers = [name for name in PEERS if name in rates]
+    for name in (OURS, OURS_COMPILED):
+        if name not in rates or not peers:
+            continue
+        best = max(peers, key=lambda peer: statistics.median(rates[peer]))
+        median, low, high = _ratio(rates, name, best)
+        yield f'{name}: {median:.3f} of the best peer, {best} ({low:.3f} to {high:.3f} in {len(rates[name])} rounds)'
+        fastest = min(peers, key=lambda peer: statistics.median(latencies[peer]))
+        times = statistics.median(latencies[name]) / statistics.median(latencies[fastest])
+        yield f'{name}: a single image takes {times:.3f} of the time of the fastest peer, {fastest}'
+    if served:
+        median, low, high = _ratio(served, 'predictor', 'batches')
+        yield (f'Predictor, {CLIENTS} threads with single images: {median:.3f} of the rate of whole batches '
+               f'({low:.3f} to {high:.3f})')
+
