@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +217,13 @@ def test_an_unknown_family_of_kernels_is_one_line(monkeypatch):
         _library.triton_kernels.__wrapped__()
 
 
+
+
+@pytest.mark.skipif(INTERPRETED, reason='the interpreter compiles nothing')
+def test_triton_kernels_compile_for_a_gpu(tmp_path):
+    pytest.importorskip('triton')
+    script = Path(__file__).with_name('compile_triton.py')
+    environment = {**os.environ, 'TRITON_CACHE_DIR': str(tmp_path)}
+    found = subprocess.run([sys.executable, script], env=environment, check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-4000:]
+    assert found.stdout.count('bytes of PTX') == 5
