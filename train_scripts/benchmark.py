@@ -14,9 +14,9 @@ from pathlib import Path
 
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as device_seam
-from timm_npu_irv2.benchmarks import operators, report, step, table, training
+from timm_npu_irv2.benchmarks import inference, operators, report, step, table, training
 
-COMMANDS = {'step': step, 'train': training, 'ops': operators, 'table': table}
+COMMANDS = {'step': step, 'train': training, 'infer': inference, 'ops': operators, 'table': table}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

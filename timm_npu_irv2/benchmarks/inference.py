@@ -17,7 +17,6 @@ from typing import Any
 
 import timm
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 
 from .. import device as device_seam
@@ -148,7 +147,9 @@ def _in_turn(
         warmup: int,
 ) -> dict[str, list[float]]:
     """Seconds of each call; who begins changes from round to round."""
-    with torch._inductor.config.patch(freezing=True):  # for those that are compiled by their first call
+    from torch._inductor import config  # noqa: PLC0415 - only here is it worth its time
+
+    with config.patch(freezing=True):  # for those that are compiled by their first call
         for infer in runners.values():
             for _ in range(max(warmup, 1)):
                 infer(images)
