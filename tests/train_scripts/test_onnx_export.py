@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
-from tests.conftest import OURS, create_pair, relative_error
-from timm_npu_irv2.deploy import graph, to_inference
+from tests.conftest import create_pair, relative_error
+from timm_npu_irv2.deploy import graph
 from timm_npu_irv2.training.script import run_script
 from timm_npu_irv2.weights import save_file
 
@@ -241,13 +240,13 @@ def test_what_is_wrong_with_quantisation_is_told_in_a_line(exported, argv, messa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_from_elsewhere_is_refused(tmp_path, capsys, photographs):
-    network = to_inference(timm.create_model(OURS, num_classes=2).eval())
-    network.pretrained_cfg['input_size'] = (3, SIZE, SIZE)
+def test_a_file_from_elsewhere_is_refused(exported, tmp_path, capsys, photographs):
     path = tmp_path / 'model.onnx'
-    graph.export(network, path)
-    model = onnx.load(path)
+    model = onnx.load(exported)
     del model.metadata_props[:]
     onnx.save(model, path)
     assert quantize(path, tmp_path / 'out.onnx', '--calibration', photographs) == 2
     assert 'says nothing about its preprocessing' in capsys.readouterr().err
+    path.write_bytes(b'no model')
+    assert quantize(path, tmp_path / 'out.onnx', '--calibration', photographs) == 2
+    assert 'cannot be read as an ONNX model' in capsys.readouterr().err

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,7 +116,12 @@ def session(path: str | os.PathLike, threads: int = 0) -> Any:
 
 def preprocessing(path: str | os.PathLike) -> dict[str, Any]:
     """What :func:`export` wrote into the file's metadata: timm's names, and ``uint8``. Raises UserError without it."""
-    metadata: Mapping[str, str] = session(path).get_modelmeta().custom_metadata_map
+    damaged = optional('google.protobuf.message').DecodeError  # protobuf comes with onnx
+    try:
+        model = optional('onnx').load(str(path))
+    except (OSError, damaged) as error:
+        raise UserError(f'{path} cannot be read as an ONNX model: {first_line(error)}') from error
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
     if PREPROCESSING not in metadata:
         raise UserError(f'{path} says nothing about its preprocessing: export it with train_scripts/onnx_export.py.')
     return json.loads(metadata[PREPROCESSING])
