@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from . import device as device_seam
 from .errors import UserError
 
-__all__ = ['create_optimizer', 'gradient_holders', 'is_elementwise', 'register_optimizers']
+__all__ = ['combines_gradients', 'create_optimizer', 'gradient_holders', 'is_elementwise', 'register_optimizers']
 
 _logger = logging.getLogger(__name__)
 
@@ -195,6 +195,14 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     """Whether ``optimizer`` does the same to one long tensor as to its pieces."""
     cautious = any(group.get('caution') for group in optimizer.param_groups)  # timm's: looks at a tensor's mean
     return type(optimizer) in _ELEMENTWISE and not cautious
+
+
+def combines_gradients(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer`` moves gradients into tensors of its own, as the vendor's classes do.
+
+    They move whole storages: a gradient that is a view of DDP's bucket would take the bucket along, once for each.
+    """
+    return hasattr(optimizer, 'is_params_grads_combined')
 
 
 def gradient_holders(optimizer: Optimizer) -> list[Tensor]:

@@ -167,7 +167,7 @@ def train(run: Run, folder: Path, options: str) -> None:
         hub.prepare(args.push_to_hub)  # what is wrong with the token is better known before the training than after it
     saver = CheckpointSaver(folder, args, world, decreasing=run.metric == 'loss')
     resume(run, saver)
-    setup.compile_and_distribute(trainer.task, args, world)
+    setup.compile_and_distribute(trainer.task, trainer.optimizer, args, world)
     report = Report(folder, trainer.position.epoch, run.metric)
     log_wandb = setup.start_wandb(args, folder.name) if world.is_primary else None
     if world.is_primary:

@@ -165,7 +165,7 @@ def trainer_of(world: World, batches: Batches, args: argparse.Namespace, accumul
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=1.0)
     task.trainable_module, optimizer = precision.prepare(task.trainable_module, optimizer)
     setup.average_weights(task, precision, args)
-    setup.compile_and_distribute(task, args, world)
+    setup.compile_and_distribute(task, optimizer, args, world)
     return Trainer(task, batches, optimizer, precision, world, settings=TrainSettings(grad_accum_steps=accumulate))
 
 

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import device as device_seam
 from ..errors import UserError, first_line
-from ..optim import create_optimizer
+from ..optim import combines_gradients, create_optimizer
 from ..precision import Precision, create_precision
 from .data import mixup_active
 from .distributed import World, is_lost_peer
@@ -192,7 +192,20 @@ def build_task(model: nn.Module, args: Namespace, world: World) -> TrainingTask:
         raise UserError(f'--kd-model-name {args.kd_model_name}: {" ".join(str(error).split())[:300]}') from error
     for parameter in task.teacher.parameters():
         parameter.requires_grad = False
+    _settle_teachers_normalization(task)
     return task
+
+
+def _settle_teachers_normalization(task: TrainingTask) -> None:
+    """Decide now whether the teacher wants other images than the student; timm asks the device in every step."""
+    teacher, student = task.teacher, (task.student_mean, task.student_std)
+    alike = all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(student, (teacher.mean_kd, teacher.std_kd), strict=True))
+
+    def normalize_input(images: torch.Tensor, *_: Any) -> torch.Tensor:
+        mean, std = student
+        return images if alike else (images * std + mean - teacher.mean_kd) / teacher.std_kd
+
+    teacher.normalize_input = normalize_input
 
 
 def _training_loss(args: Namespace) -> nn.Module:
@@ -241,7 +254,12 @@ def average_weights(task: TrainingTask, precision: Precision, args: Namespace) -
 _COMPRESSIONS = {'fp16': default_hooks.fp16_compress_hook, 'bf16': default_hooks.bf16_compress_hook}
 
 
-def compile_and_distribute(task: TrainingTask, args: Namespace, world: World) -> None:
+def compile_and_distribute(
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        args: Namespace,
+        world: World,
+) -> None:
     """torch.compile, then DistributedDataParallel around it, so that DDP stays out of the compiled graph."""
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
@@ -251,7 +269,7 @@ def compile_and_distribute(task: TrainingTask, args: Namespace, world: World) ->
         renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
         task.prepare_distributed(
             device_ids=None if world.device.type == 'cpu' else [world.device],
-            gradient_as_bucket_view=True,
+            gradient_as_bucket_view=not combines_gradients(optimizer),
             **{'forward_sync_buffers' if renamed else 'broadcast_buffers': not args.no_ddp_bb},
         )
         if args.grad_compress:
