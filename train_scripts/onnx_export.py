@@ -14,8 +14,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from timm_npu_irv2 import hub
 from timm_npu_irv2.deploy import InferenceNetwork, graph, to_inference
 from timm_npu_irv2.errors import UserError
@@ -104,7 +102,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 def main(argv: Sequence[str]) -> int:
     """Fold, export, check; print or run ATC's command."""
     args = parse(argv)
-    start_log(World(torch.device('cpu')))
+    start_log(World())
     network = load_network(args)
     height, width = image_size(args, network)
     shape = (args.batch_size, network.in_chans, *((None, None) if args.dynamic_size else (height, width)))

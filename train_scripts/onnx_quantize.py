@@ -13,8 +13,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from timm_npu_irv2.deploy import graph, quantization
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.training.distributed import World
@@ -64,7 +62,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 def main(argv: Sequence[str]) -> int:
     """Calibrate, quantise, compare."""
     args = parse(argv)
-    start_log(World(torch.device('cpu')))
+    start_log(World())
     config = graph.preprocessing(args.model)
     calibration = quantization.Photographs(args.calibration, config)
     evaluation = quantization.Photographs(args.evaluation, config) if args.evaluation else calibration.split()

@@ -188,7 +188,9 @@ def test_the_script_prints_and_runs_the_command(checkpoint, atc, tmp_path, capsy
     model = tmp_path / 'model.onnx'
     assert export(model, '--checkpoint', checkpoint[0], '--img-size', SIZE, '-b', 4, '--atc',
                   '--soc-version', 'Ascend910B3') == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert re.search(r'float32 images; differs from PyTorch by \d\.\de-\d\d \(relative\)', printed.err)
+    (line,) = printed.out.splitlines()
     assert line.startswith('atc --model=') and 'insert_op_conf' not in line
     assert f'--input_shape=images:4,3,{SIZE},{SIZE}' in json.loads(atc.read_text())
     assert (tmp_path / 'model_Ascend910B3.om').read_text() == 'compiled'
