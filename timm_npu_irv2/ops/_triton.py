@@ -35,6 +35,13 @@ def _blocks(x: Tensor) -> tuple[int, int]:
 # ---- BatchNorm and ReLU: a program has a block of channels; it reads it once for statistics, once for the result ---
 
 @triton.jit
+def _load(tensor, n, s, c, stride_n, stride_c, stride_s, mask):
+    """A tile of (positions, channels) in float32; zero outside ``mask``."""
+    place = (n * stride_n + s * stride_s)[:, None] + (c * stride_c)[None, :]
+    return tl.load(tensor + place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _batch_norm_relu(x, weight, bias, out, mean_out, variance_out, total, spatial, channels, xn, xc, xs, on, oc, os,
                      eps, scale, block_c: tl.constexpr, block_s: tl.constexpr):
     c = tl.program_id(0) * block_c + tl.arange(0, block_c)
@@ -46,8 +53,7 @@ def _batch_norm_relu(x, weight, bias, out, mean_out, variance_out, total, spatia
     for start in range(0, total, block_s):
         i = start + tl.arange(0, block_s)
         mask = (i < total)[:, None] & in_c[None, :]
-        place = (i // spatial * xn + i % spatial * xs)[:, None] + (c * xc)[None, :]
-        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+        value = _load(x, i // spatial, i % spatial, c, xn, xc, xs, mask)
         difference = tl.where(mask, value - first[None, :], 0.0)
         sums += tl.sum(difference, 0)
         squares += tl.sum(difference * difference, 0)
@@ -61,8 +67,7 @@ def _batch_norm_relu(x, weight, bias, out, mean_out, variance_out, total, spatia
     for start in range(0, total, block_s):
         i = start + tl.arange(0, block_s)
         mask = (i < total)[:, None] & in_c[None, :]
-        place = (i // spatial * xn + i % spatial * xs)[:, None] + (c * xc)[None, :]
-        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+        value = _load(x, i // spatial, i % spatial, c, xn, xc, xs, mask)
         value = (value - mean[None, :]) * gamma[None, :] + beta[None, :]
         value = tl.where(value < 0.0, 0.0, value) * scale  # keeps NaN, which a maximum may drop
         place = (i // spatial * on + i % spatial * os)[:, None] + (c * oc)[None, :]
@@ -83,12 +88,9 @@ def _batch_norm_relu_backward(grad, x, out, weight, mean_in, variance_in, grad_x
         i = start + tl.arange(0, block_s)
         mask = (i < total)[:, None] & in_c[None, :]
         n, s = i // spatial, i % spatial
-        g = tl.load(grad + (n * gn + s * gs)[:, None] + (c * gc)[None, :], mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(out + (n * on + s * os)[:, None] + (c * oc)[None, :], mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(x + (n * xn + s * xs)[:, None] + (c * xc)[None, :], mask=mask, other=0.0).to(tl.float32)
-        h = tl.where(y > 0.0, g * scale, 0.0)
+        h = tl.where(_load(out, n, s, c, on, oc, os, mask) > 0.0, _load(grad, n, s, c, gn, gc, gs, mask) * scale, 0.0)
         sums += tl.sum(h, 0)
-        products += tl.sum(h * (value - mean[None, :]) * inverse[None, :], 0)
+        products += tl.sum(h * (_load(x, n, s, c, xn, xc, xs, mask) - mean[None, :]) * inverse[None, :], 0)
     tl.store(grad_bias + c, sums, mask=in_c)
     tl.store(grad_weight + c, products, mask=in_c)
     factor = tl.load(weight + c, mask=in_c, other=0.0).to(tl.float32) * inverse
@@ -96,11 +98,8 @@ def _batch_norm_relu_backward(grad, x, out, weight, mean_in, variance_in, grad_x
         i = start + tl.arange(0, block_s)
         mask = (i < total)[:, None] & in_c[None, :]
         n, s = i // spatial, i % spatial
-        g = tl.load(grad + (n * gn + s * gs)[:, None] + (c * gc)[None, :], mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(out + (n * on + s * os)[:, None] + (c * oc)[None, :], mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(x + (n * xn + s * xs)[:, None] + (c * xc)[None, :], mask=mask, other=0.0).to(tl.float32)
-        h = tl.where(y > 0.0, g * scale, 0.0)
-        normalized = (value - mean[None, :]) * inverse[None, :]
+        h = tl.where(_load(out, n, s, c, on, oc, os, mask) > 0.0, _load(grad, n, s, c, gn, gc, gs, mask) * scale, 0.0)
+        normalized = (_load(x, n, s, c, xn, xc, xs, mask) - mean[None, :]) * inverse[None, :]
         d = factor[None, :] * (h - sums[None, :] / total - normalized * products[None, :] / total)
         place = (n * dn + s * ds)[:, None] + (c * dc)[None, :]
         tl.store(grad_x + place, d.to(grad_x.dtype.element_ty), mask=mask)
