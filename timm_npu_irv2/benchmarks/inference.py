@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -162,6 +163,7 @@ def _in_turn(
 
 def _rates(runners: Mapping[str, Infer], device: torch.device, args: argparse.Namespace) -> dict[str, list[float]]:
     """Images per second of each round."""
+    print(f'{args.rounds} rounds of {", ".join(runners)} …', file=sys.stderr, flush=True)
     seconds = _in_turn(runners, _images(args, device, args.batch_size), args.rounds, args.warmup)
     return {name: [args.batch_size / each for each in own] for name, own in seconds.items()}
 
@@ -174,6 +176,7 @@ def _latencies(runners: Mapping[str, Infer], device: torch.device, args: argpars
 
 def _memory(folder: Path, name: str, device: torch.device, args: argparse.Namespace) -> float | None:
     """Megabytes of a process that serves batches with one of them; None where it can't be told."""
+    print(f'memory of {name} …', file=sys.stderr, flush=True)
     context = multiprocessing.get_context('spawn')
     with context.Pool(1) as pool:
         return pool.apply(_memory_here, (folder, name, device, args, torch.get_num_threads()))
@@ -204,7 +207,7 @@ def _served(folder: Path, device: torch.device, args: argparse.Namespace) -> dic
     network: InferenceNetwork = load(folder / 'ours', device, getattr(torch, args.dtype))
     shape = (3, args.img_size, args.img_size)
     network.pretrained_cfg['input_size'] = shape
-    images = torch.randint(0, 256, (4 * CLIENTS, *shape), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2 * CLIENTS, *shape), dtype=torch.uint8)
     rates: dict[str, list[float]] = {'batches': [], 'predictor': []}
     with Predictor(network, batch_size=args.batch_size) as predictor, ThreadPoolExecutor(CLIENTS) as clients:
         predictor.predict(list(images[:args.batch_size]))

@@ -15,6 +15,7 @@ from timm.layers import BatchNormAct2d
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from .. import device as device_seam
 from .. import weights
 from ..errors import UnknownDialect, UserError
 from ..layers import ScaledReLU
@@ -45,7 +46,7 @@ SIBLINGS = {
 def to_inference(
         model: nn.Module,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
 ) -> InferenceNetwork:
@@ -55,7 +56,7 @@ def to_inference(
         model: This package's network or timm's ``inception_resnet_v2``, with BatchNorm and ReLU, trained. It stays as
             it is.
         device: Where to infer; None for where the model is. Layout and kernels are chosen for it.
-        dtype: Of weights and output; None for float32.
+        dtype: Of weights and output; None for float32, 'fast' for what the device computes fastest in.
         mean, std: The normalisation of uint8 images; None for what the model's ``pretrained_cfg`` says.
 
     Raises:
@@ -70,7 +71,7 @@ def to_inference(
     device = torch.device(device) if device is not None else model.conv2d_1a.conv.weight.device
     network = InferenceNetwork(
         num_classes=model.num_classes, in_chans=in_chans, global_pool=_pool_type(model.global_pool), device='meta')
-    dtype = dtype or torch.float32
+    dtype = device_seam.fast_dtype(device) if dtype == 'fast' else dtype or torch.float32
     network.load_state_dict({key: value.to(device, dtype) for key, value in folded.items()}, assign=True)
     network.pretrained_cfg = cfg
     return network.freeze()

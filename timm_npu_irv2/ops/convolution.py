@@ -56,4 +56,4 @@ class FusedConvolution(nn.Conv2d):
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), '_packed': None} if hasattr(super(), '__getstate__') else self.__dict__
+        return {**self.__dict__, '_packed': None}  # copies and pickles pack their own
