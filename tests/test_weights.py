@@ -174,7 +174,7 @@ def test_the_command_converts_files(tmp_path, reference_state_dict):
     assert_equal(weights.load_file(tmp_path / 'back.pth'), expected)
     with (tmp_path / 'npu.safetensors').open('rb') as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
-    assert header['__metadata__'] == {'format': 'pt'}
+    assert header['__metadata__']['format'] == 'pt'  # what timm and transformers look for
 
 
 def test_the_command_fails_in_one_line_and_leaves_nothing(tmp_path):
