@@ -38,13 +38,10 @@ install() {
     "$1/bin/pip" install --quiet --disable-pip-version-check "${@:2}" 2>&1 | { grep -v '^WARNING: Location' || true; }
 }
 
-# install_npu ENVIRONMENT TORCH TORCHVISION: a CUDA build of torch cannot be loaded beside torch_npu.
+# install_npu ENVIRONMENT TORCH TORCHVISION: a CUDA build of torch cannot be loaded beside torch_npu. Where pip's own
+# index has no CPU build, TORCH_CPU_INDEX names the one that has.
 install_npu() {
-    local pinned=("torch==$2+cpu" "torchvision==$3")
-    install "$1" "${pinned[@]}" || {
-        echo 'Trying the index of PyTorch for its CPU build.'
-        install "$1" --index-url https://download.pytorch.org/whl/cpu "${pinned[@]}"
-    } || return
+    install "$1" ${TORCH_CPU_INDEX:+--index-url "$TORCH_CPU_INDEX"} "torch==$2+cpu" "torchvision==$3" || return
     install "$1" "torch_npu==$2" --editable . pytest
 }
 
@@ -74,7 +71,7 @@ npu_obstacle() {
     elif ! command -v "${CXX:-g++}" > /dev/null; then
         echo "there is no C++ compiler (${CXX:-g++}) for the stand-in"
     elif ! prepare "$npu" install_npu "$torch_npu" "$torchvision" >&2; then
-        echo "no CPU build of torch $torch_npu with torch_npu $torch_npu could be installed (see above)"
+        echo "no CPU build of torch $torch_npu with torch_npu $torch_npu could be installed (see above; TORCH_CPU_INDEX names the index of PyTorch's CPU builds)"
     elif ! TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$npu/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
         echo "the torch in $npu is a CUDA build, which cannot be loaded beside torch_npu"
     fi
