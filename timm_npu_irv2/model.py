@@ -1,12 +1,16 @@
 """Inception-ResNet-v2 (Szegedy et al., 2016, https://arxiv.org/abs/1602.07261), numerically timm's, for the NPU.
 
-It differs from timm's network in three places, none of which changes a result:
+It differs from timm's network where that costs less, and in no result but for rounding:
 
-* 1×1 convolutions that share their input are one convolution (:class:`~.layers.MergedSiblings`),
-* the end of a residual block is one operator (:func:`~.ops.scaled_residual_relu`),
+* 1×1 convolutions that share their input are one convolution (:class:`~.layers.Siblings`),
+* the norms of branches that are concatenated are one, after the concatenation (:meth:`~.layers.LayerFactory.norm`),
+* the scale of a residual goes into the last activation of its branches, and its end is one operator
+  (:class:`ResidualBlock`),
+* a ReLU comes after the pooling that follows it (:func:`~.layers.conv_pool`), a pooling after its convolution
+  (:class:`Mixed5b`),
 * BatchNorm counts its batches on the host (:class:`~.layers.BatchNormAct2d`).
 
-Names are timm's outside the merged siblings, so that a state dict can be read at sight; ``weights.py`` translates.
+Names are timm's outside the merged layers, so that a state dict can be read at sight; ``weights.py`` translates.
 """
 
 from collections import OrderedDict
