@@ -125,6 +125,8 @@ def _create(
         kwargs.pop(name, None)
     optimizer = _construct(fused, vendor_class, groups, kwargs)
     optimizer.register_load_state_dict_post_hook(_combine_again)
+    if not use_apex:  # amp may give apex's other parameters yet
+        optimizer.register_load_state_dict_post_hook(_combine_at_once)
     _logger.info('%s: %s', fused.name, _full_name(vendor_class))
     return optimizer
 
@@ -184,6 +186,18 @@ def _combine_again(optimizer: Optimizer) -> None:
     for state in optimizer.state.values():
         if state.keys() - {'momentum_buffer'}:  # SGD counts nothing
             state['step'] = int(state.get('step', 0))
+
+
+def _combine_at_once(optimizer: Optimizer) -> None:
+    """After a load: put weights and gradients where they were when the states were saved, in combined tensors.
+
+    The vendor's classes do that in their first step. Until then every weight would have a storage of its own, and as
+    kernels may round by a tensor's address, a resumed run would leave the bits of the one that was interrupted.
+    """
+    if not optimizer.is_params_grads_combined:
+        for parameter in optimizer.state:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.zero_grad()
 
 
 # Optimizers that update every element by itself, whatever tensor it is in.

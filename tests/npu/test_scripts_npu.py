@@ -187,9 +187,10 @@ def test_a_batch_of_an_evaluation_does_not_wait(train):
     (records[1] - records[0]).check(waits=0, batches=2)
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(train):
-    whole = train(f'{SMALL} --epochs 2')
-    resumed = train(f'{SMALL} --epochs 2 --resume {whole / "checkpoint-0.pth.tar"}')
+@pytest.mark.parametrize('options', [SMALL, f"{OURS} --opt npufusedsgd --val-split ''"], ids=['small', 'this network'])
+def test_a_resumed_run_goes_on_bit_for_bit(train, options):
+    whole = train(f'{options} --epochs 2')
+    resumed = train(f'{options} --epochs 2 --resume {whole / "checkpoint-0.pth.tar"}')
     assert torch.equal(weights(resumed), weights(whole))
 
 
