@@ -18,14 +18,14 @@ SCRIPT = Path(__file__).parents[2] / 'train_scripts' / 'benchmark.py'
 def test_a_run_gives_a_table_a_json_and_a_chart(tmp_path):
     pytest.importorskip('matplotlib')
     command = [sys.executable, SCRIPT, 'infer', '--device', 'cpu', '--img-size', '75', '-b', '2', '--rounds', '2',
-               '--latencies', '2', '--warmup', '0', '--only', 'ours', 'timm', 'timm-channels-last', '--predictor',
-               '--json', tmp_path / 'infer.json', '--chart', tmp_path / 'infer.png']
+               '--latencies', '2', '--warmup', '0', '--only', 'ours', 'ours-unfolded', 'timm', 'timm-channels-last',
+               '--predictor', '--json', tmp_path / 'infer.json', '--chart', tmp_path / 'infer.png']
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / 'infer.json').read_text())
-    assert list(result['rows']) == ['ours', 'timm', 'timm-channels-last']
+    assert list(result['rows']) == ['ours', 'ours-unfolded', 'timm', 'timm-channels-last']
     assert all(value > 0 for row in result['rows'].values() for value in row)
-    assert [len(rates) for rates in result['images_per_second'].values()] == [2, 2, 2]
+    assert [len(rates) for rates in result['images_per_second'].values()] == [2, 2, 2, 2]
     assert 'of the best peer, timm-channels-last' in done.stdout
     assert 'of the rate of whole batches' in done.stdout
     assert (tmp_path / 'infer.png').stat().st_size > 1000
@@ -34,7 +34,7 @@ def test_a_run_gives_a_table_a_json_and_a_chart(tmp_path):
 def test_all_compute_the_same(tmp_path):
     """A peer with other weights, or a wrong normalisation, would be measured all the same."""
     pytest.importorskip('onnxruntime')
-    names = ['ours', 'timm', 'timm-channels-last', 'onnxruntime']
+    names = ['ours', 'ours-unfolded', 'timm', 'timm-channels-last', 'onnxruntime']
     inference.prepare(tmp_path, names, 75)
     model = timm.create_model('inception_resnet_v2')
     model.load_state_dict(torch.load(tmp_path / 'timm.pth', weights_only=True))

@@ -1,10 +1,10 @@
 """``benchmark.py infer``: images/s, latency and memory of inference, alternated with the ways others run the network.
 
-All take turns in one process, so that whatever slows the machine slows all of them. Memory is that of a process of its
-own, which has loaded the network and computed a few batches.
+Memory is that of a process of its own, which has loaded the network and computed a few batches.
 """
 
 import argparse
+import functools
 import importlib.util
 import multiprocessing
 import statistics
@@ -23,14 +23,16 @@ from torch import Tensor, nn
 from .. import device as device_seam
 from ..deploy import InferenceNetwork, Predictor, graph, load, save, to_inference
 from . import report
+from .timing import ratio, times_in_turn
 
 __all__ = ['COLUMNS', 'CONTESTANTS', 'add_arguments', 'run']
 
 COLUMNS = ('images/s', "of timm's", 'p50 ms', 'p99 ms', 'MB')
-OURS, TIMM, OURS_COMPILED, COMPILED = 'ours', 'timm', 'ours-compiled', 'timm-compiled'
+OURS, OURS_COMPILED, OURS_UNFOLDED = 'ours', 'ours-compiled', 'ours-unfolded'  # the last as train.py evaluates it
+TIMM, COMPILED = 'timm', 'timm-compiled'
 CHANNELS_LAST, ONNXRUNTIME, OPENVINO = 'timm-channels-last', 'onnxruntime', 'openvino'
-CONTESTANTS = (OURS, OURS_COMPILED, TIMM, CHANNELS_LAST, COMPILED, ONNXRUNTIME, OPENVINO)
-PEERS = CONTESTANTS[3:]
+CONTESTANTS = (OURS, OURS_COMPILED, OURS_UNFOLDED, TIMM, CHANNELS_LAST, COMPILED, ONNXRUNTIME, OPENVINO)
+PEERS = CONTESTANTS[4:]
 CLIENTS = 16
 
 Infer = Callable[[Tensor], Any]
@@ -107,8 +109,8 @@ def create(name: str, folder: Path, device: torch.device, dtype: str) -> Infer:
     if name in (OURS, OURS_COMPILED):
         model: nn.Module = load(folder / 'ours', device, kind)
     else:
-        model = timm.create_model('inception_resnet_v2')
-        model.load_state_dict(torch.load(folder / 'timm.pth', weights_only=True))
+        architecture = 'inception_resnet_v2_npu' if name == OURS_UNFOLDED else 'inception_resnet_v2'
+        model = timm.create_model(architecture, checkpoint_path=folder / 'timm.pth')
         layout = torch.contiguous_format if name == TIMM else device_seam.memory_format(device)
         model = model.eval().to(device, kind, memory_format=layout)
     if name in (OURS_COMPILED, COMPILED):
@@ -132,14 +134,6 @@ def _images(args: argparse.Namespace, device: torch.device, batch_size: int) -> 
     return torch.randn(batch_size, 3, args.img_size, args.img_size, generator=generator).to(device)
 
 
-def _seconds(infer: Infer, images: Tensor) -> float:
-    device_seam.synchronize(images.device)
-    start = time.perf_counter()
-    infer(images)
-    device_seam.synchronize(images.device)
-    return time.perf_counter() - start
-
-
 @torch.inference_mode()
 def _in_turn(
         runners: Mapping[str, Infer],
@@ -147,18 +141,12 @@ def _in_turn(
         rounds: int,
         warmup: int,
 ) -> dict[str, list[float]]:
-    """Seconds of each call; who begins changes from round to round."""
+    """Seconds of each call."""
     from torch._inductor import config  # noqa: PLC0415 - only here is it worth its time
 
+    works = {name: functools.partial(infer, images) for name, infer in runners.items()}
     with config.patch(freezing=True):  # for those that are compiled by their first call
-        for infer in runners.values():
-            for _ in range(max(warmup, 1)):
-                infer(images)
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for index in range(rounds):
-        for name in list(runners)[::-1 if index % 2 else 1]:
-            seconds[name].append(_seconds(runners[name], images))
-    return seconds
+        return times_in_turn(works, images.device, rounds, max(warmup, 1))
 
 
 def _rates(runners: Mapping[str, Infer], device: torch.device, args: argparse.Namespace) -> dict[str, list[float]]:
@@ -226,19 +214,13 @@ def _served(folder: Path, device: torch.device, args: argparse.Namespace) -> dic
 
 
 def _row(rates: Mapping[str, Sequence[float]], latencies: Sequence[float], memory: float | None, name: str) -> list:
-    return [statistics.median(rates[name]), _ratio(rates, name, TIMM)[0] if TIMM in rates else None,
+    return [statistics.median(rates[name]), ratio(rates[name], rates[TIMM]).median if TIMM in rates else None,
             *_percentiles(latencies), memory]
 
 
 def _percentiles(values: Sequence[float]) -> tuple[float, float]:
     ordered = sorted(values)
     return statistics.median(ordered), ordered[min(int(len(ordered) * 0.99), len(ordered) - 1)]
-
-
-def _ratio(rates: Mapping[str, Sequence[float]], name: str, peer: str) -> tuple[float, float, float]:
-    """Median, lowest and highest ratio of the rounds."""
-    ratios = [ours / theirs for ours, theirs in zip(rates[name], rates[peer], strict=True)]
-    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def _verdicts(
@@ -251,13 +233,16 @@ def _verdicts(
         if name not in rates or not peers:
             continue
         best = max(peers, key=lambda peer: statistics.median(rates[peer]))
-        median, low, high = _ratio(rates, name, best)
+        median, low, high = ratio(rates[name], rates[best])
         yield f'{name}: {median:.3f} of the best peer, {best} ({low:.3f} to {high:.3f} in {len(rates[name])} rounds)'
         fastest = min(peers, key=lambda peer: statistics.median(latencies[peer]))
         times = statistics.median(latencies[name]) / statistics.median(latencies[fastest])
         yield f'{name}: a single image takes {times:.3f} of the time of the fastest peer, {fastest}'
+    if {OURS_UNFOLDED, CHANNELS_LAST} <= rates.keys():
+        median, low, high = ratio(rates[OURS_UNFOLDED], rates[CHANNELS_LAST])
+        yield f'{OURS_UNFOLDED}: {median:.3f} of {CHANNELS_LAST} ({low:.3f} to {high:.3f})'
     if served:
-        median, low, high = _ratio(served, 'predictor', 'batches')
+        median, low, high = ratio(served['predictor'], served['batches'])
         yield (f'Predictor, {CLIENTS} threads with single images: {median:.3f} of the rate of whole batches '
                f'({low:.3f} to {high:.3f})')
 

@@ -2,7 +2,6 @@
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from .. import device as device_seam
 from ..ops import activation, batch_norm_relu, normalize, residual
 from . import report
+from .timing import Work, ratio, times_in_turn
 
 __all__ = ['add_arguments', 'run']
 
@@ -44,8 +44,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {'title': title, 'columns': columns, 'rows': rows, 'device': device_seam.describe(device),
             'versions': device_seam.versions()}
 
-
-Work = Callable[[], Any]
 
 
 def _pairs(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, tuple[Work, Work]]:
@@ -92,16 +90,5 @@ def _images(device: torch.device, dtype: torch.dtype, args: argparse.Namespace) 
 
 def _compare(ours: Work, plain: Work, device: torch.device, rounds: int) -> list[float]:
     """Medians of both in ms, and median, least and greatest of the rounds' ratios."""
-    works = (ours, plain)
-    times: tuple[list[float], list[float]] = ([], [])
-    for index in range(rounds + 3):  # the first three warm up
-        for which in (0, 1) if index % 2 else (1, 0):
-            device_seam.synchronize(device)
-            start = time.perf_counter()
-            works[which]()
-            device_seam.synchronize(device)
-            if index >= 3:
-                times[which].append((time.perf_counter() - start) * 1e3)
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    return [statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios), min(ratios),
-            max(ratios)]
+    times = times_in_turn({'ours': ours, 'plain': plain}, device, rounds, warmup=3)
+    return [*(statistics.median(own) * 1e3 for own in times.values()), *ratio(times['ours'], times['plain'])]

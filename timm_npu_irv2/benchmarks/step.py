@@ -3,7 +3,6 @@
 import argparse
 import gc
 import statistics
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from .. import device as device_seam
 from . import report
 from .contestants import Contestant, Workload, contestants
 from .counting import cost_of, counts_kernels
+from .timing import ratio, times_in_turn
 
 __all__ = ['COLUMNS', 'add_arguments', 'run']
 
@@ -107,18 +107,8 @@ def _host_time(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of a step and ratios to timm's, one step of each in turn."""
     steps = {name: each.create(Workload(device, args.batch_sizes[0], args.img_size)) for name, each in found.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(args.host_rounds + 3):  # the first three warm up
-        for name in sorted(steps, reverse=index % 2 == 0):
-            device_seam.synchronize(device)
-            start = time.perf_counter()
-            steps[name]()
-            device_seam.synchronize(device)
-            if index >= 3:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    result = {}
-    for name, own in times.items():
-        ratios = [ours / theirs for ours, theirs in zip(own, times['timm'], strict=True)]
-        result[name] = {'median_ms': statistics.median(own), 'ratio': statistics.median(ratios),
-                        'ratio_min': min(ratios), 'ratio_max': max(ratios)}
-    return result
+    times = times_in_turn(steps, device, args.host_rounds, warmup=3)
+    ratios = {name: ratio(own, times['timm']) for name, own in times.items()}
+    return {name: {'median_ms': statistics.median(own) * 1e3, 'ratio': ratios[name].median,
+                   'ratio_min': ratios[name].least, 'ratio_max': ratios[name].greatest}
+            for name, own in times.items()}

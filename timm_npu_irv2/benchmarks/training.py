@@ -1,8 +1,8 @@
 """``benchmark.py train``: images a second of training steps, this network's and timm's in turn."""
 
 import argparse
+import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from .. import device as device_seam
 from . import report
 from .contestants import Workload, contestants
+from .timing import in_turn, ratio
 
 __all__ = ['add_arguments', 'run']
 
@@ -27,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print; all figures.
 
-    The networks take turns, so that whatever slows the machine slows both, and who begins changes from round to
-    round. A round's ratio is ours over timm's; the median over the rounds is the figure to quote.
+    A round's ratio is ours over timm's; the median over the rounds is the figure to quote.
     """
     device = device_seam.resolve_device(args.device)
     device_seam.configure(device)
@@ -36,30 +36,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     workload = Workload(device, args.batch_size, args.img_size)
     steps = {name: each.create(workload) for name, each in found.items()}
     for step in steps.values():
-        for _ in range(args.warmup):
-            step()
+        _several(step, args.warmup)
     rates: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(args.rounds):
-        for name in sorted(steps, reverse=index % 2 == 0):
-            rates[name].append(_images_per_second(steps[name], args, device))
+    turns = {name: functools.partial(_several, step, args.steps) for name, step in steps.items()}
+    for index, seconds in enumerate(in_turn(turns, device, args.rounds, warmup=0)):
+        for name, own in seconds.items():
+            rates[name].append(args.steps * args.batch_size / own)
         print(f'round {index + 1}/{args.rounds}: ' + ', '.join(f'{name} {rates[name][-1]:.2f}' for name in steps)
               + f" images/s, ratio {rates['ours'][-1] / rates['timm'][-1]:.3f}", flush=True)
     return _summary(args, device, {found[name].name: own for name, own in rates.items()})
 
 
-def _images_per_second(step: Callable[[], None], args: argparse.Namespace, device: torch.device) -> float:
-    """The mean over ``args.steps`` steps, the device's queue emptied before and after."""
-    device_seam.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(args.steps):
+def _several(step: Callable[[], None], count: int) -> None:
+    for _ in range(count):
         step()
-    device_seam.synchronize(device)
-    return args.steps * args.batch_size / (time.perf_counter() - start)
 
 
 def _summary(args: argparse.Namespace, device: torch.device, rates: dict[str, list[float]]) -> dict[str, Any]:
     ours, theirs = rates.values()
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     half = str(device_seam.half_dtype(device)).removeprefix('torch.')
     about = device_seam.describe(device)
     title = (f"Training, {half if args.amp else 'float32'}, batch {args.batch_size}, {args.img_size} px, "
@@ -67,8 +61,7 @@ def _summary(args: argparse.Namespace, device: torch.device, rates: dict[str, li
     columns = ('images/s', 'least', 'greatest')
     rows = {name: [statistics.median(own), min(own), max(own)] for name, own in rates.items()}
     report.print_table(title, columns, rows)
-    ratio = {'ratio': statistics.median(ratios), 'ratio_min': min(ratios), 'ratio_max': max(ratios)}
-    print(f"  ratio {ratio['ratio']:.3f} (from {ratio['ratio_min']:.3f} to {ratio['ratio_max']:.3f} "
-          f'in {args.rounds} rounds)')
-    return {'title': title, 'columns': columns, 'rows': rows, **ratio, 'rounds': rates, 'device': about,
-            'versions': device_seam.versions()}
+    found = ratio(ours, theirs)
+    print(f'  ratio {found.median:.3f} (from {found.least:.3f} to {found.greatest:.3f} in {args.rounds} rounds)')
+    return {'title': title, 'columns': columns, 'rows': rows, 'ratio': found.median, 'ratio_min': found.least,
+            'ratio_max': found.greatest, 'rounds': rates, 'device': about, 'versions': device_seam.versions()}

@@ -1,0 +1,60 @@
+"""Times of what is compared: all take turns in one process, so that whatever slows the machine slows all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import device as device_seam
+
+__all__ = ['Ratio', 'in_turn', 'ratio', 'times_in_turn']
+
+Work = Callable[[], Any]
+
+
+def in_turn(works: Mapping[str, Work], device: torch.device, rounds: int, warmup: int) -> Iterator[dict[str, float]]:
+    """Seconds of each, round by round; who begins changes from one to the next.
+
+    Args:
+        works: {name: what to time}.
+        device: Its queue is emptied before and after each of them.
+        rounds: How many.
+        warmup: Calls of each before the first round.
+    """
+    for work in works.values():
+        for _ in range(warmup):
+            work()
+    for index in range(rounds):
+        names = list(works)[::-1 if index % 2 else 1]
+        seconds = {name: _seconds(works[name], device) for name in names}
+        yield {name: seconds[name] for name in works}
+
+
+def times_in_turn(works: Mapping[str, Work], device: torch.device, rounds: int, warmup: int) -> dict[str, list[float]]:
+    """{name: seconds of each round}; the arguments are those of :func:`in_turn`."""
+    found = list(in_turn(works, device, rounds, warmup))
+    return {name: [each[name] for each in found] for name in works}
+
+
+def _seconds(work: Work, device: torch.device) -> float:
+    device_seam.synchronize(device)
+    start = time.perf_counter()
+    work()
+    device_seam.synchronize(device)
+    return time.perf_counter() - start
+
+
+class Ratio(NamedTuple):
+    """The median of the rounds' ratios, which is the figure to quote, and their spread."""
+
+    median: float
+    least: float
+    greatest: float
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Ours over theirs, round by round."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
