@@ -125,6 +125,15 @@ def test_new_weights_take_effect(network, images):
         assert other.double()(images).dtype == torch.float64
 
 
+def test_an_image_alone_gets_the_answer_that_it_gets_in_a_batch(network, images):
+    """For it some weights are packed otherwise, and the batch's stay."""
+    with torch.inference_mode():
+        together = network(images)
+        for index in range(len(images)):
+            assert relative_error(network(images[index:index + 1]), together[index:index + 1]) < 1e-5
+        assert torch.equal(network(images), together)
+
+
 # ------------------------------------------------------------------------------------------------- where it is taken
 
 

@@ -17,13 +17,14 @@ __all__ = ['FusedConvolution']
 class FusedConvolution(nn.Conv2d):
     """relu(conv(x) + bias + residual), for inference; ``relu`` and the residual are optional.
 
-    The packed weights are a copy, made by the first call, and no part of the state dict.
+    The packed weights are copies, made by the first call with an input of a shape, and no part of the state dict. oneDNN
+    wants a few layers otherwise for a single image than for several, and would pack them again in each call.
     """
 
     def __init__(self, *args, relu: bool = True, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.relu = relu
-        self._packed: Tensor | None = None
+        self._packed: dict[torch.Size, Tensor] = {}  # by the shape of the input
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Apply to ``x`` (N, in_channels, H, W); ``residual``, of the output's shape, may be overwritten."""
@@ -31,15 +32,22 @@ class FusedConvolution(nn.Conv2d):
             return self._written_out(x, residual)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return self._written_out(x, residual)
-        if self._packed is None:
-            self._packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                self.weight.detach().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, x.shape)
+        packed = self._packed.get(x.shape)
+        if packed is None:
+            packed = self._packed[x.shape] = self._pack(x.shape)
         geometry = self.bias, self.padding, self.stride, self.dilation, self.groups
         relu = 'relu' if self.relu else None
         if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, self._packed, *geometry, relu or 'none', [], '')
+            return torch.ops.mkldnn._convolution_pointwise(x, packed, *geometry, relu or 'none', [], '')
         return torch.ops.mkldnn._convolution_pointwise_.binary(
-            residual, x, self._packed, *geometry, 'add', 1.0, relu, [], '')
+            residual, x, packed, *geometry, 'add', 1.0, relu, [], '')
+
+    def _pack(self, shape: torch.Size) -> Tensor:
+        """The weights in the layout for an input of ``shape``: one of those that there are already, if it has it."""
+        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            self.weight.detach().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, shape)
+        layout = torch.ops.mkldnn._get_mkldnn_serialized_md
+        return next((known for known in list(self._packed.values()) if layout(known).equal(layout(packed))), packed)
 
     def _written_out(self, x: Tensor, residual: Tensor | None) -> Tensor:
         out = super().forward(x)
@@ -48,12 +56,12 @@ class FusedConvolution(nn.Conv2d):
         return F.relu(out) if self.relu else out
 
     def _apply(self, *args, **kwargs) -> 'FusedConvolution':
-        self._packed = None  # the weights are about to become others
+        self._packed = {}  # the weights are about to become others
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args) -> None:
-        self._packed = None
+        self._packed = {}
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, '_packed': None}  # copies and pickles pack their own
+        return {**self.__dict__, '_packed': {}}  # copies and pickles pack their own
