@@ -17,8 +17,8 @@ __all__ = ['FusedConvolution']
 class FusedConvolution(nn.Conv2d):
     """relu(conv(x) + bias + residual), for inference; ``relu`` and the residual are optional.
 
-    The packed weights are copies, made by the first call with an input of a shape, and no part of the state dict. oneDNN
-    wants a few layers otherwise for a single image than for several, and would pack them again in each call.
+    The packed weights are copies, made by the first call with an input of a shape, and no part of the state dict.
+    oneDNN wants a few layers otherwise for a single image than for several, and would pack them in each call.
     """
 
     def __init__(self, *args, relu: bool = True, **kwargs) -> None:
