@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import device as device_seam
-from .errors import UserError
+from .errors import UserError, first_line
 
 __all__ = ['combines_gradients', 'create_optimizer', 'gradient_holders', 'is_elementwise', 'register_optimizers']
 
@@ -92,7 +92,7 @@ def create_optimizer(model: nn.Module, options: Any, **kwargs: Any) -> Optimizer
         **kwargs: Further arguments of ``create_optimizer_v2``.
 
     Raises:
-        UserError: There is no optimizer of that name.
+        UserError: There is no optimizer of that name, or it does not take these arguments.
     """
     arguments = {**timm.optim.optimizer_kwargs(options), **kwargs}
     name = arguments['opt'].lower().split('_')[-1]  # timm's 'lookahead_NAME'
@@ -104,7 +104,10 @@ def create_optimizer(model: nn.Module, options: Any, **kwargs: Any) -> Optimizer
         o2 = getattr(options, 'amp', False) and getattr(options, 'opt_level', None) == 'O2'
         arguments['use_apex'] = apex
         arguments['combined'] = o2 and not apex and arguments['opt'].lower() == name and fused.stand_in in _ELEMENTWISE
-    return timm.optim.create_optimizer_v2(model, **arguments)
+    try:
+        return timm.optim.create_optimizer_v2(model, **arguments)
+    except (TypeError, ValueError) as error:  # of the optimizer's constructor
+        raise UserError(f"--opt {arguments['opt']}: {first_line(error)}") from error
 
 
 def _create(
@@ -151,7 +154,7 @@ def _construct(fused: _Fused, factory: Callable[..., Optimizer], groups: list, k
     try:
         return factory(groups, **kwargs)
     except ValueError as error:
-        raise UserError(f'--opt {fused.name}: {error}'.partition('\n')[0]) from error
+        raise UserError(f'--opt {fused.name}: {first_line(error)}') from error
 
 
 def _first_parameter(groups: list[Any]) -> Tensor | None:

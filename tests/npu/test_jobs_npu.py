@@ -37,7 +37,7 @@ def start(start_on_standin, pictures) -> Callable:
     """start(command, options, variables, switches…): a script with the options of train.py."""
 
     def start_script(command: list[str], options: str, variables: dict[str, str] | None = None, **switches):
-        paths = os.pathsep.join([str(HERE / 'witness'), os.environ['PYTHONPATH']])
+        paths = os.pathsep.join([str(HERE.parent / 'witness'), os.environ['PYTHONPATH']])
         own = {'PYTHON': sys.executable, 'PYTHONPATH': paths, **(variables or {})}
         words = [word.strip("'") for word in options.split()]
         return start_on_standin(*command, '--data-dir', str(pictures), *words, variables=own, **switches)

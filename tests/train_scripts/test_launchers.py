@@ -1,6 +1,7 @@
 """The shell launchers: what they run, with which words, and one line for what can be known to be wrong before."""
 
 import itertools
+import json
 import os
 import shutil
 import socket
@@ -8,13 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image
 
 from timm_npu_irv2 import device as device_seam
 from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.training.checkpoint_file import read
 from timm_npu_irv2.training.options import parse_args
+from timm_npu_irv2.training.plan import EpochShare
 
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 LAUNCHERS = sorted(path.name for path in SCRIPTS.glob('*.sh'))
@@ -250,3 +256,41 @@ def test_folders_with_awkward_names_are_trained_from_and_into(tmp_path):
     assert result.returncode == 0, result.stderr
     assert (awkward / 'a run' / 'report.json').exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [awkward.name]
+
+
+# Places in the order of the first epoch, by their image: of two processes with four each, one sees a, b, b, c and the
+# other b, c, c, d; one process sees the same two batches one after the other.
+DEALT = 'abbcbccd'
+
+
+@pytest.fixture
+def dealt_images(tmp_path) -> Path:
+    generator = np.random.default_rng(0)
+    images = {name: Image.fromarray(generator.integers(0, 256, (75, 75, 3), dtype=np.uint8)) for name in set(DEALT)}
+    folder = tmp_path / 'images'
+    (folder / 'train' / 'class0').mkdir(parents=True)
+    order = itertools.islice(EpochShare(len(DEALT), 0, 1, seed=7, epoch_repeats=0, aug_repeats=0), len(DEALT))
+    for draw, name in zip(order, DEALT, strict=True):
+        images[name].save(folder / 'train' / 'class0' / f'{draw.index}.png')
+    return folder
+
+
+def test_two_processes_have_the_gradients_of_one_that_averages_their_half_batches(dealt_images, tmp_path):
+    """Those of this network, by how far a step of plain SGD moves the weights."""
+    model = timm.create_model('inception_resnet_v2_npu', num_classes=3)
+    torch.save(model.state_dict(), tmp_path / 'start.pth')
+    words = ['--data-dir', str(dealt_images), '--val-split', '', '--num-classes', '3', '--img-size', '75', '-b', '4',
+             '-j', '0', '--no-aug', '--initial-checkpoint', str(tmp_path / 'start.pth'), '--epochs', '1', '--seed', '7',
+             '--opt', 'momentum', '--momentum', '0', '--weight-decay', '0', '--lr', '1', '--sched', 'none',
+             '--warmup-epochs', '0', '--device', 'cpu', '--device-modules', 'rank_weights', '--output', str(tmp_path)]
+    moved = {}
+    for processes, options in ('2', []), ('1', ['--grad-accum-steps', '2']):
+        result = run('dist_train_npu.sh', processes, *words, *options, '--experiment', processes, cwd=tmp_path,
+                     PYTHONPATH=str(SCRIPTS.parent / 'tests' / 'witness'), OMP_NUM_THREADS='1')
+        assert result.returncode == 0, result.stderr
+        after = read(tmp_path / processes / 'last.pth.tar')['state_dict']
+        moved[processes] = torch.cat([(start - after[name]).flatten() for name, start in model.named_parameters()])
+        if processes == '2':
+            ranks = [json.loads((tmp_path / f'rank-{rank}.json').read_text()) for rank in range(2)]
+            assert ranks[0] == ranks[1]
+    assert (moved['2'] - moved['1']).norm() < 1e-5 * moved['1'].norm()

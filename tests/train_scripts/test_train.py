@@ -271,6 +271,8 @@ MISTAKES = [
     ('--device tpu', 'tpu'),
     ('--model resnet_fifty', 'no such model'),
     ('--opt sgdd', 'no such optimizer'),
+    ('--opt sgd --momentum 0', '--opt sgd: nesterov momentum requires'),
+    ('--opt adamw --opt-kwargs nonsense=1', '--opt adamw: '),
     ('--num-classes 2', '3 classes'),
     ('--model-kwargs nonsense=1', 'nonsense'),
     ('--initial-checkpoint /nowhere.pth', '/nowhere.pth'),
