@@ -232,7 +232,8 @@ def accuracy_of(script: str, images: Path, checkpoint: Path, processes: int, bat
     """top-1 and top-5 as validate.py, or train.py without an epoch, reports them."""
     words = ['--data-dir', images, *MODEL, '-b', str(batch), '-j', '1']
     if script == 'validate.py':
-        words += ['--checkpoint', checkpoint, '--results-file', images / 'report.json', '--results-format', 'json']
+        words += ['--checkpoint', checkpoint, '--use-ema', '--results-file', images / 'report.json', '--results-format',
+                  'json']  # train.py takes averaged weights where there are some
     else:
         words += ['--initial-checkpoint', checkpoint, '--epochs', '0', '--output', images.parent, '--experiment',
                   images.name, '--num-classes', str(CLASSES)]
