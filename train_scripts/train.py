@@ -173,7 +173,7 @@ def train(run: Run, folder: Path, options: str) -> None:
     if world.is_primary:
         write_whole(folder / 'args.yaml', options)
     describe(run, folder)
-    with contextlib.closing(Progress(run.epochs)) as progress:
+    with contextlib.closing(Progress(run.epochs)) as progress, contextlib.closing(saver):
         if world.is_primary:
             trainer.on_log = progress.update
         trainer.on_recovery = lambda trainer: saver.save_recovery(trainer, run.to_go_on())
@@ -189,6 +189,7 @@ def train(run: Run, folder: Path, options: str) -> None:
                 progress.epoch_done(row)
                 log_wandb(row)
             end_epoch(run, saver, epoch, (validated or trained)[run.metric] if due else None)
+        saver.wait()
     finish(run, folder, report, saver, validate(run) if args.epochs == 0 else None)
 
 

@@ -15,7 +15,7 @@ from timm.task import ClassificationTask, FeatureDistillationTask, resume_task_c
 from timm.utils import CheckpointSaver as TimmSaver
 
 from timm_npu_irv2 import weights
-from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.errors import CannotWrite, UserError
 from timm_npu_irv2.precision import create_precision
 from timm_npu_irv2.training import setup
 from timm_npu_irv2.training.checkpoint import resume, training_state
@@ -77,6 +77,7 @@ def test_a_run_resumed_in_mid_epoch_ends_in_the_same_bits(tmp_path, words):
     undisturbed = trainer_of(args, recovery_interval=2)
     undisturbed.on_recovery = saver.save_recovery
     expected = undisturbed.train_one_epoch()
+    saver.wait()
     resumed = trainer_of(args, seed=5)
     resume(resumed, tmp_path / 'recovery-0-2.pth.tar', args)
     assert resumed.position == Position(0, 2, 2)
@@ -94,6 +95,7 @@ def test_timm_reads_our_checkpoints(tmp_path):
     trainer.train_one_epoch()
     saver = CheckpointSaver(tmp_path, args, WORLD)
     saver.save_epoch(trainer, 0, 50.0)
+    saver.wait()
     model = timm.create_model('test_resnet', num_classes=3)
     load_checkpoint(model, str(tmp_path / 'model_best.pth.tar'), use_ema=True)
     assert_same(dict(model.state_dict()), dict(trainer.task.trainable_module_ema.module.state_dict()))
@@ -157,6 +159,7 @@ def test_the_best_the_last_and_two_recoveries_are_kept(tmp_path):
         saver.save_epoch(trainer, epoch, metric)
         trainer.position = Position(epoch, 1, epoch + 1)
         saver.save_recovery(trainer)
+    saver.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         'checkpoint-1.pth.tar', 'checkpoint-3.pth.tar', 'last.pth.tar', 'model_best.pth.tar', 'recovery-2-1.pth.tar',
         'recovery-3-1.pth.tar']
@@ -170,9 +173,11 @@ def test_the_smaller_loss_is_the_better_one_and_the_history_goes_on_after_a_resu
     trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD, decreasing=True)
     saver.save_epoch(trainer, 0, 1.0)
     saver.save_epoch(trainer, 1, 2.0)
+    saver.wait()
     again = CheckpointSaver(tmp_path, args, WORLD, decreasing=True)
     again.load_state_dict(read(tmp_path / 'last.pth.tar')['saver'], tmp_path / 'last.pth.tar')
     again.save_epoch(trainer, 2, 1.5)
+    again.wait()
     assert again.best_epoch == 0
     names = sorted(path.name for path in tmp_path.glob('checkpoint-*'))
     assert names == ['checkpoint-0.pth.tar', 'checkpoint-2.pth.tar']
@@ -184,8 +189,10 @@ def test_a_kill_between_the_names_of_a_checkpoint_loses_none(tmp_path, lost):
     args = options('--checkpoint-hist', '1')
     trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD)
     saver.save_epoch(trainer, 0, 10.0)
+    saver.wait()
     left = {name: (tmp_path / f'{name}.pth.tar').read_bytes() for name in ('checkpoint-0', 'model_best')}
     saver.save_epoch(trainer, 1, 20.0)
+    saver.wait()
     expected = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / f'{lost}.pth.tar').unlink()
     for name in ('checkpoint-0', lost):  # as they were before the kill
@@ -194,6 +201,20 @@ def test_a_kill_between_the_names_of_a_checkpoint_loses_none(tmp_path, lost):
     CheckpointSaver(tmp_path, args, WORLD).load_state_dict(
         read(tmp_path / 'last.pth.tar')['saver'], tmp_path / 'last.pth.tar')
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected
+
+
+def test_a_file_that_cannot_be_put_in_its_place_ends_the_run_at_the_next_one(tmp_path, caplog):
+    """The training has gone on meanwhile."""
+    args = options()
+    (tmp_path / 'last.pth.tar').mkdir()
+    trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD)
+    saver.save_epoch(trainer, 0, 10.0)
+    with pytest.raises(CannotWrite, match=r'cannot save .*last\.pth\.tar: .*directory'):
+        saver.save_recovery(trainer)
+    saver.save_epoch(trainer, 0, 10.0)
+    saver.close()
+    assert 'cannot save' in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ['last.pth.tar']
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

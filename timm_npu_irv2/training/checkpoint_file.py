@@ -1,6 +1,8 @@
 """A checkpoint file: written whole or not at all, checked when it is read, and never executed."""
 
 import argparse
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from ..errors import CannotWrite, UserError, first_line
 from ..files import damaged_entry, replacing
 
-__all__ = ['EXTENSION', 'read', 'write']
+__all__ = ['EXTENSION', 'read', 'write', 'write_aside']
 
 EXTENSION = '.pth.tar'
 
@@ -20,9 +22,31 @@ def write(state: dict[str, Any], path: Path) -> None:
     Raises:
         CannotWrite: The disk is full, or the folder cannot be written to. The old file is still there.
     """
+    write_aside(state, path)()
+
+
+def write_aside(state: dict[str, Any], path: Path) -> Callable[[], None]:
+    """The first half of :func:`write`, after which ``state`` may change: writes a file beside ``path``.
+
+    Returns:
+        The second half, to be called from any thread: waits for the disk and puts the file in its place. It raises
+        what ``write`` raises.
+    """
+    with contextlib.ExitStack() as stack, _cannot_write(path):
+        torch.save(state, stack.enter_context(replacing(path)))
+        rest = stack.pop_all()
+
+    def put_in_place() -> None:
+        with _cannot_write(path):
+            rest.close()
+
+    return put_in_place
+
+
+@contextlib.contextmanager
+def _cannot_write(path: Path) -> Iterator[None]:
     try:
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
+        yield
     except (OSError, RuntimeError) as error:  # torch.save turns some OSErrors into RuntimeErrors
         reason = getattr(error, 'strerror', None) or first_line(error)
         raise CannotWrite(f'cannot save {path}: {reason}. Earlier checkpoints are untouched.') from error
