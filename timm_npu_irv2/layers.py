@@ -283,6 +283,9 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
+    # PyTorch's own norms count whatever their momentum is.
+    counted = [norm.num_batches_tracked for norm in norms if norm._buffers.get('num_batches_tracked') is not None]
+    counts = [(count, count.clone()) for count in counted]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -290,8 +293,8 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            if isinstance(norm, nn.SyncBatchNorm):  # it counts whatever its momentum is
-                norm.num_batches_tracked.sub_(1)
+        for count, before in counts:
+            count.copy_(before)
 
 
 def conv_pool(conv: ConvNormAct, pool: nn.MaxPool2d, x: Tensor) -> Tensor:

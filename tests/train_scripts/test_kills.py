@@ -1,6 +1,6 @@
 """Runs that are killed at random moments and resumed end in the bits of a run that nobody disturbed.
 
-The ordinary suite kills two; `pytest -m long tests/train_scripts/test_kills.py` kills two for each of 25 runs.
+The ordinary suite kills two; `pytest -m long tests/train_scripts/test_kills.py` kills two for each of 26 runs.
 """
 
 import time
@@ -25,7 +25,7 @@ def test_so_does_one_of_two_processes_of_which_one_is_killed(images, tmp_path):
 
 
 LONG = [('half weights', 1, 8), ('dynamic scale', 1, 6), ('plateau', 1, 4), ('this network', 1, 2),
-        ('half weights', 2, 3), ('plateau', 2, 2)]
+        ('half weights', 2, 3), ('plateau', 2, 2), ('this network', 3, 1)]
 
 
 @pytest.mark.long

@@ -1,6 +1,8 @@
 """Several processes: who they are, that they compute one thing together, how they are started and stopped."""
 
 import argparse
+import copy
+import dataclasses
 import os
 import signal
 import socket
@@ -223,6 +225,32 @@ def test_processes_end_an_epoch_with_bit_equal_weights_averages_and_statistics(t
     for part in ('weights', 'ema'):
         assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
     assert one['loss'] == other['loss']
+
+
+def _resumed_and_not(world: World) -> tuple[dict, dict]:
+    """The weights after three steps, and after the last of them by a trainer that went on from what two had made."""
+    args = parse_args(['--model', 'inception_resnet_v2_npu', '--num-classes', '4', '--no-ddp-bb'])
+    generator = torch.Generator().manual_seed(world.rank)
+    batches = [(torch.randn(2, 3, 75, 75, generator=generator), torch.randint(4, (2,), generator=generator))
+               for _ in range(3)]
+    undisturbed = trainer_of(world, Batches(batches[:2]), args, 1)
+    undisturbed.train_one_epoch()
+    state = copy.deepcopy(undisturbed.task.get_trainable_module().state_dict())
+    resumed = trainer_of(world, Batches(batches[2:]), args, 1)
+    resumed.task.get_trainable_module().load_state_dict(state)
+    resumed.position = dataclasses.replace(undisturbed.position)
+    undisturbed.loader = resumed.loader
+    states = []
+    for trainer in undisturbed, resumed:
+        trainer.train_one_epoch()
+        states.append(trainer.task.get_trainable_module().state_dict())
+    return tuple(states)
+
+
+def test_three_processes_go_on_bit_for_bit(tmp_path):
+    """DDP adds up gradients in another arrangement in a process's first step, which three summands notice."""
+    for one, other in in_processes(3, {'states': _resumed_and_not}, tmp_path)['states']:
+        assert [key for key, value in one.items() if not torch.equal(value, other[key])] == []
 
 
 def _evaluate(world: World) -> dict:

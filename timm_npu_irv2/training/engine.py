@@ -22,8 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import device as device_seam
 from ..errors import UserError
 from ..files import replacing
+from ..layers import frozen_statistics
 from ..precision import Precision
 from .distributed import StopRequest, World, sum_over_ranks
+from .plan import generators_kept
 
 __all__ = ['Diverged', 'Meter', 'Position', 'Stopped', 'Throughput', 'TrainSettings', 'Trainer', 'evaluate']
 
@@ -226,6 +228,7 @@ class Trainer:
         self.meter = Meter(self.world)
         self._clipped = self._clip_parameters()
         self._logged = -1
+        self._buckets_arranged = False
 
     @property
     def updates_per_epoch(self) -> int:
@@ -254,6 +257,8 @@ class Trainer:
         self.optimizer.zero_grad()
         begin = self.position.batch
         for images, target in self.loader:
+            if not self._buckets_arranged:
+                self._arrange_buckets(images, target)
             self.position.batch += 1
             if self._batch(images, target):
                 self._after_update(images, first=self.position.batch - begin <= self.settings.grad_accum_steps)
@@ -264,6 +269,23 @@ class Trainer:
         self.position = Position(self.position.epoch + 1, 0, self.position.updates)
         self.meter = Meter(self.world)
         return {**averages, 'images_per_second': self.throughput.of_epoch, 'lr': self.learning_rate}
+
+    def _arrange_buckets(self, images: Tensor, target: Tensor) -> None:
+        """Before the first batch of a resumed run: have DDP's buckets as they were when the run was interrupted.
+
+        DDP arranges gradients anew after a process's first backward pass, in the order in which they came, and how a
+        sum over three or more processes is rounded depends on where in a bucket it is. So this is such a pass, of which
+        nothing else remains.
+        """
+        self._buckets_arranged = True
+        if self.world.size < 3 or self.position.updates == 0:
+            return
+        module = self.task.get_trainable_module()
+        with generators_kept(self.world.device), frozen_statistics(module):
+            with self.precision.autocast():
+                loss = self.task(images, target)['loss']
+            loss.backward()
+        self.optimizer.zero_grad()
 
     def _batch(self, images: Tensor, target: Tensor) -> bool:
         """Train on one batch; whether it ended an update."""
