@@ -223,6 +223,11 @@ def has_add_relu_kernel(x: torch.Tensor) -> bool:
     return x.device.type == 'npu'
 
 
+def has_cheap_elu(x: torch.Tensor) -> bool:
+    """Whether an ELU of ``x`` takes no longer than a ReLU: where memory, not arithmetic, is what it waits for."""
+    return not isinstance(x, torch.Tensor) or x.device.type != 'cpu'  # FX's proxies are nowhere yet
+
+
 def has_fused_convolution(x: torch.Tensor) -> bool:
     """Whether oneDNN's convolutions, with bias, addition and ReLU in one operator, work on ``x``: on the CPU."""
     if x.device.type != 'cpu' or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:

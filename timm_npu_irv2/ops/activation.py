@@ -2,11 +2,14 @@ r"""A scaled ReLU, $y = s \cdot \max(0, x)$, in one pass forward and one backwar
 
 ELU is $s\,x$ for $x > 0$ and $s\,\alpha(e^x - 1)$ elsewhere (Clevert et al., 2016, https://arxiv.org/abs/1511.07289;
 $s$ came with SELU, Klambauer et al., 2017, https://arxiv.org/abs/1706.02515). With $\alpha = 0$ it is the scaled ReLU,
-and every backend has it as one kernel in either direction: aclnnElu and aclnnEluBackward on the NPU.
+and every device has it as one kernel in either direction: aclnnElu and aclnnEluBackward on the NPU. A CPU, which
+computes the exponential all the same, gains nothing by it; there it is written out.
 """
 
 import torch
 from torch import Tensor
+
+from .. import device
 
 __all__ = ['scaled_relu', 'scaled_relu_backward', 'scaled_relu_reference']
 
@@ -28,6 +31,8 @@ def scaled_relu(x: Tensor, scale: float, inplace: bool = False) -> Tensor:
         return torch.relu(x) * scale
     if scale == 1.0:
         return torch.relu_(x) if inplace else torch.relu(x)
+    if not device.has_cheap_elu(x):
+        return (torch.relu_(x) if inplace else torch.relu(x)) * scale
     # What F.elu calls; F.elu itself leaves the scale out.
     return torch._C._nn.elu_(x, 0.0, scale) if inplace else torch._C._nn.elu(x, 0.0, scale)
 

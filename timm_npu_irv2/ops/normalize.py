@@ -17,8 +17,9 @@ def normalize_images_reference(
 ) -> Tensor:
     """The operator in plain tensor operations."""
     shape = (1, -1, 1, 1)
-    images = images.to(dtype=torch.promote_types(dtype, torch.float32), memory_format=memory_format)
-    return images.sub_(mean.view(shape) * 255).div_(std.view(shape) * 255).to(dtype)
+    # The layout comes last: to change that of floating-point numbers is several times faster on a CPU than of bytes.
+    images = images.to(torch.promote_types(dtype, torch.float32))
+    return images.sub_(mean.view(shape) * 255).div_(std.view(shape) * 255).to(dtype, memory_format=memory_format)
 
 
 def normalize_images(
