@@ -66,7 +66,7 @@ class Masters:
                 master.grad = None
                 continue
             if master not in self._gradients:
-                self._gradients[master] = torch.empty_like(master)
+                self._gradients[master] = torch.empty_like(master) if master.grad is None else master.grad
             master.grad = self._gradients[master]
             halves.append(gradient)
             floats.append(master.grad)

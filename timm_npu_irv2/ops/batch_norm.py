@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import device
 from ._library import LIBRARY, triton_kernels
 from .activation import scaled_relu, scaled_relu_backward
 
@@ -60,9 +59,6 @@ def batch_norm_relu(
         scale: What the output is multiplied by.
     """
     if not training or weight is None or triton_kernels() is None or torch.compiler.is_compiling():
-        if scale != 1.0 and weight is not None and bias is not None and not device.has_cheap_elu(x):
-            # ReLU is homogeneous: the scale costs nothing where there are C values.
-            weight, bias, scale = weight * scale, bias * scale, 1.0
         x = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         return scaled_relu(x, scale, inplace=True)
     out, mean, variance = torch.ops.timm_npu_irv2.batch_norm_relu(x, weight, bias, eps, scale)
