@@ -227,29 +227,49 @@ def test_processes_end_an_epoch_with_bit_equal_weights_averages_and_statistics(t
     assert one['loss'] == other['loss']
 
 
-def _resumed_and_not(world: World) -> tuple[dict, dict]:
-    """The weights after three steps, and after the last of them by a trainer that went on from what two had made."""
-    args = parse_args(['--model', 'inception_resnet_v2_npu', '--num-classes', '4', '--no-ddp-bb'])
-    generator = torch.Generator().manual_seed(world.rank)
-    batches = [(torch.randn(2, 3, 75, 75, generator=generator), torch.randint(4, (2,), generator=generator))
-               for _ in range(3)]
-    undisturbed = trainer_of(world, Batches(batches[:2]), args, 1)
-    undisturbed.train_one_epoch()
-    state = copy.deepcopy(undisturbed.task.get_trainable_module().state_dict())
-    resumed = trainer_of(world, Batches(batches[2:]), args, 1)
-    resumed.task.get_trainable_module().load_state_dict(state)
-    resumed.position = dataclasses.replace(undisturbed.position)
-    undisturbed.loader = resumed.loader
-    states = []
-    for trainer in undisturbed, resumed:
-        trainer.train_one_epoch()
-        states.append(trainer.task.get_trainable_module().state_dict())
-    return tuple(states)
+class Resume:
+    """A picklable call: the weights after three steps, and after the third by a trainer that went on from two."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = list(words)
+
+    def __call__(self, world: World) -> tuple[dict, dict]:
+        args = parse_args(['--num-classes', '4', '--no-ddp-bb', *self.words])
+        generator = torch.Generator().manual_seed(world.rank)
+        batches = [(torch.randn(2, 3, 75, 75, generator=generator), torch.randint(4, (2,), generator=generator))
+                   for _ in range(3)]
+        undisturbed, resumed = (trainer_of(world, Batches(batches[:2]), args, 1) for _ in range(2))
+        undisturbed.train_one_epoch()
+        load(resumed, copy.deepcopy(weights_of(undisturbed)))
+        resumed.position = dataclasses.replace(undisturbed.position)
+        for trainer in undisturbed, resumed:
+            trainer.loader = Batches(batches[2:])
+            trainer.train_one_epoch()
+        return weights_of(undisturbed), weights_of(resumed)
 
 
-def test_three_processes_go_on_bit_for_bit(tmp_path):
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return trainer.precision.model_state_dict(trainer.task.get_trainable_module())
+
+
+def load(trainer: Trainer, weights: dict[str, torch.Tensor]) -> None:
+    trainer.precision.load_model_state_dict(trainer.task.get_trainable_module(), weights)
+
+
+@pytest.fixture(scope='module')
+def three(tmp_path_factory) -> dict[str, list]:
+    works = {
+        'evaluate': _evaluate,
+        'float32': Resume('--model', 'inception_resnet_v2_npu'),
+        'O2': Resume('--model', 'test_resnet', '--opt-level', 'O2'),
+    }
+    return in_processes(3, works, tmp_path_factory.mktemp('three'))
+
+
+@pytest.mark.parametrize('precision', ['float32', 'O2'])
+def test_three_processes_go_on_bit_for_bit(three, precision):
     """DDP adds up gradients in another arrangement in a process's first step, which three summands notice."""
-    for one, other in in_processes(3, {'states': _resumed_and_not}, tmp_path)['states']:
+    for one, other in three[precision]:
         assert [key for key, value in one.items() if not torch.equal(value, other[key])] == []
 
 
@@ -263,9 +283,9 @@ def _evaluate(world: World) -> dict:
     return evaluate(model, loader, world)
 
 
-def test_an_evaluation_is_the_same_number_for_one_two_and_three_processes(two, tmp_path):
+def test_an_evaluation_is_the_same_number_for_one_two_and_three_processes(two, three):
     alone = _evaluate(World())
-    for metrics in two['evaluate'] + in_processes(3, {'evaluate': _evaluate}, tmp_path)['evaluate']:
+    for metrics in two['evaluate'] + three['evaluate']:
         assert metrics | {'loss': 0} == alone | {'loss': 0}
         assert metrics['loss'] == pytest.approx(alone['loss'], rel=1e-6)
 

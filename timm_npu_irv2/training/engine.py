@@ -285,6 +285,10 @@ class Trainer:
             with self.precision.autocast():
                 loss = self.task(images, target)['loss']
             loss.backward()
+        held = {parameter for group in self.optimizer.param_groups for parameter in group['params']}
+        for parameter in module.parameters():
+            if parameter not in held:  # it has a master there
+                parameter.grad = None
         self.optimizer.zero_grad()
 
     def _batch(self, images: Tensor, target: Tensor) -> bool:
