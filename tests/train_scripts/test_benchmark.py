@@ -58,6 +58,8 @@ def test_train_and_ops_print_a_ratio_with_its_spread(tmp_path):
     (['train', '--img-size', '74'], '--img-size must be at least 75'),
     (['train', '--batch-size', '0'], '--batch-size must be at least 1'),
     (['step', '--device', 'tpu'], 'no such device'),
+    (['step', '--zoo'], 'needs apex, which is not on PyPI'),
+    (['step', '--zoo', '--float32'], 'leave --float32 out'),
     (['fly'], 'invalid choice'),
 ])
 def test_nonsense_is_refused_in_a_line(arguments, words):

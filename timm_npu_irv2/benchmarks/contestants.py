@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import device as device_seam
-from ..precision import create_precision
+from ..precision import Precision, create_precision
 
 __all__ = ['Contestant', 'Workload', 'contestants']
 
@@ -57,15 +57,17 @@ class Contestant:
     create: Callable[[Workload], Step]
 
 
-def contestants(amp: bool, recompute: bool = False) -> dict[str, Contestant]:
-    """{short name: contestant}: 'ours', 'timm', and 'ours, recomputing' if asked for.
+def contestants(amp: bool, recompute: bool = False, zoo: bool = False) -> dict[str, Contestant]:
+    """{short name: contestant}: 'ours', 'timm', and 'ours, recomputing' and 'zoo' if asked for.
 
-    All of them: timm's 'sgd' (Nesterov's momentum, weight decay but for biases and norms), label smoothing 0.1.
+    All of them: label smoothing 0.1; all but the zoo's: timm's 'sgd' (Nesterov's momentum, weight decay but for biases
+    and norms).
 
     Args:
         amp: 16 bits: ours at O2 with a static loss scale of 128 (float16), timm's by autocast, with GradScaler if
             the type is float16, as its train.py does it. Otherwise float32 for both.
         recompute: Add ours with ``set_grad_checkpointing('cheap')``.
+        zoo: Add the recipe of the model zoo's script: apex's O2 with a static loss scale of 128 and apex's NpuFusedSGD.
     """
     found = {
         'ours': Contestant('inception_resnet_v2_npu', lambda workload: _ours(workload, amp)),
@@ -75,6 +77,8 @@ def contestants(amp: bool, recompute: bool = False) -> dict[str, Contestant]:
         found['ours, recomputing'] = Contestant(
             'inception_resnet_v2_npu, recomputing', lambda workload: _ours(workload, amp, recompute='cheap'),
         )
+    if zoo:
+        found['zoo'] = Contestant("the model zoo's recipe", _zoo)
     return found
 
 
@@ -92,8 +96,18 @@ def _ours(workload: Workload, amp: bool, recompute: str | None = None) -> Step:
     half = device_seam.half_dtype(workload.device)
     options = {'opt_level': 'O2', 'loss_scale': 128.0 if half == torch.float16 else None} if amp else {}
     precision = create_precision(workload.device, amp=amp, **options)
-    optimizer = _optimizer(model)
-    model, optimizer = precision.prepare(model, optimizer)
+    return _step(workload, precision, *precision.prepare(model, _optimizer(model)))
+
+
+def _zoo(workload: Workload) -> Step:
+    precision = create_precision(workload.device, amp=True, amp_impl='apex', opt_level='O2', loss_scale=128.0)
+    model = workload.network('inception_resnet_v2')
+    optimizer = timm.optim.create_optimizer_v2(
+        model.parameters(), 'npufusedsgd', lr=1e-4, momentum=0.9, weight_decay=1e-4, use_apex=True)
+    return _step(workload, precision, *precision.prepare(model, optimizer))
+
+
+def _step(workload: Workload, precision: Precision, model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     images, targets = workload.batch()
     images = images.to(precision.input_dtype)
     criterion = _criterion()

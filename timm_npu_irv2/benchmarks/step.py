@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import device as device_seam
+from ..errors import UserError
 from . import report
 from .contestants import Contestant, Workload, contestants
 from .counting import cost_of, counts_kernels
@@ -35,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='the same for the peak of memory (not on the CPU)')
     parser.add_argument('--float32', action='store_true', help='train in float32 instead of 16 bits')
     parser.add_argument('--recompute', action='store_true', help='add this network with --recompute cheap')
+    parser.add_argument('--zoo', action='store_true',
+                        help="add the recipe of the model zoo's script; only in 16 bits, and with Ascend's apex")
     parser.add_argument('--host-rounds', type=int, default=0, metavar='N',
                         help="also time the host, N times alternately; only where operators take no time: on the "
                              'stand-in with --skip-operators')
@@ -44,7 +47,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Count, print; all figures."""
     device = device_seam.resolve_device(args.device)
     device_seam.configure(device)
-    found = contestants(not args.float32, args.recompute)
+    if args.zoo:
+        if args.float32:
+            raise UserError("--zoo: the model zoo's recipe is one of 16 bits, so leave --float32 out.")
+        device_seam.apex_amp()  # fails now, not after the others have been counted
+    found = contestants(not args.float32, args.recompute, args.zoo)
     host = _host_time(found, device, args) if args.host_rounds else {}
     rows: dict[str, list[Any]] = {}
     for name, contestant in found.items():
