@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_npu_irv2 import UserError
 from timm_npu_irv2.ops import _library, batch_norm_relu, normalize_images, scaled_relu, scaled_residual_relu
@@ -167,6 +168,26 @@ def test_batch_norm_relu_reads_channel_slices(kernels):
     whole = torch.cat([torch.zeros_like(x), x, torch.ones_like(x)], 1)
     actual = OPERATORS.batch_norm_relu(whole[:, 8:16], weight, bias, EPS, SCALE)
     torch.testing.assert_close(actual, batch_norm_relu_reference(x, weight, bias, EPS, SCALE), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('memory_format', LAYOUTS)
+def test_on_a_cpu_batch_norm_gets_no_slice_of_channels(memory_format):
+    # ATen's kernels for tensors with gaps take several times as long as a copy and those without: `benchmark.py ops`.
+    class Inputs(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if 'batch_norm' in operator.overloadpacket.__name__:
+                gaps.extend(not t.is_contiguous(memory_format=memory_format) for t in args[:2] if t.ndim == 4)
+            return operator(*args, **(kwargs or {}))
+
+    gaps, results = [], []
+    for function in (batch_norm_relu, lambda x, weight, bias, *_: batch_norm_relu_reference(x, weight, bias, EPS)[0]):
+        leaves = norm_inputs(memory_format=memory_format, channels=24, requires_grad=True)
+        with Inputs():
+            out = function(leaves[0][:, 8:16], *(leaf[8:16] for leaf in leaves[1:]), None, None, True, 0.1, EPS)
+            (out * random(*out.shape, seed=3).to(memory_format=memory_format)).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert gaps == [False] * 3
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
 def test_batch_norm_relu_moves_the_running_statistics_as_batch_norm_does(kernels):

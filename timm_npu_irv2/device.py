@@ -35,6 +35,7 @@ __all__ = [
     'has_add_relu_kernel',
     'has_fused_convolution',
     'has_fused_sgd',
+    'has_slow_slices',
     'is_out_of_memory',
     'load_backends',
     'memory_format',
@@ -239,6 +240,16 @@ def has_fused_sgd(device: torch.device) -> bool:
     """Whether ``torch.optim.SGD(fused=True)`` works on ``device``: on the NPU it is aclnnFusedSgd."""
     key = {'npu': 'PrivateUse1', 'cuda': 'CUDA', 'cpu': 'CPU'}[device.type]
     return torch._C._dispatch_has_kernel_for_dispatch_key('aten::_fused_sgd_', key)
+
+
+def has_slow_slices(x: torch.Tensor) -> bool:
+    """Whether BatchNorm of ``x`` is slower than that of a copy without gaps, copying included.
+
+    So it is for a slice of channels on the CPU, where ATen vectorizes only what has no gaps.
+    """
+    if not isinstance(x, torch.Tensor) or x.device.type != 'cpu':  # FX's proxies are nowhere yet
+        return False
+    return not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
 
 
 def synchronize(device: torch.device) -> None:

@@ -55,11 +55,17 @@ def _pairs(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> 
     weight, bias = (torch.ones(shape[1], device=device, requires_grad=True) for _ in range(2))
     statistics_of = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
 
-    def pass_through(function: Callable[[], Tensor]) -> Work:
+    # As merged siblings leave it: beside other channels.
+    channel_slice = torch.cat([x.detach()] * 2, 1).requires_grad_()[:, :shape[1]]
+
+    def pass_through(function: Callable[[], Tensor], x: Tensor = x) -> Work:
         return lambda: torch.autograd.grad(function(), [x], grad, allow_unused=True)
 
-    def norm() -> Tensor:
+    def norm(x: Tensor) -> Tensor:
         return torch.nn.functional.batch_norm(x, *statistics_of, weight, bias, True, 0.1, 1e-3)
+
+    def fused(x: Tensor) -> Tensor:
+        return batch_norm_relu(x, weight, bias, *statistics_of, True, 0.1, 1e-3, _SCALE)
 
     return {
         'scaled_residual_relu': (
@@ -71,8 +77,12 @@ def _pairs(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> 
             pass_through(lambda: activation.scaled_relu_reference(x, _SCALE)),
         ),
         'batch_norm_relu': (
-            pass_through(lambda: batch_norm_relu(x, weight, bias, *statistics_of, True, 0.1, 1e-3, _SCALE)),
-            pass_through(lambda: torch.relu(norm()) * _SCALE),
+            pass_through(lambda: fused(x)),
+            pass_through(lambda: torch.relu(norm(x)) * _SCALE),
+        ),
+        'batch_norm_relu of a slice': (
+            pass_through(lambda: fused(channel_slice), channel_slice),
+            pass_through(lambda: torch.relu(norm(channel_slice)) * _SCALE, channel_slice),
         ),
     }
 

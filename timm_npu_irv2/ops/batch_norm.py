@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import device
 from ._library import LIBRARY, triton_kernels
 from .activation import scaled_relu, scaled_relu_backward
 
@@ -59,7 +60,7 @@ def batch_norm_relu(
         scale: What the output is multiplied by.
     """
     if not training or weight is None or triton_kernels() is None or torch.compiler.is_compiling():
-        x = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        x = F.batch_norm(_without_gaps(x), running_mean, running_var, weight, bias, training, momentum, eps)
         return scaled_relu(x, scale, inplace=True)
     out, mean, variance = torch.ops.timm_npu_irv2.batch_norm_relu(x, weight, bias, eps, scale)
     if running_mean is not None:
@@ -68,6 +69,12 @@ def batch_norm_relu(
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(variance.to(running_var.dtype) * (count / (count - 1)), momentum)
     return out
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or not device.has_slow_slices(x):
+        return x
+    return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:

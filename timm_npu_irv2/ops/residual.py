@@ -38,6 +38,8 @@ def scaled_residual_relu(x: Tensor, branch: Tensor, scale: float) -> Tensor:
     # program must run where this package is not installed.
     if torch.jit.is_scripting() or torch.compiler.is_compiling():
         return torch.relu(torch.add(x, branch, alpha=scale))
+    if type(x) is Tensor and not device.has_add_relu_kernel(x) and triton_kernels() is None:
+        return torch.add(x, branch, alpha=scale).relu_()  # PyTorch's own gradient keeps no more than the operator does
     if type(x) is Tensor and x.requires_grad and torch.is_grad_enabled():
         # What the operator below would do, without torch.library's half of the time on the host.
         return _ScaledResidualReLU.apply(x, branch, scale)
