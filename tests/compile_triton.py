@@ -13,16 +13,16 @@ from timm_npu_irv2.ops import _triton
 
 HALF, FLOAT, BYTE = '*fp16', '*fp32', '*u8'
 CONSTANTS = {'eps': 'fp32', 'scale': 'fp32'}
-STATISTICS = dict(weight=FLOAT, **CONSTANTS)
+PARAMETERS = dict(weight=FLOAT, bias=FLOAT, **CONSTANTS)
 # {kernel: (types of its arguments, int32 for those left out; sizes of its blocks)}
 KERNELS = {
     '_batch_norm_relu': (
-        dict(x=HALF, out=HALF, bias=FLOAT, mean_out=FLOAT, variance_out=FLOAT, **STATISTICS),
+        dict(x=HALF, out=HALF, mean_out=FLOAT, variance_out=FLOAT, **PARAMETERS),
         dict(block_c=1, block_s=1024),
     ),
     '_batch_norm_relu_backward': (
-        dict(grad=HALF, x=HALF, out=HALF, mean_in=FLOAT, variance_in=FLOAT, grad_x=HALF, grad_weight=FLOAT,
-             grad_bias=FLOAT, **STATISTICS),
+        dict(grad=HALF, x=HALF, mean_in=FLOAT, variance_in=FLOAT, grad_x=HALF, grad_weight=FLOAT, grad_bias=FLOAT,
+             **PARAMETERS),
         dict(block_c=32, block_s=32),
     ),
     '_scaled_residual_relu': (dict(x=HALF, branch=HALF, out=HALF, scale='fp32'), dict(block=1024)),

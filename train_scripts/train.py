@@ -107,17 +107,22 @@ def main(argv: Sequence[str]) -> int:
         device_name(args), dist_url=args.dist_url, backend=args.dist_backend, addr=args.addr, rank=args.rank,
         world_size=None if args.multiprocessing_distributed else args.world_size)
     try:
-        start_log(world)
-        device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
-        stopping = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
-        advice = '--resume auto goes on from the newest checkpoint.'
-        with setup.explained_memory_errors(args, world), setup.explained_losses(world, advice), stopping as stop:
-            run = assemble(args, world, stop, started)
-            with output_folder(args, run.image_size, world) as folder, closing_all(run.loaders):
-                train(run, folder, options)
+        run_in(world, args, options, started)
     finally:
         shutdown(world)
     return 0
+
+
+def run_in(world: World, args: Namespace, options: str, started: float) -> None:
+    """The run, or this process's part of it. When this returns, nothing of it is left but its files."""
+    start_log(world)
+    device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
+    stopping = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
+    advice = '--resume auto goes on from the newest checkpoint.'
+    with setup.explained_memory_errors(args, world), setup.explained_losses(world, advice), stopping as stop:
+        run = assemble(args, world, stop, started)
+        with output_folder(args, run.image_size, world) as folder, closing_all(run.loaders):
+            train(run, folder, options)
 
 
 def assemble(args: Namespace, world: World, stop: StopRequest | None, started: float) -> Run:

@@ -1,7 +1,10 @@
-"""For --device-modules: after each epoch every process writes {weight: digest}, since train.py saves rank 0's only."""
+"""For --device-modules: after each epoch every process writes {weight: digest}, since train.py saves rank 0's only, and
+at its end the names of its threads."""
 
+import atexit
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from timm_npu_irv2.training import setup
@@ -17,3 +20,9 @@ def share_statistics_and_tell(task, args, world):
 
 
 setup.share_statistics = share_statistics_and_tell
+
+
+@atexit.register
+def tell_threads():
+    names = [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]
+    Path(f'threads-{os.environ["RANK"]}.txt').write_text(''.join(names))

@@ -42,6 +42,13 @@ def _load(tensor, n, s, c, stride_n, stride_c, stride_s, mask):
 
 
 @triton.jit
+def _unactivated(x, n, s, c, xn, xc, xs, mask, mean, inverse, factor, beta):
+    """A tile of x, normalised, and of what the activation is applied to: computed alike in both directions."""
+    difference = _load(x, n, s, c, xn, xc, xs, mask) - mean[None, :]
+    return difference * inverse[None, :], difference * factor[None, :] + beta[None, :]
+
+
+@triton.jit
 def _batch_norm_relu(x, weight, bias, out, mean_out, variance_out, total, spatial, channels, xn, xc, xs, on, oc, os,
                      eps, scale, block_c: tl.constexpr, block_s: tl.constexpr):
     c = tl.program_id(0) * block_c + tl.arange(0, block_c)
@@ -62,44 +69,47 @@ def _batch_norm_relu(x, weight, bias, out, mean_out, variance_out, total, spatia
     variance = tl.maximum(squares / total - shift * shift, 0.0)
     tl.store(mean_out + c, mean, mask=in_c)
     tl.store(variance_out + c, variance, mask=in_c)
-    gamma = tl.load(weight + c, mask=in_c, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    inverse = 1.0 / tl.sqrt(variance + eps)
+    factor = tl.load(weight + c, mask=in_c, other=0.0).to(tl.float32) * inverse
     beta = tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)
     for start in range(0, total, block_s):
         i = start + tl.arange(0, block_s)
         mask = (i < total)[:, None] & in_c[None, :]
-        value = _load(x, i // spatial, i % spatial, c, xn, xc, xs, mask)
-        value = (value - mean[None, :]) * gamma[None, :] + beta[None, :]
+        n, s = i // spatial, i % spatial
+        _, value = _unactivated(x, n, s, c, xn, xc, xs, mask, mean, inverse, factor, beta)
         value = tl.where(value < 0.0, 0.0, value) * scale  # keeps NaN, which a maximum may drop
-        place = (i // spatial * on + i % spatial * os)[:, None] + (c * oc)[None, :]
+        place = (n * on + s * os)[:, None] + (c * oc)[None, :]
         tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _batch_norm_relu_backward(grad, x, out, weight, mean_in, variance_in, grad_x, grad_weight, grad_bias, total,
-                              spatial, channels, gn, gc, gs, xn, xc, xs, on, oc, os, dn, dc, ds, eps, scale,
+def _batch_norm_relu_backward(grad, x, weight, bias, mean_in, variance_in, grad_x, grad_weight, grad_bias, total,
+                              spatial, channels, gn, gc, gs, xn, xc, xs, dn, dc, ds, eps, scale,
                               block_c: tl.constexpr, block_s: tl.constexpr):
     c = tl.program_id(0) * block_c + tl.arange(0, block_c)
     in_c = c < channels
     mean = tl.load(mean_in + c, mask=in_c, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.load(variance_in + c, mask=in_c, other=1.0).to(tl.float32) + eps)
+    factor = tl.load(weight + c, mask=in_c, other=0.0).to(tl.float32) * inverse
+    beta = tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)
     sums = tl.zeros([block_c], tl.float32)
     products = tl.zeros([block_c], tl.float32)
     for start in range(0, total, block_s):
         i = start + tl.arange(0, block_s)
         mask = (i < total)[:, None] & in_c[None, :]
         n, s = i // spatial, i % spatial
-        h = tl.where(_load(out, n, s, c, on, oc, os, mask) > 0.0, _load(grad, n, s, c, gn, gc, gs, mask) * scale, 0.0)
+        normalized, value = _unactivated(x, n, s, c, xn, xc, xs, mask, mean, inverse, factor, beta)
+        h = tl.where(value > 0.0, _load(grad, n, s, c, gn, gc, gs, mask) * scale, 0.0)
         sums += tl.sum(h, 0)
-        products += tl.sum(h * (_load(x, n, s, c, xn, xc, xs, mask) - mean[None, :]) * inverse[None, :], 0)
+        products += tl.sum(h * normalized, 0)
     tl.store(grad_bias + c, sums, mask=in_c)
     tl.store(grad_weight + c, products, mask=in_c)
-    factor = tl.load(weight + c, mask=in_c, other=0.0).to(tl.float32) * inverse
     for start in range(0, total, block_s):
         i = start + tl.arange(0, block_s)
         mask = (i < total)[:, None] & in_c[None, :]
         n, s = i // spatial, i % spatial
-        h = tl.where(_load(out, n, s, c, on, oc, os, mask) > 0.0, _load(grad, n, s, c, gn, gc, gs, mask) * scale, 0.0)
-        normalized = (_load(x, n, s, c, xn, xc, xs, mask) - mean[None, :]) * inverse[None, :]
+        normalized, value = _unactivated(x, n, s, c, xn, xc, xs, mask, mean, inverse, factor, beta)
+        h = tl.where(value > 0.0, _load(grad, n, s, c, gn, gc, gs, mask) * scale, 0.0)
         d = factor[None, :] * (h - sums[None, :] / total - normalized * products[None, :] / total)
         place = (n * dn + s * ds)[:, None] + (c * dc)[None, :]
         tl.store(grad_x + place, d.to(grad_x.dtype.element_ty), mask=mask)
@@ -121,8 +131,8 @@ def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: 
 def batch_norm_relu_backward(
         grad: Tensor,
         x: Tensor,
-        out: Tensor,
         weight: Tensor,
+        bias: Tensor,
         mean: Tensor,
         variance: Tensor,
         eps: float,
@@ -134,8 +144,8 @@ def batch_norm_relu_backward(
     n, channels, height, width = x.shape
     block_c, block_s = _blocks(x)
     _batch_norm_relu_backward[(triton.cdiv(channels, block_c),)](
-        grad, x, out, weight, mean, variance, grad_x, grad_weight, grad_bias, n * height * width, height * width,
-        channels, *_strides(grad), *_strides(x), *_strides(out), *_strides(grad_x), eps, scale, block_c, block_s,
+        grad, x, weight, bias, mean, variance, grad_x, grad_weight, grad_bias, n * height * width, height * width,
+        channels, *_strides(grad), *_strides(x), *_strides(grad_x), eps, scale, block_c, block_s,
     )
     return grad_x, grad_weight, grad_bias
 

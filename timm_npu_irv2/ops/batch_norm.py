@@ -7,7 +7,8 @@ $\partial\gamma = \sum h \hat x$ and
 $\partial x = \gamma\,(h - \bar h - \hat x\,\overline{h \hat x}) / \sqrt{v + \epsilon}$.
 
 ATen has it as two kernels in either direction, with a tensor between them that is written and read again; the Triton
-kernels (``_triton.py``) do without.
+kernels (``_triton.py``) do without. What the ReLU let through is computed from $x$ once more, so the backward reads
+neither $y$ nor a mask.
 """
 
 import torch
@@ -90,8 +91,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float) 
 def _backward_kernel(
         grad: Tensor,
         x: Tensor,
-        out: Tensor,
         weight: Tensor,
+        bias: Tensor,
         mean: Tensor,
         variance: Tensor,
         eps: float,
@@ -99,7 +100,8 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = triton_kernels()
     if kernels is not None:
-        return kernels.batch_norm_relu_backward(grad, x, out, weight, mean, variance, eps, scale)
+        return kernels.batch_norm_relu_backward(grad, x, weight, bias, mean, variance, eps, scale)
+    out = F.batch_norm(x, mean, variance, weight, bias, eps=eps).relu_()
     return torch.ops.aten.native_batch_norm_backward(
         scaled_relu_backward(grad, out, scale), x, weight, None, None, mean, torch.rsqrt(variance + eps), True, eps,
         [True, True, True],
@@ -110,15 +112,15 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: fl
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _fake_backward(grad: Tensor, x: Tensor, out: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    x, weight, _, ctx.eps, ctx.scale = inputs
-    out, mean, variance = output
+    x, weight, bias, ctx.eps, ctx.scale = inputs
+    _, mean, variance = output
     ctx.mark_non_differentiable(mean, variance)
-    ctx.save_for_backward(x, out, weight, mean, variance)
+    ctx.save_for_backward(x, weight, bias, mean, variance)
 
 
 def _backward(ctx, grad: Tensor, *_: Tensor) -> tuple:
@@ -129,7 +131,7 @@ def _backward(ctx, grad: Tensor, *_: Tensor) -> tuple:
 _STATISTICS = 'Tensor mean, Tensor variance'
 LIBRARY.define(f'batch_norm_relu(Tensor x, Tensor weight, Tensor bias, float eps, float scale) '
                f'-> (Tensor out, {_STATISTICS})')
-LIBRARY.define(f'batch_norm_relu_backward(Tensor grad, Tensor x, Tensor out, Tensor weight, {_STATISTICS}, float eps, '
+LIBRARY.define(f'batch_norm_relu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, {_STATISTICS}, float eps, '
                'float scale) -> (Tensor, Tensor, Tensor)')
 for _name, _kernel, _fake in (
         ('batch_norm_relu', _forward, _fake_forward),

@@ -6,6 +6,7 @@ waits for the device.
 """
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -37,7 +38,7 @@ _logger = logging.getLogger(__name__)
 T = TypeVar('T')
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
     """This process among those of the run.
 
@@ -127,6 +128,10 @@ def shutdown(world: World) -> None:
     """Leave the others. For the end of the program, whatever its reason."""
     if world.distributed and dist.is_initialized():
         dist.destroy_process_group()
+    # gloo's threads end with the last references to their groups: this one, and those of networks nobody needs any
+    # more. A thread that is just letting go of a tensor when the interpreter ends would abort the process.
+    world.control = None
+    gc.collect()
 
 
 def barrier(world: World) -> None:

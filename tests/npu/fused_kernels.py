@@ -1,0 +1,51 @@
+"""Prints the megabytes of a training step, an image and besides, where BatchNorm with ReLU is one kernel in either
+direction. The kernels here only say what those of ``ops/_triton.py`` would read and write: run it without operators."""
+
+import sys
+import types
+from importlib.machinery import ModuleSpec
+
+import torch
+from torch import Tensor
+
+from timm_npu_irv2.benchmarks.contestants import Workload, contestants
+from timm_npu_irv2.benchmarks.counting import cost_of
+
+touched = []
+
+
+def returns(*inputs: Tensor, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    touched.extend(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+    return outputs
+
+
+def batch_norm_relu(x, weight, bias, eps, scale):
+    return returns(x, weight, bias, outputs=tuple(map(torch.empty_like, (x, weight, weight))))
+
+
+def batch_norm_relu_backward(grad, x, weight, bias, mean, variance, eps, scale):
+    outputs = tuple(map(torch.empty_like, (x, weight, weight)))
+    return returns(grad, x, weight, bias, mean, variance, outputs=outputs)
+
+
+def scaled_residual_relu(x, branch, scale):
+    return returns(x, branch, outputs=(torch.empty_like(x),))[0]
+
+
+def megabytes(batch_size: int) -> float:
+    step = contestants(amp=True)['ours'].create(Workload(torch.device('npu'), batch_size, 299))
+    for _ in range(2):  # the first ones allocate states
+        step()
+    touched.clear()
+    return (cost_of(step).bytes + sum(touched)) / 1e6
+
+
+if __name__ == '__main__':
+    kernels = types.ModuleType('timm_npu_irv2.ops._triton')
+    for function in (batch_norm_relu, batch_norm_relu_backward, scaled_residual_relu):
+        setattr(kernels, function.__name__, function)
+    triton = types.ModuleType('triton')
+    triton.__spec__ = ModuleSpec('triton', None)
+    sys.modules |= {'triton': triton, kernels.__name__: kernels}
+    small, large = megabytes(2), megabytes(8)
+    print((large - small) / 6, small - (large - small) / 3)
