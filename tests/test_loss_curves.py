@@ -82,7 +82,8 @@ def test_float32_losses_are_as_near_to_timms_as_timms_in_another_layout():
 
 
 def test_half_weights_learn_as_timms_autocast_does():
-    data = batches(torch.float32, 4, 75)
+    # With 4 images of 75 px timm's own last losses differ by 10 % between two layouts, with these by 1.5 %.
+    data = batches(torch.float32, 16, 139)
     reference, ours = networks(torch.float32)
     autocast = losses(reference, data, amp=True, opt_level='O1')
     half = losses(ours, data, amp=True, opt_level='O2')
