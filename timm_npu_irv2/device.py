@@ -245,7 +245,8 @@ def has_fused_sgd(device: torch.device) -> bool:
 def has_slow_slices(x: torch.Tensor) -> bool:
     """Whether BatchNorm of ``x`` is slower than that of a copy without gaps, copying included.
 
-    So it is for a slice of channels on the CPU, where ATen vectorizes only what has no gaps.
+    So it is for a slice of channels on the CPU, where ATen vectorizes only what has no gaps: with the copy it takes an
+    eighth to two fifths of the time (``benchmark.py ops``).
     """
     if not isinstance(x, torch.Tensor) or x.device.type != 'cpu':  # FX's proxies are nowhere yet
         return False

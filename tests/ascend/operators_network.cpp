@@ -31,9 +31,11 @@ OPERATOR(ConvDepthwise2d, In self, In weight, Ints, In bias, Ints stride, Ints p
 
 // ---- normalisation -----------------------------------------------------------------------------------------------------
 
+// ATen's kernels for tensors with gaps sum in another order, and on a CPU this package hands it none.
 OPERATOR(BatchNorm, In input, In weight, In bias, InOut running_mean, InOut running_var, bool training, double momentum, double eps,
          Out out, Out save_mean, Out save_invstd) {
-  auto [normalised, mean, invstd] = at::native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps);
+  auto [normalised, mean, invstd] =
+      at::native_batch_norm(input.contiguous(), weight, bias, running_mean, running_var, training, momentum, eps);
   out = normalised;
   if (training) save_mean = mean, save_invstd = invstd;  // evaluation saves nothing on the CPU
 }
@@ -41,8 +43,8 @@ OPERATOR(BatchNorm, In input, In weight, In bias, InOut running_mean, InOut runn
 OPERATOR(BatchNormBackward, In grad, In input, In weight, In running_mean, In running_var, In save_mean, In save_invstd, bool training,
          double eps, Bools wanted, Out grad_input, Out grad_weight, Out grad_bias) {
   std::tie(grad_input, grad_weight, grad_bias) =
-      at::native_batch_norm_backward(grad, input, weight, running_mean, running_var, save_mean, save_invstd, training, eps,
-                                     {wanted[0], wanted[1], wanted[2]});
+      at::native_batch_norm_backward(grad.contiguous(), input.contiguous(), weight, running_mean, running_var, save_mean,
+                                     save_invstd, training, eps, {wanted[0], wanted[1], wanted[2]});
 }
 
 OPERATOR(LayerNorm, In input, Ints shape, In weight, In bias, double eps, Out out, Out mean, Out rstd) {

@@ -75,7 +75,8 @@ def batch_norm_relu(
 def _without_gaps(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not device.has_slow_slices(x):
         return x
-    return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
+    channels_last = x.stride(1) == 1 and x.shape[2:].numel() > 1  # a single position has either layout
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,7 +47,7 @@ class World:
         local_rank: Its index among those of this machine.
         size: The number of all processes.
         device: The device it computes on.
-        control: The group for host data; None for a single process.
+        control: The group for host data; None for a single process, and after :func:`shutdown`.
     """
 
     rank: int = 0
@@ -126,7 +126,9 @@ def _fresh_store(url: str, rank: int, size: int) -> dist.Store:
 
 def shutdown(world: World) -> None:
     """Leave the others. For the end of the program, whatever its reason."""
-    if world.distributed and dist.is_initialized():
+    if not world.distributed:
+        return
+    if dist.is_initialized():
         dist.destroy_process_group()
     # gloo's threads end with the last references to their groups: this one, and those of networks nobody needs any
     # more. A thread that is just letting go of a tensor when the interpreter ends would abort the process.
