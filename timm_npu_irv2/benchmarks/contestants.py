@@ -123,7 +123,7 @@ def _step(workload: Workload, precision: Precision, model: nn.Module, optimizer:
 def _timm(workload: Workload, amp: bool) -> Step:
     model = workload.network('inception_resnet_v2')
     dtype = device_seam.half_dtype(workload.device) if amp else None
-    # The first scale is 2**16 else, and may overflow here: a step that is skipped costs less than one that is not.
+    # The default first scale, 2**16, may overflow here, and a step that is skipped costs less than one that is not.
     scaler = torch.amp.GradScaler(workload.device.type, init_scale=2.0 ** 10, enabled=dtype == torch.float16)
     optimizer = _optimizer(model)
     images, targets = workload.batch()
