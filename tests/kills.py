@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from timm_npu_irv2.training.checkpoint_file import read
+from timm_npu_irv2.serialization import read_checkpoint
 
 from .ascend.environment import environment, running_on
 
@@ -107,7 +107,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def state_of(path: Path) -> dict[str, Any]:
-    state = read(path)
+    state = read_checkpoint(path)
     for key in ('args', 'seconds'):
         del state[key]
     del state['training']['throughput']

@@ -11,11 +11,10 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from timm_npu_irv2 import weights
+from timm_npu_irv2 import serialization
+from timm_npu_irv2.data.samplers import Batch, SampleKey
+from timm_npu_irv2.data.worker import BatchDataset
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.training import checkpoint_file
-from timm_npu_irv2.training.images import BatchDataset
-from timm_npu_irv2.training.plan import Batch, Draw
 
 FILES = 500  # of each kind; 2000 in all
 
@@ -65,14 +64,14 @@ def state_dict() -> dict[str, torch.Tensor]:
 
 def test_checkpoints(tmp_path, state_dict):
     path, state = tmp_path / 'last.pth.tar', {'state_dict': state_dict, 'epoch': 3, 'arch': 'x' * 50}
-    checkpoint_file.write(state, path)
-    assert fuzz(path, checkpoint_file.read, lambda loaded: equal(loaded, state)) > 0.7 * FILES
+    serialization.write_checkpoint(state, path)
+    assert fuzz(path, serialization.read_checkpoint, lambda loaded: equal(loaded, state)) > 0.7 * FILES
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'model.pth'])
 def test_weights(tmp_path, state_dict, name):
-    weights.save_file(state_dict, tmp_path / name)
-    assert fuzz(tmp_path / name, weights.load_file, lambda loaded: equal(loaded, state_dict)) > 0.7 * FILES
+    serialization.save_weights(state_dict, tmp_path / name)
+    assert fuzz(tmp_path / name, serialization.load_weights, lambda loaded: equal(loaded, state_dict)) > 0.7 * FILES
 
 
 def test_images(tmp_path):
@@ -87,7 +86,7 @@ def test_images(tmp_path):
 
     def load(path: Path) -> Image.Image:
         dataset = BatchDataset(Samples([0]), [lambda image: image], 'RGB', lambda samples: ([i for i, _ in samples], 0))
-        return dataset[Batch([Draw(0, 0)])].images[0]
+        return dataset[Batch([SampleKey(0, 0)])].images[0]
 
     assert fuzz(path, load, lambda image: image.mode == 'RGB' and np.asarray(image).shape[2] == 3) > 0.2 * FILES
 
@@ -97,9 +96,9 @@ def test_a_safetensors_header_larger_than_its_file_is_refused(tmp_path, length):
     path = tmp_path / 'model.safetensors'
     path.write_bytes(length.to_bytes(8, 'little') + b'{}' * 100)
     with pytest.raises(UserError, match=r"model\.safetensors can't be read as weights"):
-        weights.load_file(path)
+        serialization.load_weights(path)
 
 
 def test_safetensors_of_others_have_no_checksum_and_are_read(tmp_path, state_dict):
     safetensors.torch.save_file(state_dict, tmp_path / 'model.safetensors')
-    assert equal(weights.load_file(tmp_path / 'model.safetensors'), state_dict)
+    assert equal(serialization.load_weights(tmp_path / 'model.safetensors'), state_dict)

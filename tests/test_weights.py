@@ -9,7 +9,7 @@ import safetensors.torch
 import timm
 import torch
 
-from timm_npu_irv2 import UnknownDialect, UserError, weights
+from timm_npu_irv2 import UnknownDialect, UserError, serialization, weights
 
 from .conftest import OURS, REFERENCE
 
@@ -85,7 +85,7 @@ def write(path, kind, state_dict):
     elif kind == 'timm':
         safetensors.torch.save_file(state_dict, path)
     else:
-        weights.save_file(weights.convert(state_dict, to='npu'), path)
+        serialization.save_weights(weights.convert(state_dict, to='npu'), path)
     return str(path)
 
 
@@ -116,14 +116,14 @@ def test_another_architecture_is_one_clear_error(tmp_path):
 
 def test_a_file_that_is_no_checkpoint_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match='no such file'):
-        weights.load_file(tmp_path / 'missing.pth')
+        serialization.load_weights(tmp_path / 'missing.pth')
     for name, content in (('a.pth', b'not a pickle'), ('a.safetensors', b'\xff' * 64), ('empty.pth', b'')):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="can't be read as weights"):
-            weights.load_file(tmp_path / name)
+            serialization.load_weights(tmp_path / name)
     torch.save({'state_dict': {'epoch': 1}}, tmp_path / 'none.pth')
     with pytest.raises(UserError, match='holds no weights'):
-        weights.load_file(tmp_path / 'none.pth')
+        serialization.load_weights(tmp_path / 'none.pth')
 
 
 @pytest.mark.parametrize('num_classes, in_chans', [(1000, 3), (1000, 1), (7, 3)])
@@ -171,7 +171,7 @@ def test_the_command_converts_files(tmp_path, reference_state_dict):
     assert 'cadene' in run(source, tmp_path / 'npu.safetensors', '--to', 'npu').stdout
     run(tmp_path / 'npu.safetensors', tmp_path / 'back.pth', '--to', 'cadene')
     expected = to_cadene(reference_state_dict)
-    assert_equal(weights.load_file(tmp_path / 'back.pth'), expected)
+    assert_equal(serialization.load_weights(tmp_path / 'back.pth'), expected)
     with (tmp_path / 'npu.safetensors').open('rb') as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
     assert header['__metadata__']['format'] == 'pt'  # what timm and transformers look for

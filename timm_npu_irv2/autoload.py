@@ -4,7 +4,6 @@ PyTorch calls :func:`register` at the end of ``import torch`` (entry point group
 silent and unable to fail: it only puts a finder in front of Python's own, which waits for ``timm.models``.
 """
 
-import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -15,7 +14,6 @@ from collections.abc import Sequence
 __all__ = ['register']
 
 _AWAITED = 'timm.models'
-_PLUGIN = 'timm_npu_irv2.registration'
 
 
 def register() -> None:
@@ -28,7 +26,11 @@ def register() -> None:
 
 def _import_plugin() -> None:
     try:
-        importlib.import_module(_PLUGIN)
+        from . import device, model, optim  # noqa: PLC0415 - heavy, and needs timm
+
+        device.load_backends()
+        optim.register_optimizers()
+        assert model.inception_resnet_v2_npu  # timm's decorator registered it
     except Exception as error:  # timm must stay usable, whatever is wrong with us
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         warnings.warn(f'timm_npu_irv2 could not register its models with timm ({reason})', stacklevel=2)

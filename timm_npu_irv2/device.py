@@ -40,9 +40,9 @@ __all__ = [
     'load_backends',
     'memory_format',
     'peak_memory',
+    'prefetch',
     'reset_peak_memory',
     'resolve_device',
-    'run_ahead',
     'synchronize',
     'versions',
 ]
@@ -363,7 +363,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {'type': device.type, 'name': name}
 
 
-def run_ahead(items: Iterable[T], place: Callable[[T], R], device: torch.device) -> Iterator[R]:
+def prefetch(items: Iterable[T], place: Callable[[T], R], device: torch.device) -> Iterator[R]:
     """``map(place, items)``; on an accelerator ``place`` works on a stream of its own, one item ahead of the consumer.
 
     So the transfer of the next batch overlaps the work on this one. A result must be used on the stream that is

@@ -1,6 +1,8 @@
 """The errors a user can cause. Their text is one line: what was wrong, and what to do."""
 
-__all__ = ['CannotWrite', 'DeviceUnavailable', 'UnknownDialect', 'UserError', 'first_line']
+import signal
+
+__all__ = ['CannotWrite', 'DeviceUnavailable', 'Stopped', 'UnknownDialect', 'UserError', 'first_line']
 
 
 class UserError(Exception):
@@ -20,6 +22,18 @@ class UnknownDialect(UserError, RuntimeError):
 
     It is a RuntimeError too, since that is what ``Module.load_state_dict`` raises for weights that do not fit.
     """
+
+
+class Stopped(Exception):
+    """All processes were asked to stop, and have saved what they had.
+
+    Attributes:
+        number: The number of the signal.
+    """
+
+    def __init__(self, number: int, checkpoint: str) -> None:
+        super().__init__(f'stopped by {signal.Signals(number).name}; --resume {checkpoint} goes on from there.')
+        self.number = number
 
 
 def first_line(error: BaseException) -> str:

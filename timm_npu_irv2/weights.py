@@ -7,7 +7,8 @@
 ``cadene``       Cadene's pretrained-models.pytorch and Ascend's model zoo: timm's names, classifier ``last_linear``
 ===============  =======================================================================================================
 
-The zoo's checkpoints wrap the last one in a ``state_dict`` key and a ``module.`` prefix; :func:`load_file` unwraps.
+The zoo's checkpoints wrap the last one in a ``state_dict`` key and a ``module.`` prefix;
+:func:`.serialization.load_weights` unwraps.
 Translation moves and renames tensors and computes nothing. The number of logits stays what it is: Cadene's and the
 zoo's have 1001, index 0 being a background class, which timm's ``label_offset`` drops for pretrained weights.
 
@@ -16,22 +17,18 @@ zoo's have 1001, index 0 being a background class, which timm's ``label_offset``
 
 import argparse
 import functools
-import hashlib
-import os
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import CannotWrite, UnknownDialect, UserError, first_line
-from .files import damaged_entry, replacing
+from .errors import UnknownDialect, UserError
+from .serialization import load_weights, save_weights
 
-__all__ = ['DIALECTS', 'convert', 'detect_dialect', 'load_file', 'save_file']
+__all__ = ['DIALECTS', 'convert', 'detect_dialect']
 
 DIALECTS = ('npu', 'timm', 'cadene')
 
@@ -203,78 +200,6 @@ def _join_tensors(parts: List[Tensor]) -> Tensor:
     return torch.stack(parts).amax(0) if parts[0].ndim == 0 else torch.cat(parts)
 
 
-def load_file(path: str | os.PathLike, use_ema: bool = False) -> StateDict:
-    """The state dict in a .safetensors or .pth file, out of its wrappers; nothing in the file is executed.
-
-    Args:
-        path: A file as timm, Cadene, the model zoo or this package writes it.
-        use_ema: Take the averaged weights where the file has both.
-
-    Raises:
-        UserError: No such file, or a file that is not a checkpoint.
-    """
-    from timm.models import load_state_dict  # noqa: PLC0415 - the rest of this module knows only tensors
-
-    if not Path(path).is_file():
-        raise UserError(f'{path}: no such file.')
-    try:
-        damaged = _damage(Path(path))
-        state_dict = load_state_dict(str(path), use_ema=use_ema)
-    except Exception as error:  # zip, pickle, safetensors and struct errors all mean the same to the reader
-        raise UserError(f"{path} can't be read as weights: {first_line(error)}") from error
-    if damaged is not None:
-        raise UserError(f'{path} is damaged: the checksum of {damaged} is wrong.')
-    tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f'{path} holds no weights.')
-    return tensors
-
-
-def _damage(path: Path) -> str | None:
-    """What in a file has another checksum than was written with it; None if nothing, or if it has no checksums."""
-    if path.suffix != '.safetensors':
-        return damaged_entry(path)
-    with safetensors.safe_open(path, 'pt') as file:
-        expected = (file.metadata() or {}).get('sha256')
-        if expected is None:
-            return None
-        found = _sha256({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
-    return None if found == expected else 'the tensors'
-
-
-def _sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """A checksum of names, types, shapes and every bit; the format has none of its own."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state_dict.items()):
-        digest.update(f'{name} {value.dtype} {tuple(value.shape)}\n'.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Write a state dict as .safetensors, or else as a .pth with a ``state_dict`` key; all of it, or nothing.
-
-    Both hold checksums, which :func:`load_file` compares.
-
-    Raises:
-        CannotWrite: There is no such folder, or the disk is full.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise CannotWrite(f"{path} can't be written: there is no folder {path.parent}.")
-    try:
-        with replacing(path) as temporary:
-            if path.suffix == '.safetensors':
-                contiguous = {key: value.contiguous() for key, value in state_dict.items()}
-                metadata = {'format': 'pt', 'sha256': _sha256(contiguous)}
-                safetensors.torch.save_file(contiguous, temporary, metadata=metadata)
-            else:
-                torch.save({'state_dict': dict(state_dict)}, temporary)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch's and safetensors' for a full disk
-        reason = getattr(error, 'strerror', None) or first_line(error)
-        raise CannotWrite(f"{path} can't be written: {reason}.") from error
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -287,9 +212,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--use-ema', action='store_true', help='take the averaged weights where the file has both')
     args = parser.parse_args(argv)
     try:
-        source = load_file(args.input, use_ema=args.use_ema)
+        source = load_weights(args.input, use_ema=args.use_ema)
         dialect = detect_dialect(source)
-        save_file(convert(source, to=args.to), args.output)
+        save_weights(convert(source, to=args.to), args.output)
     except UserError as error:
         print(f'{parser.prog}: error: {error}', file=sys.stderr)
         return 2

@@ -41,16 +41,16 @@ from torch import Tensor, nn
 
 from timm_npu_irv2 import device as device_seam
 from timm_npu_irv2 import hub
+from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
+from timm_npu_irv2.cli.script import run_script, start_log
+from timm_npu_irv2.data.decode import to_pil_mode
+from timm_npu_irv2.distributed import World, initialize, shutdown
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.files import write_whole
 from timm_npu_irv2.ops.normalize import normalize_images
+from timm_npu_irv2.plots import Answer, draw_sheet, gradcam
+from timm_npu_irv2.serialization import atomic_write
 from timm_npu_irv2.training import setup
-from timm_npu_irv2.training.distributed import World, initialize, shutdown
-from timm_npu_irv2.training.flags import OUR_MODEL, REFUSED, TRAIN_FLAGS, Flag, Group
-from timm_npu_irv2.training.images import as_mode
-from timm_npu_irv2.training.options import parse_flags
-from timm_npu_irv2.training.script import run_script, start_log
-from timm_npu_irv2.training.sheet import Answer, draw_sheet, gradcam
+from timm_npu_irv2.training.flags import OUR_MODEL, REFUSED, TRAIN_FLAGS
 
 _logger = logging.getLogger('inference')
 
@@ -125,7 +125,7 @@ FLAGS = (
     )),
 )
 
-NOT_HAD = {
+UNSUPPORTED = {
     **REFUSED,
     '--aot-autograd': 'torch has dropped what was behind it; use --torchcompile aot_eager.',
 }
@@ -137,7 +137,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     Raises:
         UserError: An unknown option, a value out of range, a contradiction; one line.
     """
-    args = parse_flags(FLAGS, argv, prog='inference.py', refused=NOT_HAD, description=(
+    args = parse_flags(FLAGS, argv, prog='inference.py', refused=UNSUPPORTED, description=(
         "Classify images with Inception-ResNet-v2, or any timm model, on NPU, CUDA or CPU. The options are those of "
         "timm's inference.py. '-' and '_' in names are the same."))
     args.data = [*args.data, *([args.data_dir] if args.data_dir else [])]
@@ -267,7 +267,7 @@ class Images:
 
     def __getitem__(self, index: int) -> Image.Image:
         with Image.open(self.paths[index]) as image:
-            return as_mode(image, self.mode)
+            return to_pil_mode(image, self.mode)
 
 
 class Samples:
@@ -291,7 +291,7 @@ def find_images(args: Namespace, channels: int) -> Images | Samples:
     """The images that are asked for: files, the files in folders (however deep, in natural order), a data set's."""
     mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
     if args.dataset or (len(args.data) == 1 and args.data[0].endswith('.tar')):
-        with hub.explained(f'--dataset {args.dataset}' if args.dataset else args.data[0]):
+        with hub.translate_hub_errors(f'--dataset {args.dataset}' if args.dataset else args.data[0]):
             dataset = create_dataset(args.dataset, root=args.data[0] if args.data else None, split=args.split,
                                      class_map=args.class_map, download=args.dataset_download, input_img_mode=mode)
         if not hasattr(dataset, '__getitem__'):
@@ -488,7 +488,7 @@ def write_results(args: Namespace, table: dict[str, list[Any]], size: int) -> No
         path = Path(args.results_dir) / f'{stem}{EXTENSIONS[format]}'
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, as_file(args, table, format))
+            atomic_write(path, as_file(args, table, format))
         except OSError as error:
             raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
         _logger.info(f'Results: {path}')

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_npu_irv2 import hub
-from timm_npu_irv2.deploy import InferenceNetwork, graph, to_inference
+from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
+from timm_npu_irv2.cli.script import run_script, start_log
+from timm_npu_irv2.deploy import InferenceNetwork, onnx, to_inference
+from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.training.distributed import World
-from timm_npu_irv2.training.flags import OUR_MODEL, Flag, Group
-from timm_npu_irv2.training.options import parse_flags, too_small
-from timm_npu_irv2.training.script import run_script, start_log
+from timm_npu_irv2.training.flags import OUR_MODEL
+from timm_npu_irv2.training.options import check_image_size
 
 _logger = logging.getLogger('onnx_export')
 
@@ -52,7 +53,7 @@ FLAGS = (
              rest={'nargs': '+', 'metavar': 'X'}),
     )),
     Group('Format', (
-        Flag('--opset', "version of ONNX's operators", int, graph.OPSET, '[11, inf)', {'metavar': 'N'}),
+        Flag('--opset', "version of ONNX's operators", int, onnx.OPSET, '[11, inf)', {'metavar': 'N'}),
         Flag('--dynamo', "torch's newer exporter, for opset 18 and above", bool, False),
         Flag('--keep-init', 'keep the weights as inputs, too', bool, False),
         Flag('--check-forward', 'compare outputs with PyTorch; it is always done, where onnxruntime is installed', bool,
@@ -69,7 +70,7 @@ FLAGS = (
     )),
 )
 
-NOT_HAD = {
+UNSUPPORTED = {
     '--aten-fallback': 'this network needs none.',
     '--training': 'what is exported only infers; train with train.py.',
 }
@@ -77,11 +78,11 @@ NOT_HAD = {
 
 def parse(argv: Sequence[str]) -> Namespace:
     """The options. Raises UserError for what is wrong with them, in one line."""
-    args = parse_flags(FLAGS, argv, prog='onnx_export.py', refused=NOT_HAD, description=(
+    args = parse_flags(FLAGS, argv, prog='onnx_export.py', refused=UNSUPPORTED, description=(
         "Write Inception-ResNet-v2 as an ONNX file, for ONNX Runtime, OpenVINO and CANN's ATC. The options are those "
         "of timm's onnx_export.py. '-' and '_' in names are the same."))
     args.output = Path(args.output)
-    small = too_small(OUR_MODEL, (args.input_size or [])[1:])
+    small = check_image_size(OUR_MODEL, (args.input_size or [])[1:])
     wrong = [
         (small, f'--input-size: {small}'),
         (args.input_size and args.img_size, '--img-size and --input-size say the same: leave one out.'),
@@ -90,7 +91,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         (args.dynamo and args.opset < 18, f'--dynamo knows no opset below 18: leave it out, or add --opset 18 '
          f'(which ATC may not take), instead of {args.opset}.'),
         (args.dynamo and args.keep_init, '--keep-init is for the exporter without --dynamo.'),
-        (args.atc and not args.soc_version, f'--atc needs a --soc-version, such as {", ".join(graph.SOC_VERSIONS)}.'),
+        (args.atc and not args.soc_version, f'--atc needs a --soc-version, such as {", ".join(onnx.SOC_VERSIONS)}.'),
         (args.atc and args.dynamic_size, '--atc compiles for one size of images: leave out --dynamic-size.'),
     ]
     for is_wrong, text in wrong:
@@ -106,15 +107,15 @@ def main(argv: Sequence[str]) -> int:
     network = load_network(args)
     height, width = image_size(args, network)
     shape = (args.batch_size, network.in_chans, *((None, None) if args.dynamic_size else (height, width)))
-    commands = [graph.AtcCommand(args.output, name, shape, args.atc_batch_sizes)
-                for name in ([args.soc_version] if args.soc_version else graph.SOC_VERSIONS)]
+    commands = [onnx.AtcCommand(args.output, name, shape, args.atc_batch_sizes)
+                for name in ([args.soc_version] if args.soc_version else onnx.SOC_VERSIONS)]
     for command in commands if args.atc else ():
         command.check(args.force)  # before minutes are spent
-    graph.export(
+    onnx.export(
         network, args.output, uint8=args.uint8, batch_size=args.batch_size, img_size=(height, width),
         dynamic_size=args.dynamic_size, opset=args.opset, dynamo=args.dynamo, verbose=args.verbose,
         **({'keep_initializers_as_inputs': True} if args.keep_init else {}))
-    error = graph.check(network, args.output)
+    error = onnx.check(network, args.output)
     _logger.info(f'{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, opset {args.opset}, '
                  f'{"uint8" if args.uint8 else "float32"} images; differs from PyTorch by {error:.1e} (relative)')
     if not error < TOLERANCE:

@@ -13,12 +13,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_npu_irv2.deploy import graph, quantization
+from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
+from timm_npu_irv2.cli.script import run_script, start_log
+from timm_npu_irv2.deploy import onnx, quantization
+from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.training.distributed import World
-from timm_npu_irv2.training.flags import Flag, Group
-from timm_npu_irv2.training.options import parse_flags
-from timm_npu_irv2.training.script import run_script, start_log
 
 _logger = logging.getLogger('onnx_quantize')
 
@@ -63,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     """Calibrate, quantise, compare."""
     args = parse(argv)
     start_log(World())
-    config = graph.preprocessing(args.model)
+    config = onnx.preprocessing(args.model)
     calibration = quantization.Photographs(args.calibration, config)
     evaluation = quantization.Photographs(args.evaluation, config) if args.evaluation else calibration.split()
     calibration.keep(args.images)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.training.options import parse_args
-from timm_npu_irv2.training.script import run_script
 
 
 def main(argv: Sequence[str]) -> int:

@@ -23,11 +23,10 @@ from timm.utils import random_seed
 
 from timm_npu_irv2 import device as device_seam
 from timm_npu_irv2 import hub
-from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.files import write_whole
-from timm_npu_irv2.training import checkpoint, setup
-from timm_npu_irv2.training.data import create_eval_loader, create_train_loader
-from timm_npu_irv2.training.distributed import (
+from timm_npu_irv2.cli.parser import as_yaml
+from timm_npu_irv2.cli.script import run_script, start_log
+from timm_npu_irv2.data.loader import create_eval_loader, create_train_loader
+from timm_npu_irv2.distributed import (
     StopRequest,
     World,
     device_name,
@@ -40,13 +39,15 @@ from timm_npu_irv2.training.distributed import (
     restarted,
     shutdown,
 )
-from timm_npu_irv2.training.engine import Position, Stopped, Trainer, evaluate
+from timm_npu_irv2.errors import Stopped, UserError
+from timm_npu_irv2.serialization import atomic_write
+from timm_npu_irv2.training import checkpoint, setup
+from timm_npu_irv2.training.engine import Position, Trainer, evaluate
 from timm_npu_irv2.training.flags import OUR_MODEL
-from timm_npu_irv2.training.folder import output_folder
-from timm_npu_irv2.training.options import as_yaml, parse_args
+from timm_npu_irv2.training.options import parse_args
+from timm_npu_irv2.training.output_dir import output_dir
 from timm_npu_irv2.training.report import Progress, Report
 from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
-from timm_npu_irv2.training.script import run_script, start_log
 
 _logger = logging.getLogger('train')
 
@@ -119,15 +120,16 @@ def run_in(world: World, args: Namespace, options: str, started: float) -> None:
     device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
     stopping = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
     advice = '--resume auto goes on from the newest checkpoint.'
-    with setup.explained_memory_errors(args, world), setup.explained_losses(world, advice), stopping as stop:
+    translations = setup.translate_out_of_memory(args, world), setup.translate_lost_process_errors(world, advice)
+    with translations[0], translations[1], stopping as stop:
         run = assemble(args, world, stop, started)
-        with output_folder(args, run.image_size, world) as folder, closing_all(run.loaders):
+        with output_dir(args, run.image_size, world) as folder, closing_all(run.loaders):
             train(run, folder, options)
 
 
 def assemble(args: Namespace, world: World, stop: StopRequest | None, started: float) -> Run:
     """Make everything that training needs, in the only order that works."""
-    args.batch_size = setup.share_of_batch(args, world)
+    args.batch_size = setup.per_process_batch_size(args, world)
     random_seed(args.seed)  # the same initial weights in every process
     model = setup.build_model(args)
     parameters = sum(p.numel() for p in model.parameters())
@@ -145,7 +147,7 @@ def assemble(args: Namespace, world: World, stop: StopRequest | None, started: f
     module = task.get_trainable_module()
     optimizer = setup.build_optimizer(module, args, world, train_loader.average_batch_size)
     task.trainable_module, optimizer = precision.prepare(module, optimizer)
-    setup.average_weights(task, precision, args)
+    setup.setup_ema(task, precision, args)
     updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
     scheduler, epochs = setup.build_scheduler(optimizer, args, updates_per_epoch, metric == 'loss')
     random_seed(args.seed, world.rank)  # different dropout in every process
@@ -176,7 +178,7 @@ def train(run: Run, folder: Path, options: str) -> None:
     report = Report(folder, trainer.position.epoch, run.metric)
     log_wandb = setup.start_wandb(args, folder.name) if world.is_primary else None
     if world.is_primary:
-        write_whole(folder / 'args.yaml', options)
+        atomic_write(folder / 'args.yaml', options)
     describe(run, folder)
     with contextlib.closing(Progress(run.epochs)) as progress, contextlib.closing(saver):
         if world.is_primary:
@@ -186,7 +188,7 @@ def train(run: Run, folder: Path, options: str) -> None:
         trainer.images_folder = folder if args.save_images else None
         for epoch in range(trainer.position.epoch, run.epochs):
             trained = trainer.train_one_epoch()
-            setup.share_statistics(trainer.task, args, world)
+            setup.distribute_batch_norm(trainer.task, args, world)
             due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.epochs
             validated = validate(run) if due else None
             if world.is_primary:
@@ -209,7 +211,7 @@ def resume(run: Run, saver: CheckpointSaver) -> None:
         saver.load_state_dict(state.get('saver', {}), path)
     if args.start_epoch is not None:
         trainer.position = Position(args.start_epoch, 0, args.start_epoch * trainer.updates_per_epoch)
-    setup.reach(trainer.scheduler, trainer.position)
+    setup.fast_forward(trainer.scheduler, trainer.position)
 
 
 def checkpoint_to_resume(run: Run, folder: Path) -> Path | None:

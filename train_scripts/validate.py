@@ -29,17 +29,18 @@ from timm.utils import decay_batch_step, natural_key, random_seed, reparameteriz
 from torch import Tensor, nn
 
 from timm_npu_irv2 import device as device_seam
-from timm_npu_irv2 import weights
+from timm_npu_irv2 import serialization
+from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
+from timm_npu_irv2.cli.script import run_script, start_log
+from timm_npu_irv2.data.loader import DeviceLoader, create_eval_loader
+from timm_npu_irv2.distributed import World, gather_objects, initialize, shutdown
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.files import write_whole
+from timm_npu_irv2.plots import Prediction, choose, draw_predictions
+from timm_npu_irv2.serialization import atomic_write
 from timm_npu_irv2.training import setup
-from timm_npu_irv2.training.data import DeviceLoader, create_eval_loader
-from timm_npu_irv2.training.distributed import World, gather_objects, initialize, shutdown
 from timm_npu_irv2.training.engine import evaluate
-from timm_npu_irv2.training.flags import REFUSED, TRAIN_FLAGS, Flag, Group
-from timm_npu_irv2.training.options import parse_flags, too_small
-from timm_npu_irv2.training.picture import Prediction, choose, draw_predictions
-from timm_npu_irv2.training.script import run_script, start_log
+from timm_npu_irv2.training.flags import REFUSED, TRAIN_FLAGS
+from timm_npu_irv2.training.options import check_image_size
 
 _logger = logging.getLogger('validate')
 
@@ -103,7 +104,7 @@ NAMES = {name for group in FLAGS for flag in group.flags for name in flag.names.
 NAMES_IN_TRAINING = {name for group in TRAIN_FLAGS for flag in group.flags for name in flag.names.split()}
 
 # On the command line an error; in a config, which may be the args.yaml of a training run, without meaning.
-NOT_HAD = {
+UNSUPPORTED = {
     **dict.fromkeys(NAMES_IN_TRAINING - NAMES, 'it is an option of train.py.'),
     **REFUSED,
     '--tf-preprocessing': "it needs TensorFlow, and reproduces what its own models were trained with; use --crop-pct "
@@ -118,13 +119,13 @@ def parse(argv: Sequence[str]) -> Namespace:
     Raises:
         UserError: An unknown option, a value out of range, a contradiction; one line.
     """
-    args = parse_flags(FLAGS, argv, prog='validate.py', refused=NOT_HAD, description=(
+    args = parse_flags(FLAGS, argv, prog='validate.py', refused=UNSUPPORTED, description=(
         "Validate Inception-ResNet-v2, or any timm model, on NPU, CUDA or CPU. The options are those of timm's "
         "validate.py. '-' and '_' in names are the same."))
     args.data_dir = args.data or args.data_dir
     args.pretrained = args.pretrained or not args.checkpoint
     sizes = [size for size in (args.img_size, *(args.input_size or ())[1:]) if size]
-    if wrong := too_small(args.model, sizes):
+    if wrong := check_image_size(args.model, sizes):
         raise UserError(wrong)
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise UserError(f'--model-dtype {args.model_dtype} is for validation without --amp: leave one out.')
@@ -172,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
         start_log(world)
         device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
         pairs = expand(args)
-        with setup.explained_losses(world, 'Start again.'):
+        with setup.translate_lost_process_errors(world, 'Start again.'):
             if len(pairs) == 1:
                 results: Any = validate(args, world, *pairs[0])
             else:
@@ -246,7 +247,7 @@ def measure(args: Namespace, world: World) -> Results:
 
 def load_model(args: Namespace) -> nn.Module:
     """The model with its weights, on the CPU; ``args.num_classes`` becomes its number of classes."""
-    state_dict = weights.load_file(args.checkpoint, args.use_ema) if args.checkpoint else None
+    state_dict = serialization.load_weights(args.checkpoint, args.use_ema) if args.checkpoint else None
     if state_dict is not None and args.num_classes is None:
         args.num_classes = classes_in(state_dict, args.model)
     try:
@@ -405,7 +406,7 @@ def real_accuracy(args: Namespace, loader: Any, answers: Sequence[tuple]) -> dic
 
 
 def draw_answers(args: Namespace, loader: Any, answers: Sequence[tuple]) -> None:
-    """Draw wrong and right answers; the wrong ones first."""
+    """SampleKey wrong and right answers; the wrong ones first."""
     if not isinstance(loader, DeviceLoader):
         raise UserError('--picture needs a data set with an index.')
     names = {index: name for name, index in (loader.class_to_idx or {}).items()}
@@ -443,7 +444,7 @@ def write_results(path: Path, results: Results | list[Results], format: str) -> 
         writer.writerows(rows)
         text = table.getvalue()
     try:
-        write_whole(path, text)
+        atomic_write(path, text)
     except OSError as error:
         raise UserError(f'--results-file {path}: {error.strerror or error}.') from error
 

@@ -8,7 +8,7 @@ from importlib.machinery import ModuleSpec
 import torch
 from torch import Tensor
 
-from timm_npu_irv2.benchmarks.contestants import Workload, contestants
+from timm_npu_irv2.benchmarks.candidates import Workload, candidates
 from timm_npu_irv2.benchmarks.counting import cost_of
 
 touched = []
@@ -33,7 +33,7 @@ def scaled_residual_relu(x, branch, scale):
 
 
 def megabytes(batch_size: int) -> float:
-    step = contestants(amp=True)['ours'].create(Workload(torch.device('npu'), batch_size, 299))
+    step = candidates(amp=True)['ours'].create(Workload(torch.device('npu'), batch_size, 299))
     for _ in range(2):  # the first ones allocate states
         step()
     touched.clear()

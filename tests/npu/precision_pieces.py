@@ -12,7 +12,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-import timm_npu_irv2.registration  # noqa: F401 - the optimizers' names
+import timm_npu_irv2  # noqa: F401 - the optimizers' names
 from timm_npu_irv2.precision import create_precision
 
 NPU, CPU = torch.device('npu'), torch.device('cpu')

@@ -14,7 +14,7 @@ from ..ascend.environment import only_here
 
 only_here()
 
-from timm_npu_irv2.training.checkpoint import read  # noqa: E402
+from timm_npu_irv2.serialization import read_checkpoint  # noqa: E402
 
 from ..ascend.pieces import error, vector  # noqa: E402
 from .pictures import write_pictures  # noqa: E402
@@ -64,7 +64,7 @@ def differing(folder: Path, ranks: int) -> list[str]:
 
 
 def weights(folder: Path):
-    return vector(read(folder / 'last.pth.tar')['state_dict'].values())
+    return vector(read_checkpoint(folder / 'last.pth.tar')['state_dict'].values())
 
 
 def test_two_processes_with_synchronised_batch_norm_are_one_with_the_joint_batch(run, tmp_path):

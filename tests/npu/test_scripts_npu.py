@@ -25,8 +25,8 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from timm.models import register_model  # noqa: E402
 
-from timm_npu_irv2.training.checkpoint import read  # noqa: E402
-from timm_npu_irv2.training.script import run_script  # noqa: E402
+from timm_npu_irv2.cli.script import run_script  # noqa: E402
+from timm_npu_irv2.serialization import read_checkpoint  # noqa: E402
 
 from ..ascend.pieces import error, vector  # noqa: E402
 from .pictures import write_pictures  # noqa: E402
@@ -107,7 +107,7 @@ class Cost:
 
 
 def weights(folder: Path, name: str = 'last', key: str = 'state_dict') -> torch.Tensor:
-    return vector(read(folder / f'{name}.pth.tar')[key].values())
+    return vector(read_checkpoint(folder / f'{name}.pth.tar')[key].values())
 
 
 def figures(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from timm_npu_irv2.benchmarks import inference
-from timm_npu_irv2.deploy import graph
+from timm_npu_irv2.deploy import onnx
 
 SCRIPT = Path(__file__).parents[2] / 'train_scripts' / 'benchmark.py'
 
@@ -52,5 +52,5 @@ def test_what_is_not_installed_or_cannot_is_left_out(monkeypatch):
     assert not inference._available('openvino', torch.device('cuda'), 'float32')
     monkeypatch.setattr(inference.importlib.util, 'find_spec', lambda name: None)
     assert not inference._available('onnxruntime', torch.device('cpu'), 'float32')
-    with pytest.raises(graph.UserError, match=r'timm-npu-irv2\[export\]'):
-        graph.optional('no_such_package')
+    with pytest.raises(onnx.UserError, match=r'timm-npu-irv2\[export\]'):
+        onnx.optional('no_such_package')

@@ -15,9 +15,9 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.training.script import run_script
-from timm_npu_irv2.training.sheet import gradcam
+from timm_npu_irv2.plots import gradcam
 
 SCRIPT = Path(__file__).parents[2] / 'train_scripts' / 'inference.py'
 CLASSES = 5
@@ -211,7 +211,7 @@ def test_options_run(infer, options):
 
 def test_timms_options_are_known(fails):
     known = {name for group in script.FLAGS for flag in group.flags for name in flag.names.split()}
-    assert set(TIMM_OPTIONS) - known == script.NOT_HAD.keys() & set(TIMM_OPTIONS) == {'--aot-autograd'}
+    assert set(TIMM_OPTIONS) - known == script.UNSUPPORTED.keys() & set(TIMM_OPTIONS) == {'--aot-autograd'}
 
 
 def test_fast_is_what_the_device_computes_fast():

@@ -17,10 +17,10 @@ import yaml
 from PIL import Image
 
 from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2.data.samplers import RankSampler
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.training.checkpoint_file import read
+from timm_npu_irv2.serialization import read_checkpoint
 from timm_npu_irv2.training.options import parse_args
-from timm_npu_irv2.training.plan import EpochShare
 
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 LAUNCHERS = sorted(path.name for path in SCRIPTS.glob('*.sh'))
@@ -269,7 +269,7 @@ def dealt_images(tmp_path) -> Path:
     images = {name: Image.fromarray(generator.integers(0, 256, (75, 75, 3), dtype=np.uint8)) for name in set(DEALT)}
     folder = tmp_path / 'images'
     (folder / 'train' / 'class0').mkdir(parents=True)
-    order = itertools.islice(EpochShare(len(DEALT), 0, 1, seed=7, epoch_repeats=0, aug_repeats=0), len(DEALT))
+    order = itertools.islice(RankSampler(len(DEALT), 0, 1, seed=7, epoch_repeats=0, aug_repeats=0), len(DEALT))
     for draw, name in zip(order, DEALT, strict=True):
         images[name].save(folder / 'train' / 'class0' / f'{draw.index}.png')
     return folder
@@ -288,7 +288,7 @@ def test_two_processes_have_the_gradients_of_one_that_averages_their_half_batche
         result = run('dist_train_npu.sh', processes, *words, *options, '--experiment', processes, cwd=tmp_path,
                      PYTHONPATH=str(SCRIPTS.parent / 'tests' / 'witness'), OMP_NUM_THREADS='1')
         assert result.returncode == 0, result.stderr
-        after = read(tmp_path / processes / 'last.pth.tar')['state_dict']
+        after = read_checkpoint(tmp_path / processes / 'last.pth.tar')['state_dict']
         moved[processes] = torch.cat([(start - after[name]).flatten() for name, start in model.named_parameters()])
         if processes == '2':
             ranks = [json.loads((tmp_path / f'rank-{rank}.json').read_text()) for rank in range(2)]

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from tests.conftest import create_pair, relative_error
-from timm_npu_irv2.deploy import graph
-from timm_npu_irv2.training.script import run_script
-from timm_npu_irv2.weights import save_file
+from timm_npu_irv2.cli.script import run_script
+from timm_npu_irv2.deploy import onnx as graph
+from timm_npu_irv2.serialization import save_weights
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory):
     """timm's weights in a file, and timm's network."""
     path = tmp_path_factory.mktemp('weights') / 'weights.safetensors'
     reference, _ = create_pair(num_classes=CLASSES)
-    save_file(reference.state_dict(), path)
+    save_weights(reference.state_dict(), path)
     return path, reference.eval()
 
 
@@ -129,7 +129,7 @@ def test_it_has_timms_options(capsys):
         export_script.parse(['--help'])
     text = capsys.readouterr().out
     for option in TIMM_OPTIONS:
-        assert re.search(rf'(?<!\S){option}\b', text) or option in export_script.NOT_HAD, option
+        assert re.search(rf'(?<!\S){option}\b', text) or option in export_script.UNSUPPORTED, option
 
 
 @pytest.mark.parametrize(('argv', 'message'), [

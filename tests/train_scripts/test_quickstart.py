@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_npu_irv2.training.picture import COLUMNS, ROWS, Prediction, choose, draw_predictions
+from timm_npu_irv2.plots import COLUMNS, ROWS, Prediction, choose, draw_predictions
 
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from timm.models import register_model
 
-from timm_npu_irv2.training.checkpoint_file import read
-from timm_npu_irv2.training.script import run_script
+from timm_npu_irv2.cli.script import run_script
+from timm_npu_irv2.serialization import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'train_scripts' / 'train.py'
@@ -100,7 +100,7 @@ def train(images, tmp_path, monkeypatch):
 
 
 def last(folder: Path) -> dict:
-    return read(folder / 'last.pth.tar')
+    return read_checkpoint(folder / 'last.pth.tar')
 
 
 def rows(folder: Path) -> list[list[str]]:
@@ -421,7 +421,7 @@ def test_the_zoos_launcher_stops_on_a_signal_with_a_checkpoint_to_resume_from(im
     assert process.returncode == 128 + number, out
     assert 'Traceback' not in out
     path = Path(re.search(r'--resume (\S+) goes on', out)[1])
-    assert read(path)['training']['position']['updates'] > 0
+    assert read_checkpoint(path)['training']['position']['updates'] > 0
     assert not list(path.parent.glob('.*.part'))  # nothing half-written
 
 
@@ -447,7 +447,7 @@ def children(pid: int) -> list[int]:
 def assert_no_file_is_half_written(folder: Path) -> None:
     assert not list(folder.glob('.*.part'))
     for path in folder.glob('*.pth.tar'):
-        read(path)
+        read_checkpoint(path)
 
 
 def test_a_killed_worker_is_one_line(images, tmp_path):

@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_dataset, create_transform
 
-from timm_npu_irv2 import weights
+from timm_npu_irv2 import serialization, weights
+from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.training.script import run_script
 
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 sys.path.insert(0, str(SCRIPTS))
@@ -95,7 +95,7 @@ def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]
 
 def test_figures_are_those_found_by_hand(results, images, checkpoint):
     model = timm.create_model('test_resnet', num_classes=CLASSES)
-    model.load_state_dict(weights.load_file(checkpoint))
+    model.load_state_dict(serialization.load_weights(checkpoint))
     logits, targets = answers_by_hand(images, model)
     found = results()
     assert (found['top1'], found['top5']) == pytest.approx(accuracy(logits, targets), abs=1e-4)
@@ -144,7 +144,7 @@ def test_results_as_csv_and_json(results, tmp_path):
 
 
 def test_a_folder_of_checkpoints_is_sorted_by_accuracy(results, checkpoint, tmp_path):
-    state_dict = weights.load_file(checkpoint)
+    state_dict = serialization.load_weights(checkpoint)
     save_file({key: value.clone() for key, value in state_dict.items()}, tmp_path / 'a.safetensors')
     flipped = {**state_dict, 'fc.weight': -state_dict['fc.weight']}
     torch.save(flipped, tmp_path / 'b.pth')

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from batches import Batches
 from timm.models import load_checkpoint
 from timm.task import ClassificationTask, FeatureDistillationTask, resume_task_checkpoint
 from timm.utils import CheckpointSaver as TimmSaver
 
-from timm_npu_irv2 import weights
+from tests.data.batches import Batches
+from timm_npu_irv2 import serialization
+from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import CannotWrite, UserError
 from timm_npu_irv2.precision import create_precision
+from timm_npu_irv2.serialization import read_checkpoint, write_checkpoint
 from timm_npu_irv2.training import setup
 from timm_npu_irv2.training.checkpoint import resume, training_state
-from timm_npu_irv2.training.checkpoint_file import read, write
-from timm_npu_irv2.training.distributed import World
 from timm_npu_irv2.training.engine import Diverged, Position, Trainer, TrainSettings
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
@@ -47,7 +47,7 @@ def trainer_of(args: argparse.Namespace, seed: int = 0, **settings) -> Trainer:
     precision = create_precision(WORLD.device, amp=args.amp, opt_level=args.opt_level)
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.01, momentum=0.9)
     task.trainable_module, optimizer = precision.prepare(task.trainable_module, optimizer)
-    setup.average_weights(task, precision, args)
+    setup.setup_ema(task, precision, args)
     generator = torch.Generator().manual_seed(1)
     loader = Batches((torch.randn(2, 3, 32, 32, generator=generator), torch.tensor([0, 1])) for _ in range(4))
     return Trainer(task, loader, optimizer, precision, WORLD, settings=TrainSettings(**settings))
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_timm_continues_with_its_optimizer_and_epoch(tmp_path):
 def test_a_file_of_weights_alone_starts_at_the_beginning(tmp_path, name):
     args = options()
     state_dict = trainer_of(args, seed=3).task.trainable_module.state_dict()
-    weights.save_file(state_dict, tmp_path / name)
+    serialization.save_weights(state_dict, tmp_path / name)
     trainer = trainer_of(args)
     resume(trainer, tmp_path / name, args)
     assert trainer.position == Position()
@@ -133,7 +133,7 @@ def test_no_resume_opt_takes_the_weights_only(tmp_path):
     args = options('--no-resume-opt')
     trainer = trainer_of(args)
     trainer.train_one_epoch()
-    write(training_state(trainer, args), tmp_path / 'a.pth.tar')
+    write_checkpoint(training_state(trainer, args), tmp_path / 'a.pth.tar')
     fresh = trainer_of(args, seed=1)
     resume(fresh, tmp_path / 'a.pth.tar', args)
     assert not fresh.optimizer.state_dict()['state']
@@ -142,8 +142,8 @@ def test_no_resume_opt_takes_the_weights_only(tmp_path):
 
 
 def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
-    write({'state_dict': trainer_of(options('--model', 'test_efficientnet')).task.trainable_module.state_dict()},
-          tmp_path / 'a.pth.tar')
+    other = trainer_of(options('--model', 'test_efficientnet')).task.trainable_module
+    write_checkpoint({'state_dict': other.state_dict()}, tmp_path / 'a.pth.tar')
     with pytest.raises(UserError, match=r'a\.pth\.tar does not fit the model') as caught:
         resume(trainer_of(options()), tmp_path / 'a.pth.tar', options())
     assert '\n' not in str(caught.value)
@@ -164,7 +164,7 @@ def test_the_best_the_last_and_two_recoveries_are_kept(tmp_path):
         'checkpoint-1.pth.tar', 'checkpoint-3.pth.tar', 'last.pth.tar', 'model_best.pth.tar', 'recovery-2-1.pth.tar',
         'recovery-3-1.pth.tar']
     assert (saver.best_metric, saver.best_epoch) == (30.0, 1)
-    assert read(tmp_path / 'model_best.pth.tar')['metric'] == 30.0
+    assert read_checkpoint(tmp_path / 'model_best.pth.tar')['metric'] == 30.0
     assert saver.last_good().endswith('recovery-3-1.pth.tar')
 
 
@@ -175,7 +175,7 @@ def test_the_smaller_loss_is_the_better_one_and_the_history_goes_on_after_a_resu
     saver.save_epoch(trainer, 1, 2.0)
     saver.wait()
     again = CheckpointSaver(tmp_path, args, WORLD, decreasing=True)
-    again.load_state_dict(read(tmp_path / 'last.pth.tar')['saver'], tmp_path / 'last.pth.tar')
+    again.load_state_dict(read_checkpoint(tmp_path / 'last.pth.tar')['saver'], tmp_path / 'last.pth.tar')
     again.save_epoch(trainer, 2, 1.5)
     again.wait()
     assert again.best_epoch == 0
@@ -199,7 +199,7 @@ def test_a_kill_between_the_names_of_a_checkpoint_loses_none(tmp_path, lost):
         if name in left:
             (tmp_path / f'{name}.pth.tar').write_bytes(left[name])
     CheckpointSaver(tmp_path, args, WORLD).load_state_dict(
-        read(tmp_path / 'last.pth.tar')['saver'], tmp_path / 'last.pth.tar')
+        read_checkpoint(tmp_path / 'last.pth.tar')['saver'], tmp_path / 'last.pth.tar')
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected
 
 
@@ -233,23 +233,23 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path):
     """A limit on the size of files fails as a full disk does: in the middle of writing."""
     path = tmp_path / 'last.pth.tar'
-    write({'value': torch.zeros(3)}, path)
+    write_checkpoint({'value': torch.zeros(3)}, path)
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
     try:
         with pytest.raises(UserError, match=r'cannot save .*last') as caught:
-            write({'value': torch.zeros(1_000_000)}, path)
+            write_checkpoint({'value': torch.zeros(1_000_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert '\n' not in str(caught.value)
-    assert torch.equal(read(path)['value'], torch.zeros(3))
+    assert torch.equal(read_checkpoint(path)['value'], torch.zeros(3))
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize('damage', ['cut', 'flip', 'empty', 'text'])
 def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, caplog, damage):
     for number, name in enumerate(('checkpoint-0', 'last')):
-        write({'value': torch.arange(10_000) + number}, tmp_path / f'{name}.pth.tar')
+        write_checkpoint({'value': torch.arange(10_000) + number}, tmp_path / f'{name}.pth.tar')
         os.utime(tmp_path / f'{name}.pth.tar', (number, number))
     path = tmp_path / 'last.pth.tar'
     content = bytearray(path.read_bytes())
@@ -257,7 +257,7 @@ def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, caplog, d
     path.write_bytes({'cut': bytes(content[:50_000]), 'flip': bytes(content), 'empty': b'', 'text': b'hello\n'}[damage])
     os.utime(path, (1, 1))
     with pytest.raises(UserError, match=r'last\.pth\.tar'):
-        read(path)
+        read_checkpoint(path)
     assert find_newest(tmp_path) == tmp_path / 'checkpoint-0.pth.tar'
     assert 'last.pth.tar' in caplog.text
 
@@ -284,11 +284,11 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, form
     else:
         path.write_bytes(pickle.dumps({'state_dict': Payload(proof)}))
     with pytest.raises(UserError, match='not a checkpoint that can be read') as caught:
-        read(path)
+        read_checkpoint(path)
     assert '\n' not in str(caught.value)
     assert not proof.exists()
 
 
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match=r'/nowhere\.pth\.tar: no such checkpoint'):
-        read(Path('/nowhere.pth.tar'))
+        read_checkpoint(Path('/nowhere.pth.tar'))

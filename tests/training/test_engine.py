@@ -4,24 +4,16 @@ import math
 
 import pytest
 import torch
-from batches import Batches
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.data.batches import Batches
+from timm_npu_irv2.distributed import World
+from timm_npu_irv2.errors import Stopped
 from timm_npu_irv2.precision import create_precision
-from timm_npu_irv2.training.distributed import World
-from timm_npu_irv2.training.engine import (
-    Diverged,
-    Meter,
-    Position,
-    Stopped,
-    Throughput,
-    Trainer,
-    TrainSettings,
-    evaluate,
-)
+from timm_npu_irv2.training.engine import Diverged, Meter, Position, Throughput, Trainer, TrainSettings, evaluate
 
 WORLD = World()
 

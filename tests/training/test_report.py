@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_npu_irv2.training.report import COLUMNS, Progress, Report, draw_curves, final_lines
+from timm_npu_irv2.plots import draw_curves
+from timm_npu_irv2.training.report import COLUMNS, Progress, Report, final_lines
 
 FACTS = {
     'model': 'inception_resnet_v2_npu',

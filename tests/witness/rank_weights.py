@@ -9,7 +9,7 @@ from pathlib import Path
 
 from timm_npu_irv2.training import setup
 
-_share_statistics = setup.share_statistics
+_share_statistics = setup.distribute_batch_norm
 
 
 def share_statistics_and_tell(task, args, world):
@@ -19,7 +19,7 @@ def share_statistics_and_tell(task, args, world):
     Path(f'rank-{world.rank}.json').write_text(json.dumps(digests))
 
 
-setup.share_statistics = share_statistics_and_tell
+setup.distribute_batch_norm = share_statistics_and_tell
 
 
 @atexit.register

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import device as device_seam
-from ..deploy import InferenceNetwork, Predictor, graph, load, save, to_inference
+from ..deploy import InferenceNetwork, Predictor, load, onnx, save, to_inference
 from . import report
 from .timing import ratio, times_in_turn
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             'versions': device_seam.versions()}
 
 
-# ------------------------------------------------------------------------------------------------------- contestants
+# ------------------------------------------------------------------------------------------------------- candidates
 
 
 def _available(name: str, device: torch.device, dtype: str) -> bool:
@@ -95,13 +95,13 @@ def prepare(folder: Path, names: Iterable[str], img_size: int) -> None:
     if {ONNXRUNTIME, OPENVINO} & set(names):
         example = torch.zeros(2, 3, img_size, img_size)
         torch.onnx.export(model, (example,), folder / 'timm.onnx', dynamo=False, input_names=['images'],
-                          opset_version=graph.OPSET, dynamic_axes={'images': {0: 'batch'}})
+                          opset_version=onnx.OPSET, dynamic_axes={'images': {0: 'batch'}})
 
 
 def create(name: str, folder: Path, device: torch.device, dtype: str) -> Infer:
     """A function from normalised float32 images (N, 3, H, W) on ``device`` to logits, out of what is in ``folder``."""
     if name == ONNXRUNTIME:
-        runner = graph.session(folder / 'timm.onnx', torch.get_num_threads())
+        runner = onnx.session(folder / 'timm.onnx', torch.get_num_threads())
         return lambda images: runner.run(None, {'images': images.numpy()})
     if name == OPENVINO:
         return _openvino(folder / 'timm.onnx', dtype)
@@ -120,7 +120,7 @@ def create(name: str, folder: Path, device: torch.device, dtype: str) -> Infer:
 
 
 def _openvino(path: Path, dtype: str) -> Infer:
-    compiled = graph.optional('openvino').Core().compile_model(str(path), 'CPU', {
+    compiled = onnx.optional('openvino').Core().compile_model(str(path), 'CPU', {
         'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'PERFORMANCE_HINT': 'LATENCY',
         'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[dtype]})
     return lambda images: compiled(images.numpy())

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import write_whole
+from ..serialization import atomic_write
 
-__all__ = ['bar_chart', 'print_table', 'write_json']
+__all__ = ['print_table', 'write_json']
 
 
 def print_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> None:
@@ -33,30 +32,4 @@ def _cell(value: Any) -> str:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write all figures."""
-    write_whole(path, (json.dumps(result, indent=2) + '\n').encode())
-
-
-def bar_chart(path: Path, title: str, columns: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> None:
-    """Draw a small chart of bars for each column, a bar for each row.
-
-    Raises:
-        UserError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise UserError("--chart needs matplotlib: pip install 'timm-npu-irv2[plot]'.") from error
-    drawn = [i for i in range(len(columns)) if any(row[i] is not None for row in rows.values())]
-    figure = Figure(figsize=(2.6 * len(drawn) + 1, 3.2), layout='constrained')
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(1, len(drawn), squeeze=False)[0]
-    for axis, index in zip(axes, drawn, strict=True):
-        values = [row[index] or 0 for row in rows.values()]
-        bars = axis.bar(range(len(rows)), values, color=[f'C{i}' for i in range(len(rows))])
-        axis.bar_label(bars, [_cell(value) for value in values], fontsize=8)
-        axis.set_title(columns[index], fontsize=9)
-        axis.set_xticks([])
-        axis.margins(y=0.15)
-        axis.spines[['top', 'right']].set_visible(False)
-    figure.legend(bars.patches, list(rows), loc='outside lower center', ncols=len(rows), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
+    atomic_write(path, (json.dumps(result, indent=2) + '\n').encode())

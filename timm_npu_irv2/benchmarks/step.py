@@ -11,7 +11,7 @@ import torch
 from .. import device as device_seam
 from ..errors import UserError
 from . import report
-from .contestants import Contestant, Workload, contestants
+from .candidates import Candidate, Workload, candidates
 from .counting import cost_of, counts_kernels
 from .timing import ratio, times_in_turn
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.float32:
             raise UserError("--zoo: the model zoo's recipe is one of 16 bits, so leave --float32 out.")
         device_seam.apex_amp()  # fails now, not after the others have been counted
-    found = contestants(not args.float32, args.recompute, args.zoo)
+    found = candidates(not args.float32, args.recompute, args.zoo)
     host = _host_time(found, device, args) if args.host_rounds else {}
     rows: dict[str, list[Any]] = {}
     for name, contestant in found.items():
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             'versions': device_seam.versions()}
 
 
-def _count(contestant: Contestant, device: torch.device, args: argparse.Namespace) -> _Counts:
+def _count(contestant: Candidate, device: torch.device, args: argparse.Namespace) -> _Counts:
     """Calls and bytes of a step, from two batch sizes: bytes = a * batch + b."""
     small, large = sorted(args.batch_sizes)
     costs = []
@@ -89,7 +89,7 @@ def _count(contestant: Contestant, device: torch.device, args: argparse.Namespac
     )
 
 
-def _peak_per_image(contestant: Contestant, device: torch.device, args: argparse.Namespace) -> float | None:
+def _peak_per_image(contestant: Candidate, device: torch.device, args: argparse.Namespace) -> float | None:
     """By how much the peak of memory grows with an image, in MB; None where nobody counts memory."""
     peaks = []
     small, large = sorted(args.memory_batch_sizes)
@@ -108,7 +108,7 @@ def _peak_per_image(contestant: Contestant, device: torch.device, args: argparse
 
 
 def _host_time(
-        found: dict[str, Contestant],
+        found: dict[str, Candidate],
         device: torch.device,
         args: argparse.Namespace,
 ) -> dict[str, dict[str, float]]:

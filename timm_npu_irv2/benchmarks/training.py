@@ -10,7 +10,7 @@ import torch
 
 from .. import device as device_seam
 from . import report
-from .contestants import Workload, contestants
+from .candidates import Workload, candidates
 from .timing import in_turn, ratio
 
 __all__ = ['add_arguments', 'run']
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     device = device_seam.resolve_device(args.device)
     device_seam.configure(device)
-    found = contestants(args.amp)
+    found = candidates(args.amp)
     workload = Workload(device, args.batch_size, args.img_size)
     steps = {name: each.create(workload) for name, each in found.items()}
     for step in steps.values():

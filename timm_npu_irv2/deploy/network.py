@@ -12,7 +12,7 @@ from timm.layers import create_classifier
 from torch import Tensor, nn
 
 from .. import device as device_seam
-from ..ops.convolution import FusedConvolution
+from .convolution import FusedConvolution
 
 __all__ = ['InferenceNetwork']
 

@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
 
-from ..decoding import as_mode
+from ..data.decode import to_pil_mode
 from ..errors import UserError, first_line
 from .network import InferenceNetwork
 
@@ -113,9 +113,9 @@ class Predictor:
             raise UserError(f'the network takes {self._shape[0]} channels, which no image file has: give tensors.')
         try:
             if isinstance(image, Image.Image):
-                return torch.as_tensor(self._transform(as_mode(image, self._mode)))
+                return torch.as_tensor(self._transform(to_pil_mode(image, self._mode)))
             with Image.open(image) as file:
-                return torch.as_tensor(self._transform(as_mode(file, self._mode)))
+                return torch.as_tensor(self._transform(to_pil_mode(file, self._mode)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's decoders fail
             name = f'image {index}' if isinstance(image, Image.Image) else image
             raise UserError(f'{name} cannot be read: {first_line(error)}') from error

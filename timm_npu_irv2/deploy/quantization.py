@@ -14,9 +14,9 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.readers.img_extensions import get_img_extensions
 
-from ..decoding import as_mode
+from ..data.decode import to_pil_mode
 from ..errors import UserError, first_line
-from .graph import optional, session, write
+from .onnx import optional, session, write
 
 __all__ = ['Loss', 'Photographs', 'compare', 'quantize']
 
@@ -83,7 +83,7 @@ class Photographs:
         for path, _ in self.samples:
             try:
                 with Image.open(path) as image:
-                    pixels = np.asarray(self._transform(as_mode(image, self._mode)))
+                    pixels = np.asarray(self._transform(to_pil_mode(image, self._mode)))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise UserError(f'{path} cannot be read: {first_line(error)}') from error
             yield np.ascontiguousarray(pixels[None])

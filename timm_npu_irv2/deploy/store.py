@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from .. import device as device_seam
-from .. import weights
+from .. import serialization
 from ..errors import CannotWrite, UserError, first_line
-from ..files import write_whole
+from ..serialization import atomic_write
 from .network import InferenceNetwork
 
 __all__ = ['load', 'save']
@@ -36,8 +36,8 @@ def save(network: InferenceNetwork, folder: str | os.PathLike) -> Path:
         'arguments': network.arguments,
         'pretrained_cfg': network.pretrained_cfg,
     }
-    weights.save_file(network.state_dict(), folder / WEIGHTS)
-    write_whole(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + '\n')
+    serialization.save_weights(network.state_dict(), folder / WEIGHTS)
+    atomic_write(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + '\n')
     return folder
 
 
@@ -62,7 +62,7 @@ def load(
         if config['format'] != FORMAT:
             raise UserError(f'{folder} holds no network for inference (its config.json is of another kind).')
         network = InferenceNetwork(**config['arguments'], device='meta')
-        state_dict = weights.load_file(folder / WEIGHTS)
+        state_dict = serialization.load_weights(folder / WEIGHTS)
         device, dtype = device_seam.resolve_device(device and str(device)), dtype or getattr(torch, config['dtype'])
         state_dict = {key: value.to(device, dtype) for key, value in state_dict.items()}
         network.load_state_dict(state_dict, assign=True)

@@ -18,10 +18,10 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .. import device as device_seam
-from .. import weights
+from .. import serialization
+from ..distributed import World, gather_objects
 from ..errors import UserError
-from .checkpoint_file import read
-from .distributed import World, gather_objects
+from ..serialization import read_checkpoint
 from .engine import Position, Trainer
 
 __all__ = ['resume', 'training_state']
@@ -168,10 +168,10 @@ def resume(trainer: Trainer, path: Path, args: argparse.Namespace) -> _State:
 
 def _read_any(path: Path) -> _State:
     """A checkpoint; of a file that holds only weights, a checkpoint with nothing else in it."""
-    checkpoint = read(path) if path.suffix != '.safetensors' else {}
+    checkpoint = read_checkpoint(path) if path.suffix != '.safetensors' else {}
     if 'state_dict' not in checkpoint:
         checkpoint = {key: value for key, value in checkpoint.items() if key in ('epoch', 'optimizer', 'version')}
-        checkpoint['state_dict'] = weights.load_file(path)
+        checkpoint['state_dict'] = serialization.load_weights(path)
     return checkpoint
 
 

@@ -6,7 +6,6 @@ of the log is due. The clock is read there too, after waiting for the device, so
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -20,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import device as device_seam
-from ..errors import UserError
-from ..files import replacing
+from ..data.samplers import preserve_rng_state
+from ..distributed import StopRequest, World, sum_over_ranks
+from ..errors import Stopped, UserError
 from ..layers import frozen_statistics
 from ..precision import Precision
-from .distributed import StopRequest, World, sum_over_ranks
-from .plan import generators_kept
+from ..serialization import atomic_path
 
-__all__ = ['Diverged', 'Meter', 'Position', 'Stopped', 'Throughput', 'TrainSettings', 'Trainer', 'evaluate']
+__all__ = ['Diverged', 'Meter', 'Position', 'Throughput', 'TrainSettings', 'Trainer', 'evaluate']
 
 
 # A dynamic loss scale starts at 65536 and halves at each overflow: 40 halvings further, whatever gradient is still not
@@ -37,18 +36,6 @@ MOST_SKIPPED_IN_A_ROW = 40
 
 class Diverged(UserError):
     """The loss or the weights became NaN or infinite, or every step has an overflow."""
-
-
-class Stopped(Exception):
-    """All processes were asked to stop, and have saved what they had.
-
-    Attributes:
-        number: The number of the signal.
-    """
-
-    def __init__(self, number: int, checkpoint: str) -> None:
-        super().__init__(f'stopped by {signal.Signals(number).name}; --resume {checkpoint} goes on from there.')
-        self.number = number
 
 
 @dataclass
@@ -281,7 +268,7 @@ class Trainer:
         if self.world.size < 3 or self.position.updates == 0:
             return
         module = self.task.get_trainable_module()
-        with generators_kept(self.world.device), frozen_statistics(module):
+        with preserve_rng_state(self.world.device), frozen_statistics(module):
             with self.precision.autocast():
                 loss = self.task(images, target)['loss']
             loss.backward()
@@ -365,7 +352,7 @@ class Trainer:
         folder = self.images_folder
         if folder is not None and self.world.is_primary:
             path = folder / f'train-batch-{self.position.batch - 1}.jpg'
-            with replacing(path) as temporary:
+            with atomic_path(path) as temporary:
                 torchvision.utils.save_image(images.float(), temporary, format='JPEG', padding=0, normalize=True)
 
     def _update_ema(self) -> None:

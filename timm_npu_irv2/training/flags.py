@@ -4,53 +4,15 @@ Names, meanings and defaults are those of timm's train.py. Behind them, as furth
 of Ascend ModelZoo's script; in groups of their own, what the NPU and the zoo add.
 """
 
-import ast
 import re
 from argparse import SUPPRESS
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ['OUR_MODEL', 'REFUSED', 'TRAIN_FLAGS', 'Flag', 'Group', 'key_values', 'loss_scale', 'model_name']
+from ..cli.parser import Flag, Group, key_values
+
+__all__ = ['OUR_MODEL', 'REFUSED', 'TRAIN_FLAGS', 'loss_scale', 'model_name']
 
 OUR_MODEL = 'inception_resnet_v2_npu'
-
-
-@dataclass(frozen=True)
-class Flag:
-    """One option.
-
-    Attributes:
-        names: The spellings, separated by blanks. The first long one gives the attribute its name.
-        help: What it means. The default is added by itself.
-        type: What a value is converted with; ``bool`` makes a switch.
-        default: Its value if not given.
-        within: The interval its numbers must lie in, e.g. '[1, inf)'. Numbers are finite in any case.
-        rest: Further arguments of ``add_argument`` (nargs, const, choices, metavar).
-    """
-
-    names: str
-    help: str
-    type: Callable[[str], Any] = str
-    default: Any = None
-    within: str = '(-inf, inf)'
-    rest: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def dest(self) -> str:
-        """The attribute's name in the parsed namespace."""
-        if 'dest' in self.rest:
-            return self.rest['dest']
-        first = next((name for name in self.names.split() if name.startswith('--')), self.names.split()[0])
-        return first.lstrip('-').replace('-', '_')
-
-
-@dataclass(frozen=True)
-class Group:
-    """Options that belong together, under a heading of ``--help``."""
-
-    title: str
-    flags: tuple[Flag, ...]
 
 
 def model_name(arch: str) -> str:
@@ -62,17 +24,6 @@ def model_name(arch: str) -> str:
 def loss_scale(text: str) -> float | str:
     """A number, or 'dynamic'."""
     return text if text == 'dynamic' else float(text)
-
-
-def key_values(text: str) -> tuple[str, Any]:
-    """'name=value', the value as Python reads it, else as text."""
-    key, separator, value = text.partition('=')
-    if not separator or not key:
-        raise ValueError('expected name=value')
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
 
 
 def _flag(

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,9 +17,10 @@ import torch
 from tqdm import tqdm
 
 from .. import device as devices
-from ..files import write_whole
+from ..plots import draw_curves
+from ..serialization import atomic_write
 
-__all__ = ['Progress', 'Report', 'create_figure', 'draw_curves', 'final_lines', 'save_figure']
+__all__ = ['Progress', 'Report', 'final_lines']
 
 _logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Report:
             'versions': devices.versions(),
             **further,
         }
-        write_whole(self._path('report.json'), json.dumps(report, indent=2) + '\n')
+        atomic_write(self._path('report.json'), json.dumps(report, indent=2) + '\n')
         if self.rows:
             draw_curves(self.rows, self._path('curves.png'), title=f'{model} · {precision} · batch {batch_size}')
         top1 = report['top1'] if report['top1'] is not None else (best or {}).get('train_top1')
@@ -140,7 +141,7 @@ class Report:
         writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
         writer.writeheader()
         writer.writerows(self.rows)
-        write_whole(self._path('summary.csv'), text.getvalue())
+        atomic_write(self._path('summary.csv'), text.getvalue())
 
 
 def final_lines(images_per_second: float, top1: float | None, seconds: float) -> str:
@@ -226,102 +227,3 @@ def _epoch_figures(row: Row) -> str:
     if row['images_per_second']:
         parts.append(f'{row["images_per_second"]:.1f} images/s')
     return ', '.join(parts)
-
-
-# -------------------------------------------------------------------------------------------------------- curves
-
-
-INK, GREY = '#222222', '#555555'
-BLUE, RED, VIOLET, GREEN = '#2f6fde', '#d1495b', '#7b5ea7', '#2a8c7f'
-
-
-def create_figure(path: Path, title: str, size: tuple[float, float]) -> Any:
-    """An empty matplotlib figure of ``size`` inches, for :func:`save_figure` to write to ``path``.
-
-    None where matplotlib is missing, which is said in the log.
-    """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 (an optional dependency)
-    except ImportError:
-        _logger.warning(f"{path.name} is not drawn: matplotlib is missing (pip install 'timm-npu-irv2[plot]').")
-        return None
-    figure = Figure(figsize=size, dpi=120, layout='constrained', facecolor='white')
-    figure.suptitle(title, fontsize=14, fontweight='bold', color=INK)
-    return figure
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format='png')
-    write_whole(path, picture.getvalue())
-
-
-def draw_curves(rows: Sequence[Row], path: Path, title: str) -> bool:
-    """Draw loss, accuracy, learning rate and throughput over the epochs.
-
-    Args:
-        rows: The rows of summary.csv, at least one.
-        path: The PNG to write.
-        title: The first line of the picture.
-
-    Returns:
-        Whether it was drawn: matplotlib may be missing, which is said in the log.
-    """
-    figure = create_figure(path, title, (12, 8))
-    if figure is None:
-        return False
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
-    loss, accuracy, rate, speed = figure.subplots(2, 2, sharex=True).flat
-    _draw_panel(loss, rows, 'Loss', 'cross entropy',
-                {'training': ('train_loss', BLUE), 'validation': ('eval_loss', RED)})
-    _draw_panel(accuracy, rows, 'Accuracy', 'top-1 (%)',
-                {'training': ('train_top1', BLUE), 'validation': ('eval_top1', RED)})
-    _draw_panel(rate, rows, 'Learning rate', 'learning rate', {'': ('lr', VIOLET)}, from_zero=True)
-    _draw_panel(speed, rows, 'Throughput', 'images / s', {'': ('images_per_second', GREEN)}, from_zero=True)
-    _mark_best(accuracy, rows)
-    if len(rows) == 1:
-        accuracy.set_ylim(-3, 103)
-    save_figure(figure, path)
-    return True
-
-
-def _draw_panel(
-        panel: Any,
-        rows: Sequence[Row],
-        title: str,
-        unit: str,
-        lines: dict[str, tuple[str, str]],
-        from_zero: bool = False,
-) -> None:
-    for label, (column, color) in lines.items():
-        points = [(row['epoch'], row[column]) for row in rows if row.get(column) is not None]
-        if points:
-            marker = 'o' if len(points) <= 40 else ''
-            panel.plot(*zip(*points, strict=True), color=color, label=label, linewidth=2, marker=marker, markersize=4)
-    panel.set_title(title, loc='left', fontsize=12, fontweight='bold', color=INK)
-    panel.set_xlabel('epoch', color=GREY)
-    panel.set_ylabel(unit, color=GREY)
-    margin = max(0.5, len(rows) / 50)
-    panel.set_xlim(rows[0]['epoch'] - margin, rows[-1]['epoch'] + margin)
-    panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    if from_zero:
-        highest = max((value for line in panel.lines for value in line.get_ydata()), default=0)
-        panel.set_ylim(0, 1.15 * highest or 1)
-    panel.grid(color='#e6e6e6', linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[['top', 'right']].set_visible(False)
-    panel.spines[['left', 'bottom']].set_color('#bbbbbb')
-    panel.tick_params(colors=GREY, labelbottom=True)
-    if len(panel.lines) > 1:
-        panel.legend(frameon=False)
-    elif not panel.lines:
-        panel.text(0.5, 0.5, 'not measured', transform=panel.transAxes, ha='center', color=GREY)
-
-
-def _mark_best(panel: Any, rows: Sequence[Row]) -> None:
-    known = [row for row in rows if row.get('eval_top1') is not None]
-    if known:
-        best = max(known, key=lambda row: row['eval_top1'])
-        panel.plot(best['epoch'], best['eval_top1'], marker='*', markersize=14, color=RED, linestyle='')
-        panel.set_title(f'★ {best["eval_top1"]:.2f} % in epoch {best["epoch"]}', loc='right', fontsize=11, color=RED)

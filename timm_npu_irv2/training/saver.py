@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
+from ..distributed import World, barrier
 from ..errors import CannotWrite, UserError
-from ..files import replacing
+from ..serialization import EXTENSION, atomic_path, read_checkpoint, stage_checkpoint
 from .checkpoint import training_state
-from .checkpoint_file import EXTENSION, read, write_aside
-from .distributed import World, barrier
 from .engine import Trainer
 
 __all__ = ['CheckpointSaver', 'checkpoints_in', 'find_newest']
@@ -40,7 +39,7 @@ def find_newest(folder: Path) -> Path | None:
             continue
         seen.add(path.stat().st_ino)
         try:
-            read(path)
+            read_checkpoint(path)
             return path
         except UserError as error:
             _logger.warning(f'{error} Taking the one before.')
@@ -135,7 +134,7 @@ class CheckpointSaver:
     def _write(self, state: State, path: Path, trainer: Trainer, afterwards: Callable[[], None]) -> None:
         if not _is_finite(state['state_dict']):
             raise trainer.diverged('the weights are no longer finite, so they are not saved,')
-        put_in_place = write_aside(state, path)
+        put_in_place = stage_checkpoint(state, path)
 
         def complete() -> None:
             put_in_place()
@@ -192,7 +191,7 @@ def _is_finite(state_dict: State) -> bool:
 def _duplicate(source: Path, target: Path) -> None:
     """``target`` becomes another name of ``source``, or a copy where the file system has no hard links."""
     try:
-        with replacing(target) as temporary:
+        with atomic_path(target) as temporary:
             temporary.unlink(missing_ok=True)
             try:
                 os.link(source, temporary)

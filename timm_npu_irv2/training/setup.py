@@ -29,17 +29,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import device as device_seam
+from ..data.loader import mixup_active
+from ..data.worker import is_lost_worker
+from ..distributed import World, is_lost_peer
 from ..errors import UserError, first_line
 from ..optim import combines_gradients, create_optimizer
 from ..precision import Precision, create_precision
-from .data import mixup_active
-from .distributed import World, is_lost_peer
 from .engine import Position, TrainSettings
-from .images import is_lost_worker
 
-__all__ = ['average_weights', 'build_model', 'build_optimizer', 'build_precision', 'build_scheduler', 'build_task',
-           'compile_and_distribute', 'explained_losses', 'explained_memory_errors', 'global_options',
-           'place_model', 'reach', 'share_of_batch', 'share_statistics', 'start_wandb', 'train_settings']
+__all__ = [
+    'build_model',
+    'build_optimizer',
+    'build_precision',
+    'build_scheduler',
+    'build_task',
+    'compile_and_distribute',
+    'distribute_batch_norm',
+    'fast_forward',
+    'global_options',
+    'per_process_batch_size',
+    'place_model',
+    'setup_ema',
+    'start_wandb',
+    'train_settings',
+    'translate_lost_process_errors',
+    'translate_out_of_memory',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +72,7 @@ def global_options(args: Namespace) -> None:
         set_fast_norm()
 
 
-def share_of_batch(args: Namespace, world: World) -> int:
+def per_process_batch_size(args: Namespace, world: World) -> int:
     """The images of a step that are this process's: --batch-size, which the zoo's launcher divides among all cards.
 
     Raises:
@@ -240,7 +255,7 @@ def build_optimizer(model: nn.Module, args: Namespace, world: World, batch_size:
     return create_optimizer(model, args, **args.opt_kwargs)
 
 
-def average_weights(task: TrainingTask, precision: Precision, args: Namespace) -> None:
+def setup_ema(task: TrainingTask, precision: Precision, args: Namespace) -> None:
     """Give the task the moving average that --model-ema asks for: of the weights that the optimizer updates."""
     if args.model_ema:
         task.trainable_module_ema = ModelEmaV3(
@@ -296,7 +311,7 @@ def build_scheduler(
         raise UserError(f'--sched {args.sched}: {error}') from error
 
 
-def reach(scheduler: Any, position: Position) -> None:
+def fast_forward(scheduler: Any, position: Position) -> None:
     """Set the learning rate that timm's scheduler has at ``position``; plateau's follows from what it remembers."""
     if scheduler is None or hasattr(scheduler, 'lr_scheduler') or not position.updates:
         return
@@ -304,7 +319,7 @@ def reach(scheduler: Any, position: Position) -> None:
     scheduler.step_update(position.updates)
 
 
-def share_statistics(task: TrainingTask, args: Namespace, world: World) -> None:
+def distribute_batch_norm(task: TrainingTask, args: Namespace, world: World) -> None:
     """Give all processes the same running statistics of BatchNorm, as --dist-bn says."""
     if not world.distributed or not args.dist_bn:
         return
@@ -315,7 +330,7 @@ def share_statistics(task: TrainingTask, args: Namespace, world: World) -> None:
 
 
 @contextlib.contextmanager
-def explained_memory_errors(args: Namespace, world: World) -> Iterator[None]:
+def translate_out_of_memory(args: Namespace, world: World) -> Iterator[None]:
     """Turn the device's lack of memory into advice."""
     try:
         yield
@@ -329,7 +344,7 @@ def explained_memory_errors(args: Namespace, world: World) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained_losses(world: World, advice: str) -> Iterator[None]:
+def translate_lost_process_errors(world: World, advice: str) -> Iterator[None]:
     """Turn the end of another process into one line: of one that loads images, or of another rank."""
     try:
         yield

@@ -1,0 +1,149 @@
+"""Images that are damaged, dangerous or unusual: right, or stopped at, or skipped and told; never silently another."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_npu_irv2.data.decode import to_pil_mode
+from timm_npu_irv2.data.loader import create_eval_loader, create_train_loader
+from timm_npu_irv2.distributed import World
+from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.training.options import parse_args
+
+CONFIG = {'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bilinear',
+          'crop_pct': 1.0, 'crop_mode': 'center'}
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def photograph(size: int = 64, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it is 60000 × 60000."""
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack('>I', len(content)) + name + content + struct.pack('>I', zlib.crc32(name + content))
+    header = struct.pack('>IIBBBBB', 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(bytes(999))) + chunk(b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + chunks
+
+
+BAD = {
+    'truncated.jpg': encoded(photograph(), 'JPEG')[:-700],
+    'empty.jpg': b'',
+    'text.jpg': b'this is no image\n',
+    'bomb.png': bomb(),
+    'float.png': encoded(Image.fromarray(np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32)), 'TIFF'),
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Eight images in two classes, in train and in val."""
+    for split in ('train', 'val'):
+        for index in range(8):
+            path = tmp_path / split / f'class{index % 2}' / f'{index}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photograph(seed=index).save(path)
+    return tmp_path
+
+
+def options(folder: Path, *words: str):
+    args = parse_args(['--data-dir', str(folder), '-b', '4', '-j', '0', '--no-aug', *words])
+    args.num_classes = 2
+    return args
+
+
+def loaders(args, world: World | None = None):
+    world = world or World()
+    train = create_train_loader(args, CONFIG, world)
+    return train, create_eval_loader(args, CONFIG, world, train_loader=train)
+
+
+@pytest.mark.parametrize('name', BAD)
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_a_bad_image_stops_the_run_with_its_name(folder, split, name):
+    path = folder / split / 'class1' / name
+    path.write_bytes(BAD[name])
+    loader = loaders(options(folder, '--epoch-repeats', '2'))[split == 'val']
+    with pytest.raises(UserError, match=rf'^image {path} cannot be read: [^\n]+$'):
+        list(loader)
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_skipped_images_are_named_once_and_leave_the_evaluation(folder, caplog, workers):
+    for name, content in BAD.items():
+        (folder / 'val' / 'class1' / name).write_bytes(content)
+    _, loader = loaders(options(folder, '--on-bad-image', 'skip', '-j', workers, '-vb', '3'))
+    for _ in range(2):
+        targets = torch.cat([target for _, target in loader])
+    assert targets.bincount().tolist() == [4, 4] and len(loader.indices) == 8
+    assert {Path(name).name for name in loader.bad_images} == set(BAD)
+    assert [caplog.text.count(f'{name}, which cannot be read') for name in BAD] == [1] * len(BAD)
+
+
+def test_a_batch_of_bad_images_alone_is_left_out(folder):
+    for path in (folder / 'val' / 'class0').iterdir():
+        path.write_bytes(b'')
+    _, loader = loaders(options(folder, '--on-bad-image', 'skip', '-vb', '2'))
+    assert [len(target) for _, target in loader] == [2, 2]
+
+
+def test_in_training_the_next_image_takes_the_place_with_its_own_class(folder):
+    before = dict(enumerate(zip(*(torch.cat(part) for part in zip(*ordered(folder), strict=True)), strict=True)))
+    bad = folder / 'train' / 'class0' / '6.png'  # the last of its class: the next is of the other
+    bad.write_bytes(b'')
+    train, _ = loaders(options(folder, '--on-bad-image', 'skip'))
+    images, targets = (torch.cat(part) for part in zip(*train, strict=True))
+    assert len(targets) == 8 and targets.sum() == 5
+    known = [image for image, _ in before.values()]
+    for image, target in zip(images, targets, strict=True):
+        index = next(i for i, other in enumerate(known) if torch.equal(image, other))
+        assert before[index][1] == target
+    assert list(train.bad_images) == [str(bad)]
+
+
+def ordered(folder: Path) -> list:
+    return list(loaders(options(folder))[0])
+
+
+def test_images_none_of_which_can_be_read_are_no_endless_loop(folder):
+    for path in (folder / 'train').rglob('*.png'):
+        path.write_bytes(b'')
+    train, _ = loaders(options(folder, '--on-bad-image', 'skip'))
+    with pytest.raises(UserError, match='none of 8 images can be read'):
+        list(train)
+
+
+def test_sixteen_bits_of_grey_keep_their_upper_eight(tmp_path):
+    grey = np.linspace(0, 65535, 4096).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(grey).save(tmp_path / 'a.png')
+    for mode in ('RGB', 'L'):
+        image = to_pil_mode(Image.open(tmp_path / 'a.png'), mode)
+        assert image.mode == mode
+        assert np.array_equal(np.asarray(image.getchannel(0)), grey >> 8)
+
+
+def test_the_four_colours_of_print_become_three(tmp_path):
+    image = Image.new('RGB', (32, 32), (200, 30, 60))
+    image.convert('CMYK').save(tmp_path / 'a.jpg', quality=100)
+    pixels = np.asarray(to_pil_mode(Image.open(tmp_path / 'a.jpg'), 'RGB')).astype(int)
+    assert np.abs(pixels - (200, 30, 60)).max() <= 4
+
+
+def test_an_empty_class_folder_is_named(folder):
+    (folder / 'train' / 'class0a').mkdir()
+    (folder / 'train' / '.hidden').mkdir()
+    with pytest.raises(UserError, match=r"class folder '.*/train/class0a' holds no image: fill it"):
+        loaders(options(folder))

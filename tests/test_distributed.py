@@ -1,0 +1,326 @@
+"""Several processes: who they are, that they compute one thing together, how they are started and stopped."""
+
+import argparse
+import copy
+import dataclasses
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.multiprocessing as mp
+from timm.task import ClassificationTask
+
+from tests.data.batches import Batches
+from timm_npu_irv2.distributed import (
+    StopRequest,
+    World,
+    barrier,
+    device_name,
+    gather_objects,
+    initialize,
+    launch,
+    launches,
+    shutdown,
+    sum_over_ranks,
+)
+from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.precision import create_precision
+from timm_npu_irv2.training import setup
+from timm_npu_irv2.training.engine import Trainer, TrainSettings, evaluate
+from timm_npu_irv2.training.options import parse_args
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes below: float32 sums depend on the number of threads, and so do ReLUs near zero."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def in_processes(count: int, works: dict[str, Callable[[World], Any]], folder: Path) -> dict[str, list]:
+    """Run each ``work(world)`` in ``count`` processes that joined each other; what each returned, by rank."""
+    mp.spawn(_process, (count, free_port(), works, folder), nprocs=count)
+    results = [torch.load(folder / f'{rank}.pt') for rank in range(count)]
+    return {name: [result[name] for result in results] for name in works}
+
+
+def _process(rank: int, count: int, port: int, works: dict[str, Callable[[World], Any]], folder: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    world = initialize('cpu')
+    torch.save({name: work(world) for name, work in works.items()}, folder / f'{rank}.pt')
+    barrier(world)
+    shutdown(world)
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory) -> dict[str, list]:
+    """What two processes find; they are started once, since that takes longer than all they do."""
+    works = {
+        'tell': _tell,
+        'stop': _stop_at,
+        'gradient': Train('--no-ddp-bb'),
+        'compressed': Train('--no-ddp-bb', '--grad-compress', 'fp16'),
+        'float32': Train('--model-ema', count=6),
+        'O2': Train('--opt-level', 'O2', '--no-ddp-bb', '--model-ema', count=6),
+        'evaluate': _evaluate,
+    }
+    return in_processes(2, works, tmp_path_factory.mktemp('two'))
+
+
+# One process
+
+
+def test_without_an_environment_there_is_one_process(monkeypatch):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(name, raising=False)
+    world = initialize('cpu')
+    assert (world.rank, world.size, world.device) == (0, 1, torch.device('cpu'))
+    assert world.is_primary and not world.distributed
+    assert gather_objects('x', world) == ['x']
+    barrier(world)
+    shutdown(world)
+
+
+def test_a_sum_over_one_process_is_a_copy():
+    value = torch.ones(2)
+    total = sum_over_ranks(value, World())
+    total += 1
+    assert value.tolist() == [1, 1]
+
+
+def test_signals_are_caught_and_the_old_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest(World()) as stop:
+        assert stop.poll() == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.poll() == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.poll() == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_insistent_interrupt_is_an_interrupt(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr('timm_npu_irv2.distributed.time.monotonic', lambda: now[0])
+    with StopRequest(World()):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        now[0] = 2.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+
+# Two processes
+
+
+def _tell(world: World) -> dict:
+    exact = sum_over_ranks(torch.tensor([2**53 + world.rank, 1]), world)
+    return {'rank': world.rank, 'size': world.size, 'sum': exact, 'all': gather_objects({'rank': world.rank}, world)}
+
+
+def test_processes_know_each_other(two):
+    told = two['tell']
+    assert [(each['rank'], each['size']) for each in told] == [(0, 2), (1, 2)]
+    assert all(each['sum'].tolist() == [2**54 + 1, 2] for each in told)
+    assert told[0]['all'] == [{'rank': 0}, {'rank': 1}] and told[1]['all'] == []
+
+
+def _stop_at(world: World) -> int:
+    """The step after which a process stops if rank 1 is told to at its third."""
+    with StopRequest(world) as stop:
+        for step in range(10):
+            if step == 3 and world.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if stop.poll():
+                return step
+    return -1
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(two):
+    assert two['stop'] == [4, 4]
+
+
+def trainer_of(world: World, batches: Batches, args: argparse.Namespace, accumulate: int) -> Trainer:
+    torch.manual_seed(0)
+    model = timm.create_model(args.model, num_classes=4).to(memory_format=torch.channels_last)
+    task = ClassificationTask(model, verbose=False)
+    precision = create_precision(world.device, amp=args.amp, opt_level=args.opt_level)
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=1.0)
+    task.trainable_module, optimizer = precision.prepare(task.trainable_module, optimizer)
+    setup.setup_ema(task, precision, args)
+    setup.compile_and_distribute(task, optimizer, args, world)
+    return Trainer(task, batches, optimizer, precision, world, settings=TrainSettings(grad_accum_steps=accumulate))
+
+
+def half_batches(count: int) -> Batches:
+    generator = torch.Generator().manual_seed(1)
+    return Batches((torch.randn(4, 3, 64, 64, generator=generator), torch.randint(4, (4,), generator=generator))
+                   for _ in range(count))
+
+
+def _train(words: list[str], count: int, world: World) -> dict:
+    args = parse_args(['--model', 'test_resnet', '--num-classes', '4', *words])
+    trainer = trainer_of(world, Batches(half_batches(count)[world.rank::world.size]), args, 1)
+    metrics = trainer.train_one_epoch()
+    setup.distribute_batch_norm(trainer.task, args, world)
+    ema = trainer.task.get_trainable_module(ema=True)
+    return {'weights': trainer.precision.model_state_dict(trainer.task.get_trainable_module()), 'loss': metrics['loss'],
+            'ema': ema.module.state_dict() if ema is not None else {}}
+
+
+class Train:
+    """A picklable call of :func:`_train`."""
+
+    def __init__(self, *words: str, count: int = 2) -> None:
+        self.words, self.count = list(words), count
+
+    def __call__(self, world: World) -> dict:
+        return _train(self.words, self.count, world)
+
+
+def test_gradients_are_those_of_one_process_that_averages_the_half_batches(two):
+    """A step of SGD with learning rate 1 moves the weights by the gradient."""
+    both = two['gradient']
+    args = parse_args(['--model', 'test_resnet', '--num-classes', '4'])
+    alone = trainer_of(World(), half_batches(2), args, accumulate=2)
+    before = {key: value.clone() for key, value in alone.task.trainable_module.named_parameters()}
+    metrics = alone.train_one_epoch()
+    for name, parameter in alone.task.trainable_module.named_parameters():
+        gradient, theirs = before[name] - parameter, before[name] - both[0]['weights'][name]
+        assert (gradient - theirs).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+    assert both[0]['loss'] == pytest.approx(metrics['loss'], rel=1e-6)
+
+
+def test_compressed_gradients_are_rounded_alike_on_all_processes(two):
+    exact, (one, other) = two['gradient'][0]['weights'], (each['weights'] for each in two['compressed'])
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    changed = [name for name in exact if not torch.equal(one[name], exact[name])]
+    assert len(changed) > 10
+    for name in changed:
+        assert (one[name] - exact[name]).norm() < 1e-3 * exact[name].norm() + 1e-3, name
+
+
+@pytest.mark.parametrize('precision', ['float32', 'O2'])
+def test_processes_end_an_epoch_with_bit_equal_weights_averages_and_statistics(two, precision):
+    one, other = two[precision]
+    for part in ('weights', 'ema'):
+        assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
+    assert one['loss'] == other['loss']
+
+
+class Resume:
+    """A picklable call: the weights after three steps, and after the third by a trainer that went on from two."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = list(words)
+
+    def __call__(self, world: World) -> tuple[dict, dict]:
+        args = parse_args(['--num-classes', '4', '--no-ddp-bb', *self.words])
+        generator = torch.Generator().manual_seed(world.rank)
+        batches = [(torch.randn(2, 3, 75, 75, generator=generator), torch.randint(4, (2,), generator=generator))
+                   for _ in range(3)]
+        undisturbed, resumed = (trainer_of(world, Batches(batches[:2]), args, 1) for _ in range(2))
+        undisturbed.train_one_epoch()
+        load(resumed, copy.deepcopy(weights_of(undisturbed)))
+        resumed.position = dataclasses.replace(undisturbed.position)
+        for trainer in undisturbed, resumed:
+            trainer.loader = Batches(batches[2:])
+            trainer.train_one_epoch()
+        return weights_of(undisturbed), weights_of(resumed)
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return trainer.precision.model_state_dict(trainer.task.get_trainable_module())
+
+
+def load(trainer: Trainer, weights: dict[str, torch.Tensor]) -> None:
+    trainer.precision.load_model_state_dict(trainer.task.get_trainable_module(), weights)
+
+
+@pytest.fixture(scope='module')
+def three(tmp_path_factory) -> dict[str, list]:
+    works = {
+        'evaluate': _evaluate,
+        'float32': Resume('--model', 'inception_resnet_v2_npu'),
+        'O2': Resume('--model', 'test_resnet', '--opt-level', 'O2'),
+    }
+    return in_processes(3, works, tmp_path_factory.mktemp('three'))
+
+
+@pytest.mark.parametrize('precision', ['float32', 'O2'])
+def test_three_processes_go_on_bit_for_bit(three, precision):
+    """DDP adds up gradients in another arrangement in a process's first step, which three summands notice."""
+    for one, other in three[precision]:
+        assert [key for key, value in one.items() if not torch.equal(value, other[key])] == []
+
+
+def _evaluate(world: World) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    images, target = torch.randn(103, 3, generator=generator), torch.randint(7, (103,), generator=generator)
+    torch.manual_seed(1)
+    model = torch.nn.Linear(3, 7)
+    own = range(world.rank, 103, world.size)
+    loader = list(zip(images[own].split(5), target[own].split(5), strict=True))
+    return evaluate(model, loader, world)
+
+
+def test_an_evaluation_is_the_same_number_for_one_two_and_three_processes(two, three):
+    alone = _evaluate(World())
+    for metrics in two['evaluate'] + three['evaluate']:
+        assert metrics | {'loss': 0} == alone | {'loss': 0}
+        assert metrics['loss'] == pytest.approx(alone['loss'], rel=1e-6)
+
+
+# The launcher
+
+
+def test_a_list_of_one_card_names_the_device():
+    assert device_name(parse_args(['--device', 'cuda', '--device-list', '3'])) == 'cuda:3'
+    assert device_name(parse_args(['--device', 'cuda:1'])) == 'cuda:1'
+    assert device_name(parse_args([])) is None
+
+
+def test_the_launcher_starts_processes_only_where_nobody_else_has(monkeypatch):
+    args = parse_args(['--multiprocessing-distributed'])
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(name, raising=False)
+    assert launches(args)
+    assert not launches(parse_args([]))
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    assert not launches(args)
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as other:
+        other.bind(('', 0))
+        other.listen()
+        port = other.getsockname()[1]
+        args = parse_args(['--multiprocessing-distributed', '--device', 'cpu', '--device-list', '0,1', '--dist-url',
+                           f'tcp://127.0.0.1:{port}'])
+        with pytest.raises(UserError, match=f'port {port} is in use'):
+            launch(args, 'train.py', [])
+
+
+def test_processes_that_cannot_meet_say_so(monkeypatch):
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
+    with pytest.raises(UserError, match='rank 1 of 2 cannot join the others'):
+        initialize('cpu', world_size=2, rank=1, dist_url='tcp://127.0.0.1:1', timeout=timedelta(seconds=2))

@@ -1,0 +1,139 @@
+"""Training steps to compare: this network as its users train it, and those it is measured against."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .. import device as device_seam
+from ..precision import Precision, create_precision
+
+__all__ = ['Candidate', 'Workload', 'candidates']
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on.
+
+    Attributes:
+        device: Where.
+        batch_size: Images in a batch.
+        img_size: Their height and width.
+    """
+
+    device: torch.device
+    batch_size: int
+    img_size: int
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Random images, in the device's layout, and their classes."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(self.batch_size, 3, self.img_size, self.img_size, generator=generator)
+        targets = torch.randint(1000, (self.batch_size,), generator=generator)
+        layout = device_seam.memory_format(self.device)
+        return images.to(self.device, memory_format=layout), targets.to(self.device)
+
+    def network(self, name: str, **kwargs) -> nn.Module:
+        """A network in training mode with random weights, the same for every call."""
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=1000, **kwargs)
+        return model.to(self.device, memory_format=device_seam.memory_format(self.device)).train()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network with the recipe it is trained by.
+
+    Attributes:
+        name: For tables.
+        create: Makes the training step for a workload.
+    """
+
+    name: str
+    create: Callable[[Workload], Step]
+
+
+def candidates(amp: bool, recompute: bool = False, zoo: bool = False) -> dict[str, Candidate]:
+    """{short name: contestant}: 'ours', 'timm', and 'ours, recomputing' and 'zoo' if asked for.
+
+    All of them: label smoothing 0.1; all but the zoo's: timm's 'sgd' (Nesterov's momentum, weight decay but for biases
+    and norms).
+
+    Args:
+        amp: 16 bits: ours at O2 with a static loss scale of 128 (float16), timm's by autocast, with GradScaler if
+            the type is float16, as its train.py does it. Otherwise float32 for both.
+        recompute: Add ours with ``set_grad_checkpointing('cheap')``.
+        zoo: Add the recipe of the model zoo's script: apex's O2 with a static loss scale of 128 and apex's NpuFusedSGD.
+    """
+    found = {
+        'ours': Candidate('inception_resnet_v2_npu', lambda workload: _ours(workload, amp)),
+        'timm': Candidate('inception_resnet_v2 (timm)', lambda workload: _timm(workload, amp)),
+    }
+    if recompute:
+        found['ours, recomputing'] = Candidate(
+            'inception_resnet_v2_npu, recomputing', lambda workload: _ours(workload, amp, recompute='cheap'),
+        )
+    if zoo:
+        found['zoo'] = Candidate("the model zoo's recipe", _zoo)
+    return found
+
+
+def _criterion() -> nn.Module:
+    return nn.CrossEntropyLoss(label_smoothing=0.1)
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return timm.optim.create_optimizer_v2(model, 'sgd', lr=1e-4, momentum=0.9, weight_decay=1e-4)
+
+
+def _ours(workload: Workload, amp: bool, recompute: str | None = None) -> Step:
+    model = workload.network('inception_resnet_v2_npu')
+    model.set_grad_checkpointing(recompute or False)
+    half = device_seam.half_dtype(workload.device)
+    options = {'opt_level': 'O2', 'loss_scale': 128.0 if half == torch.float16 else None} if amp else {}
+    precision = create_precision(workload.device, amp=amp, **options)
+    return _step(workload, precision, *precision.prepare(model, _optimizer(model)))
+
+
+def _zoo(workload: Workload) -> Step:
+    precision = create_precision(workload.device, amp=True, amp_impl='apex', opt_level='O2', loss_scale=128.0)
+    model = workload.network('inception_resnet_v2')
+    optimizer = timm.optim.create_optimizer_v2(
+        model.parameters(), 'npufusedsgd', lr=1e-4, momentum=0.9, weight_decay=1e-4, use_apex=True)
+    return _step(workload, precision, *precision.prepare(model, optimizer))
+
+
+def _step(workload: Workload, precision: Precision, model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    images, targets = workload.batch()
+    images = images.to(precision.input_dtype)
+    criterion = _criterion()
+
+    def step() -> None:
+        with precision.autocast():
+            loss = criterion(model(images), targets)
+        optimizer.zero_grad()
+        precision.step(loss, optimizer)
+    return step
+
+
+def _timm(workload: Workload, amp: bool) -> Step:
+    model = workload.network('inception_resnet_v2')
+    dtype = device_seam.half_dtype(workload.device) if amp else None
+    # The default first scale, 2**16, may overflow here, and a step that is skipped costs less than one that is not.
+    scaler = torch.amp.GradScaler(workload.device.type, init_scale=2.0 ** 10, enabled=dtype == torch.float16)
+    optimizer = _optimizer(model)
+    images, targets = workload.batch()
+    criterion = _criterion()
+
+    def step() -> None:
+        with device_seam.autocast(workload.device, dtype):
+            loss = criterion(model(images), targets)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return step

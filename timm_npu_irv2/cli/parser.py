@@ -1,0 +1,234 @@
+"""Options as data, and their parser: the command line over a YAML file over defaults.
+
+Whatever is wrong ends in one :class:`UserError` of one line.
+"""
+
+import argparse
+import ast
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from ..errors import UserError
+
+__all__ = ['Flag', 'Group', 'as_yaml', 'key_values', 'parse_flags']
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One option.
+
+    Attributes:
+        names: The spellings, separated by blanks. The first long one gives the attribute its name.
+        help: What it means. The default is added by itself.
+        type: What a value is converted with; ``bool`` makes a switch.
+        default: Its value if not given.
+        within: The interval its numbers must lie in, e.g. '[1, inf)'. Numbers are finite in any case.
+        rest: Further arguments of ``add_argument`` (nargs, const, choices, metavar).
+    """
+
+    names: str
+    help: str
+    type: Callable[[str], Any] = str
+    default: Any = None
+    within: str = '(-inf, inf)'
+    rest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dest(self) -> str:
+        """The attribute's name in the parsed namespace."""
+        if 'dest' in self.rest:
+            return self.rest['dest']
+        first = next((name for name in self.names.split() if name.startswith('--')), self.names.split()[0])
+        return first.lstrip('-').replace('-', '_')
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options that belong together, under a heading of ``--help``."""
+
+    title: str
+    flags: tuple[Flag, ...]
+
+
+def key_values(text: str) -> tuple[str, Any]:
+    """'name=value', the value as Python reads it, else as text."""
+    key, separator, value = text.partition('=')
+    if not separator or not key:
+        raise ValueError('expected name=value')
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def parse_flags(
+        groups: Iterable[Group],
+        argv: Sequence[str],
+        *,
+        prog: str,
+        description: str,
+        refused: dict[str, str] | None = None,
+) -> argparse.Namespace:
+    """Parse ``argv`` by a table of options, over the YAML file that ``-c`` names.
+
+    Args:
+        groups: The table.
+        argv: The command line after the program's name.
+        prog: The program's name, for ``--help``.
+        description: The first lines of ``--help``.
+        refused: Options that are known and not had, with the reason.
+
+    Raises:
+        UserError: In one line, anything that is wrong with the command line or the file.
+    """
+    groups, refused = tuple(groups), refused or {}
+    parser = _build_parser(groups, prog, description)
+    arguments = [_hyphens(word) for word in argv]
+    for word in arguments:
+        if (name := word.split('=')[0]) in refused:
+            raise UserError(f'{name}: {refused[name]}')
+    config = _config_file(arguments)
+    args = argparse.Namespace()
+    if config is not None:
+        args = parser.parse_args(_config_words(parser, config, refused), args)
+    args = parser.parse_args(arguments, args)
+    del args.config
+    for flag in _flags(groups):
+        if flag.rest.get('nargs') == '*':
+            setattr(args, flag.dest, dict(getattr(args, flag.dest) or {}))
+        _check_range(flag, getattr(args, flag.dest))
+    return args
+
+
+def as_yaml(args: argparse.Namespace) -> str:
+    """The options as a YAML file that ``-c`` reads back to the same options."""
+    return yaml.safe_dump(vars(args), default_flow_style=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError with a suggestion instead of printing two hundred options and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r'unrecognized arguments: (--[^\s=]+)', message)
+        if unknown:
+            message = f'unknown option {unknown[1]}{_suggestion(unknown[1], self._option_string_actions)}'
+        raise UserError(message.replace('argument ', '', 1) if message.startswith('argument ') else message)
+
+
+def _build_parser(groups: Iterable[Group], prog: str, description: str) -> _Parser:
+    parser = _Parser(
+        prog=prog, description=description, usage='%(prog)s [DIR] [-c FILE] [options]', allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; those of the command line win')
+    for group in groups:
+        section = parser.add_argument_group(group.title)
+        for flag in group.flags:
+            _add_flag(section, flag)
+    return parser
+
+
+def _add_flag(section: argparse._ArgumentGroup, flag: Flag) -> None:
+    text = flag.help.replace('%', '%%')
+    if flag.default not in (None, '', False, [], argparse.SUPPRESS) and '(default' not in text:
+        text += f' (default: {_as_words(flag.default)})'
+    if not flag.names.startswith('-'):
+        section.add_argument(flag.names, help=text, default=flag.default, **flag.rest)
+    elif flag.type is bool:
+        section.add_argument(*flag.names.split(), dest=flag.dest, action='store_true', help=text)
+    else:
+        settings = {'dest': flag.dest, 'type': flag.type, 'default': flag.default, 'help': text, **flag.rest}
+        section.add_argument(*flag.names.split(), **settings)
+
+
+def _flags(groups: Iterable[Group]) -> list[Flag]:
+    return [flag for group in groups for flag in group.flags]
+
+
+def _as_words(value: Any) -> str:
+    if isinstance(value, list):
+        return ' '.join(_as_words(item) for item in value)
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def _hyphens(word: str) -> str:
+    """--data_path=a_b as --data-path=a_b."""
+    if not word.startswith('--'):
+        return word
+    name, separator, value = word.partition('=')
+    return name.replace('_', '-') + separator + value
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f'; did you mean {close[0]}?' if close else '; --help lists them all'
+
+
+def _config_file(arguments: Sequence[str]) -> Path | None:
+    finder = _Parser(add_help=False, allow_abbrev=False)
+    finder.add_argument('-c', '--config', type=Path)
+    return finder.parse_known_args(arguments)[0].config
+
+
+def _config_words(parser: _Parser, path: Path, refused: dict[str, str]) -> list[str]:
+    """The YAML file as a command line, so that both are read by the same rules."""
+    try:
+        options = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f'cannot read the config {path}: {" ".join(str(error).split())}') from error
+    if not isinstance(options, dict):
+        raise UserError(f'config {path}: expected lines of the form `option: value`.')
+    words: list[str] = []
+    for key, value in options.items():
+        name = '--data' if key == 'data' else '--' + str(key).replace('_', '-')
+        if name in refused:
+            if name == '--naflex-loader' and value:
+                raise UserError(f"config {path}: '{key}': {refused[name]}")
+        elif name not in parser._option_string_actions or name in ('--config', '--help'):
+            raise UserError(f"config {path}: unknown key '{key}'{_suggestion(name, parser._option_string_actions)}")
+        else:
+            words += _as_arguments(path, parser._option_string_actions[name], name, value)
+    return words
+
+
+def _as_arguments(path: Path, action: argparse.Action, name: str, value: Any) -> list[str]:
+    """One entry of a YAML file as words of a command line."""
+    if isinstance(action, argparse._StoreTrueAction):
+        if not isinstance(value, bool):
+            raise UserError(f"config {path}: '{name[2:]}' is a switch: expected true or false, not {value!r}.")
+        return [name] if value else []
+    if value is None or (isinstance(value, list | dict) and not value):
+        return []
+    if isinstance(value, dict) and action.nargs == '*':
+        return [name, *(f'{key}={item!r}' for key, item in value.items())]
+    if isinstance(value, list) and action.nargs not in (None, '?'):
+        return [name, *map(str, value)]
+    if isinstance(value, list | dict | bool):
+        raise UserError(f"config {path}: '{name[2:]}' cannot be {value!r}.")
+    return [name, str(value)] if action.nargs not in (None, '?') else [f'{name}={value}']
+
+
+def _check_range(flag: Flag, value: Any) -> None:
+    """Raise UserError if a number of ``value`` is not finite or not in the flag's interval."""
+    low, high = (float(bound) for bound in flag.within[1:-1].split(','))
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        above = number >= low if flag.within[0] == '[' else number > low
+        below = number <= high if flag.within[-1] == ']' else number < high
+        if not (math.isfinite(number) and above and below):
+            name = next((n for n in flag.names.split() if n.startswith('--')), flag.names)
+            raise UserError(f'{name} {_as_words(number)}: must be {_in_words(flag.within, low, high)}.')
+
+
+def _in_words(within: str, low: float, high: float) -> str:
+    lower = f'{"at least" if within[0] == "[" else "more than"} {low:g}'
+    upper = f'{"at most" if within[-1] == "]" else "less than"} {high:.10g}'
+    parts = [text for text, bound in ((lower, low), (upper, high)) if math.isfinite(bound)]
+    return ' and '.join(parts) or 'a finite number'

@@ -1,0 +1,217 @@
+"""Files to and from the Hugging Face Hub: upload, download, and its errors in one line."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import UserError
+from . import card
+
+__all__ = [
+    'CARD',
+    'CONFIG',
+    'CURVES',
+    'OPTIONAL',
+    'REQUIRED',
+    'WEIGHTS',
+    'check_folder',
+    'download',
+    'find_outage',
+    'one_line',
+    'prepare',
+    'push',
+    'split_revision',
+    'translate_hub_errors',
+]
+
+WEIGHTS, CONFIG, CARD, CURVES = 'model.safetensors', 'config.json', 'README.md', 'curves.png'
+REQUIRED, OPTIONAL = (CONFIG, WEIGHTS), (CARD, CURVES)
+
+
+def prepare(repo: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Make sure that ``repo`` exists and can be written to; for the beginning of what ends in :func:`push`.
+
+    Returns:
+        The repository's full name: the hub puts the owner of the token before a bare one.
+
+    Raises:
+        UserError: There is no network, no token, or no permission.
+    """
+    api = HfApi(library_name='timm_npu_irv2')
+    with translate_hub_errors(repo):
+        # None leaves the visibility of new repositories to the hub, where an organisation may have set one.
+        repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+        if revision:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+    return repo
+
+
+def push(
+        folder: str | os.PathLike,
+        repo: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        message: str = 'Add Inception-ResNet-v2',
+) -> str:
+    """Upload a folder of :func:`export`'s as one commit; only the four files it writes.
+
+    Args:
+        folder: The folder.
+        repo: 'owner/name'; it is made if it is not there.
+        private: Make a new one private.
+        revision: The branch to commit to, made if it is not there; 'main' by default.
+        message: The commit's.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: The folder is not complete, or one of :func:`prepare`'s reasons, or the connection broke.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    repo = prepare(repo, private=private, revision=revision)
+    model_id = f'hf-hub:{repo}' + (f'@{revision}' if revision and revision != 'main' else '')
+    operations = [CommitOperationAdd(name, folder / name)
+                  for name in (*REQUIRED, CURVES) if (folder / name).is_file()]
+    if (folder / CARD).is_file():
+        text = card.address((folder / CARD).read_text(encoding='utf-8'), model_id)
+        operations.append(CommitOperationAdd(CARD, text.encode()))
+    with translate_hub_errors(repo):
+        done = HfApi(library_name='timm_npu_irv2').create_commit(
+            repo, operations, commit_message=message, revision=revision)
+    return done.commit_url
+
+
+def download(repo: str, revision: str | None = None) -> Path:
+    """The folder in the cache with a repository's files, all of one commit, their hashes checked."""
+    with translate_hub_errors(repo):
+        unreachable = find_outage(repo, revision, CONFIG)
+        folder = Path()
+        for name in (*REQUIRED, *OPTIONAL):  # the first one by its branch, which the cache remembers so
+            try:
+                path = Path(hf_hub_download(repo, name, revision=revision if name == CONFIG else folder.name,
+                                            library_name='timm_npu_irv2', local_files_only=unreachable is not None))
+            except EntryNotFoundError as error:
+                if name in REQUIRED:
+                    raise unreachable or error from None
+                continue
+            folder = path.parent
+            _check_hash(path, repo, folder.name)
+    return folder
+
+
+def find_outage(repo: str, revision: str | None, name: str) -> Exception | None:
+    """Why the hub can't be asked about a file, in which case the cache will have to do.
+
+    One question without retries: hf_hub_download alone takes half a minute to find out that there is no network.
+    """
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
+    except (HTTPError, OSError) as error:  # OfflineModeIsEnabled is one of the latter
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise
+        return error
+    return None
+
+
+def _check_hash(path: Path, repo: str, commit: str) -> None:
+    """Compare a file of the cache with the hash that the hub gave for it; huggingface_hub looks at sizes alone."""
+    blob = path.resolve()
+    expected = blob.name if path.is_symlink() else (  # the cache names its blobs by their hashes
+        get_hf_file_metadata(hf_hub_url(repo, path.name, revision=commit)).etag)
+    content = blob.read_bytes()
+    if len(expected or '') == 64:  # a file of Git LFS
+        actual = hashlib.sha256(content).hexdigest()
+    else:  # Git's hash of a blob
+        actual = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+    if actual != expected:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise UserError(f'{repo}: {path.name} is damaged: its hash is {actual[:12]}…, not {str(expected)[:12]}…. It is '
+                        'out of the cache again; try once more, and if it stays so, the hub or mirror has it damaged.')
+
+
+def check_folder(folder: Path) -> None:
+    missing = [name for name in REQUIRED if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f'{folder} is no exported model: it has no {" and no ".join(missing)}. '
+                        '`python -m timm_npu_irv2.hub export CHECKPOINT FOLDER` writes one.')
+
+
+@contextlib.contextmanager
+def translate_hub_errors(what: str) -> Iterator[None]:
+    """Turn whatever huggingface_hub raises into a UserError of one line.
+
+    Args:
+        what: The name of the repository or model, for the message.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError, EntryNotFoundError) as error:
+        raise UserError(f'{what}: {_reason(error)}') from error
+
+
+def _reason(error: BaseException) -> str:
+    where = hub_constants.ENDPOINT
+    chain = [error]
+    while (error := error.__cause__ or error.__context__) is not None and error not in chain:
+        chain.append(error)
+    status = next((each.response.status_code for each in chain if isinstance(each, HfHubHTTPError)), None)
+    kinds: list[tuple[Any, str]] = [
+        (GatedRepoError, 'its owner must grant access first: ask for it on its page, then `hf auth login`.'),
+        (RepositoryNotFoundError, f'{where} has no such repository, or it is private: check the name, and log in with '
+                                  '`hf auth login` or HF_TOKEN.'),
+        (RevisionNotFoundError, 'it has no such branch, tag or commit: check the revision.'),
+        (OfflineModeIsEnabled, 'it is not in the cache, and HF_HUB_OFFLINE is set: unset it, or download it first.'),
+    ]
+    for kind, text in kinds:
+        if any(isinstance(each, kind) for each in chain):
+            return text
+    if status in (401, 403):
+        return (f'{where} refuses ({status}): log in with `hf auth login`, or set HF_TOKEN to a token that may '
+                'read and write here.')
+    if isinstance(chain[0], EntryNotFoundError) and not isinstance(chain[0], LocalEntryNotFoundError):
+        return (f'it has no {WEIGHTS} and {CONFIG} in that revision; other formats than safetensors, which can run '
+                'code when they are read, are not taken.')
+    if status is not None:
+        return f'{where} answers {status}: {one_line(chain[0])}'
+    broken = next((each for each in chain if isinstance(each, HTTPError | LocalEntryNotFoundError)), None)
+    if broken is not None:
+        return (f'{where} cannot be reached, and it is not in the cache ({one_line(broken)}): check the network, '
+                'set HF_ENDPOINT to a mirror, or load from a folder with local-dir:.')
+    return one_line(chain[0])
+
+
+def one_line(error: BaseException) -> str:
+    return ' '.join((str(error) or type(error).__name__).split())[:300]
+
+
+def split_revision(repo: str) -> tuple[str, str | None]:
+    name, _, revision = repo.partition('@')
+    return name, revision or None

@@ -1,0 +1,161 @@
+"""Networks with published weights: from a repository of the hub, a folder or a checkpoint."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import (
+    try_to_load_from_cache,
+)
+from timm.models import get_pretrained_cfg
+from timm.models._hub import load_model_config_from_path
+from torch import nn
+
+from .. import weights
+from ..errors import UserError
+from ..serialization import atomic_path
+from .client import (
+    OPTIONAL,
+    REQUIRED,
+    WEIGHTS,
+    check_folder,
+    download,
+    find_outage,
+    one_line,
+    split_revision,
+    translate_hub_errors,
+)
+from .export import ARCHITECTURES, OURS, PREPROCESSING, names_in, read_checkpoint
+
+__all__ = ['create', 'create_model', 'from_pretrained', 'pull']
+
+
+def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> nn.Module:
+    """This package's network with the weights of a repository or folder in timm's format, ours or stock timm's.
+
+    Args:
+        name: 'owner/name', 'owner/name@revision' (with or without 'hf-hub:'), or a folder (or 'local-dir:FOLDER').
+        kwargs: As for ``timm.create_model``; ``num_classes`` and ``in_chans`` adapt the weights.
+
+    Returns:
+        The network; ``pretrained_cfg`` has its preprocessing and, if they were published, ``label_names``.
+
+    Raises:
+        UserError: It cannot be had (see :func:`pull`), or it is another network.
+    """
+    name = os.fspath(name)
+    source, _, rest = name.partition(':')
+    if source == 'local-dir' or (source != 'hf-hub' and Path(name).is_dir()):
+        folder = Path(rest if source == 'local-dir' else name)
+    else:
+        folder = download(*split_revision(rest if source == 'hf-hub' else name))
+    check_folder(folder)
+    try:
+        pretrained_cfg, architecture, arguments = load_model_config_from_path(folder)
+        if architecture not in ARCHITECTURES.values():
+            raise UserError(f'{name} is a {architecture}, not an Inception-ResNet-v2: load it with timm.create_model.')
+        pretrained_cfg['architecture'] = OURS
+        return timm.create_model(OURS, pretrained=True, pretrained_cfg=pretrained_cfg, **{**arguments, **kwargs})
+    except (KeyError, RuntimeError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'{name} cannot be loaded: {one_line(error)}') from error
+
+
+def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """``timm.create_model`` for scripts: of the hub it reads no pickle, checks what it reads, and fails in a line.
+
+    Args:
+        name: The name of any model of timm's, 'hf-hub:owner/name' or 'local-dir:FOLDER'.
+        pretrained: Load its weights.
+        kwargs: timm's.
+
+    Raises:
+        UserError: There is no such model, or its weights cannot be had.
+    """
+    source, _, repo = name.partition(':')
+    with translate_hub_errors(name):
+        if source == 'hf-hub':
+            folder = download(*split_revision(repo))
+            return timm.create_model(f'local-dir:{folder}', pretrained=pretrained, **kwargs)
+        cfg = get_pretrained_cfg(name, allow_unregistered=True) if pretrained and not repo else None
+        if cfg is not None and cfg.hf_hub_id and 'pretrained_cfg' not in kwargs:
+            # timm asks for both formats again and again before it gives up: a minute without a network.
+            unreachable = find_outage(cfg.hf_hub_id, None, WEIGHTS)
+            if unreachable is not None and not isinstance(try_to_load_from_cache(cfg.hf_hub_id, WEIGHTS), str):
+                raise unreachable
+            kwargs = {'pretrained_cfg_overlay': {'hf_hub_filename': WEIGHTS}, **kwargs}
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+
+def create(pretrained: bool | str | os.PathLike = False, **kwargs: Any) -> nn.Module:
+    """The network for ``hubconf.py``: timm's ``create_model`` where ``pretrained`` may say where the weights are.
+
+    Args:
+        pretrained: False for random weights; True, or a tag such as 'tf_in1k', for published ones; 'hf-hub:owner/name'
+            or 'local-dir:FOLDER'; or the path of a checkpoint in any dialect, averaged weights first.
+        kwargs: As for ``timm.create_model``.
+
+    Raises:
+        UserError: There are no such weights, or they cannot be had.
+    """
+    if isinstance(pretrained, bool):
+        return create_model(OURS, pretrained=pretrained, **kwargs)
+    source = os.fspath(pretrained)
+    if source.startswith(('hf-hub:', 'local-dir:')) or Path(source).is_dir():
+        return from_pretrained(source, **kwargs)
+    if Path(source).is_file():
+        return _from_file(Path(source), **kwargs)
+    tags = sorted(name.partition('.')[2] for name in timm.list_pretrained(f'{OURS}.*'))
+    if source not in tags:
+        raise UserError(f"pretrained='{source}' is neither a file nor a folder, nor one of the tags {', '.join(tags)}; "
+                        "a repository of the hub is 'hf-hub:owner/name'.")
+    return create_model(f'{OURS}.{source}', pretrained=True, **kwargs)
+
+
+def _from_file(path: Path, **kwargs: Any) -> nn.Module:
+    content = read_checkpoint(path, None)
+    state_dict = weights.convert(content.state_dict, to='timm')
+    cfg = get_pretrained_cfg(OURS).to_dict()
+    cfg |= {key: content.args[key] for key in PREPROCESSING if key in cfg and content.args.get(key)}
+    channels, size = state_dict['conv2d_1a.conv.weight'].shape[1], content.args.get('img_size')
+    cfg['input_size'] = (channels, *([size, size] if size else cfg['input_size'][1:]))
+    cfg |= {'num_classes': len(state_dict.get('classif.weight', ())), 'state_dict': state_dict}
+    cfg['label_names'] = names_in(content, cfg['num_classes'])
+    arguments = {'num_classes': cfg['num_classes'], 'in_chans': channels, 'global_pool': content.args.get('gp'),
+                 **(content.args.get('model_kwargs') or {}), **kwargs}
+    try:
+        model = timm.create_model(OURS, pretrained=True, pretrained_cfg=cfg, **arguments)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f'{path} does not fit {OURS}: {one_line(error)}') from error
+    model.pretrained_cfg.pop('state_dict', None)  # or the weights would be in memory twice
+    return model
+
+
+def pull(repo: str, folder: str | os.PathLike | None = None, *, revision: str | None = None) -> Path:
+    """Download a repository, check it, and put it into ``folder`` (by default one of its name, here).
+
+    The files go through huggingface_hub's cache, so that a second pull needs no download, or no network at all.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: No such repository, no permission, no network; a file is not what its hash says; the weights are not
+            those of this network, or not as its config says.
+    """
+    source = download(repo, revision)
+    folder = Path(folder or repo.rpartition('/')[2])
+    check_folder(source)
+    from_pretrained(source)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*REQUIRED, *OPTIONAL):
+            if (source / name).is_file():
+                with atomic_path(folder / name) as temporary:
+                    shutil.copyfile(source / name, temporary)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be written: {error.strerror or error}.') from error
+    return folder
