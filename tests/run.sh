@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All checks and tests, on a bare machine, in virtual environments that it makes here or under $TEST_ENVIRONMENTS:
-#     .venv-test   ruff and the tests
+#     .venv-test   ruff, mypy, import-linter and the tests
 #     .venv-npu    tests/ascend and tests/npu: the real torch_npu on a stand-in for CANN, which needs a CPU build of
 #                  torch and g++; where these can't be had the reason is printed
 # Arguments go to pytest, both times (for example: -k weights -x). It fails if anything failed.
@@ -62,7 +62,11 @@ selected=$([[ $# == 0 ]] && echo no || echo yes)
 
 prepare "$main" install --editable '.[dev]'
 check 'ruff' "$main/bin/ruff" check .
-check 'tests' "$main/bin/python" -m pytest "$@"
+check 'mypy' "$main/bin/mypy"
+check 'import-linter' "$main/bin/lint-imports"
+# Two tests at a time; one thread each, since tests compare sums in one process with those in others.
+export OMP_NUM_THREADS=1
+check 'tests' "$main/bin/python" -m pytest -n 2 "$@"
 
 # Prints why the NPU tests cannot run here, or nothing.
 npu_obstacle() {
@@ -83,7 +87,6 @@ if [[ -n $obstacle ]]; then
 else
     check 'stand-in for CANN' "$npu/bin/python" tests/ascend/build.py "$npu/standin"
     rm -f "$npu"/journal-*
-    export OMP_NUM_THREADS=1  # each test compares sums in one process with those in others
     check 'tests on torch_npu' "$npu/bin/python" tests/ascend/environment.py "$npu/standin" \
         --operator-log "$npu/journal-operators" --trace "$npu/journal-trace" -- \
         "$npu/bin/python" -m pytest tests/ascend tests/npu "$@"
