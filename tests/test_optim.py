@@ -12,7 +12,7 @@ import torch
 from timm.optim import Lamb, RMSpropTF, create_optimizer_v2
 from torch import Tensor, nn
 
-from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2 import device as devices
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.optim import create_optimizer, gradient_holders, register_optimizers
 
@@ -172,7 +172,7 @@ def combining_class(name: str, device: torch.device, use_apex: bool = False) -> 
 
 @pytest.fixture
 def vendor(monkeypatch):
-    monkeypatch.setattr(device_seam, 'fused_optimizer_class', combining_class)
+    monkeypatch.setattr(devices, 'fused_optimizer_class', combining_class)
 
 
 def test_the_vendors_class_is_taken_where_there_is_one(vendor):

@@ -26,9 +26,10 @@ def register() -> None:
 
 def _import_plugin() -> None:
     try:
-        from . import device, model, optim  # noqa: PLC0415 - heavy, and needs timm
+        from . import device as devices  # noqa: PLC0415 - heavy, and needs timm
+        from . import model, optim
 
-        device.load_backends()
+        devices.load_backends()
         optim.register_optimizers()
         assert model.inception_resnet_v2_npu  # timm's decorator registered it
     except Exception as error:  # timm must stay usable, whatever is wrong with us

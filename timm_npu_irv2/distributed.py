@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from . import device as device_seam
+from . import device as devices
 from .errors import UserError
 
 __all__ = ['StopRequest', 'World', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
@@ -99,11 +99,11 @@ def initialize(
     size = env_size if env_size > 1 else (world_size or 1)
     index = env_rank if env_size > 1 else (rank or 0)
     if size == 1:
-        return World(device=device_seam.resolve_device(device_name))
+        return World(device=devices.resolve_device(device_name))
     kind = _kind(device_name)
     if env_size <= 1:  # nobody counted the processes of this machine
-        local_rank = index % max(1, device_seam.device_count(kind))
-    device = device_seam.resolve_device(kind, local_rank)
+        local_rank = index % max(1, devices.device_count(kind))
+    device = devices.resolve_device(kind, local_rank)
     os.environ.setdefault('MASTER_ADDR', addr or '127.0.0.1')
     os.environ.setdefault('MASTER_PORT', '29500')
     meeting: dict[str, Any] = {'init_method': dist_url or 'env://'}
@@ -111,7 +111,7 @@ def initialize(
         if restarted():
             meeting = {'store': _fresh_store(dist_url or 'env://', index, size)}
         dist.init_process_group(
-            backend or device_seam.backend(device).collectives, **meeting, rank=index, world_size=size, timeout=timeout)
+            backend or devices.backend(device).collectives, **meeting, rank=index, world_size=size, timeout=timeout)
         control = dist.new_group(backend='gloo')
     except (dist.DistError, ValueError, RuntimeError) as error:
         raise UserError(f'rank {index} of {size} cannot join the others: {str(error).splitlines()[0]}') from error
@@ -253,7 +253,7 @@ def device_name(args: Namespace) -> str | None:
 
 def _kind(name: str | None) -> str:
     """The type of a device without its index; that of the best device there is for None."""
-    return (name or device_seam.default_device()).split(':')[0]
+    return (name or devices.default_device()).split(':')[0]
 
 
 def launches(args: Namespace) -> bool:
@@ -293,9 +293,9 @@ def launch(args: Namespace, script: str, argv: Sequence[str]) -> int:
 
 def _select_cards(kind: str, device_list: str | None) -> int:
     """Let the children see the cards of a list such as '0,1' only; their number."""
-    available = device_seam.device_count(kind)
+    available = devices.device_count(kind)
     cards = [int(card) for card in device_list.split(',') if card.strip()] if device_list else list(range(available))
-    visible = device_seam.backend(kind).visible
+    visible = devices.backend(kind).visible
     if visible is None:
         return len(cards)
     if not cards or max(cards) >= available:

@@ -20,7 +20,7 @@ from timm.optim import OptimInfo
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import device as device_seam
+from . import device as devices
 from .errors import UserError, first_line
 
 __all__ = ['combines_gradients', 'create_optimizer', 'gradient_holders', 'is_elementwise', 'register_optimizers']
@@ -120,7 +120,7 @@ def _create(
     groups = list(params)
     first = _first_parameter(groups)
     device = 'cpu' if first is None else first.device
-    vendor_class = device_seam.fused_optimizer_class(fused.vendor_name, device, use_apex)
+    vendor_class = devices.fused_optimizer_class(fused.vendor_name, device, use_apex)
     if vendor_class is None or combined:
         return _create_stand_in(fused, groups, kwargs)
     _check_dtypes(fused, groups)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from timm_npu_irv2 import UserError
-from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2 import device as devices
 from timm_npu_irv2.benchmarks import inference, operators, report, step, table, training
 
 COMMANDS = {'step': step, 'train': training, 'infer': inference, 'ops': operators, 'table': table}
@@ -53,7 +53,7 @@ def main() -> int:
         print(f'benchmark.py: error: {error}', file=sys.stderr)
         return 2
     except Exception as error:
-        if device_seam.is_out_of_memory(error):
+        if devices.is_out_of_memory(error):
             print('benchmark.py: error: the memory of the device is exhausted: use a smaller --batch-size.',
                   file=sys.stderr)
             return 2

@@ -39,7 +39,7 @@ from timm.layers import apply_test_time_pool
 from timm.utils import natural_key
 from torch import Tensor, nn
 
-from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import hub
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
     world = initialize(args.device)
     try:
         start_log(world)
-        device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
+        devices.configure(world.device, args.allow_internal_format or None, args.jit_compile)
         infer(args, world)
     finally:
         shutdown(world)
@@ -221,7 +221,7 @@ def precision_of(args: Namespace, world: World) -> torch.dtype:
     """What weights and images are in."""
     if not args.fast:
         return getattr(torch, args.model_dtype or 'float32')
-    if (dtype := device_seam.fast_dtype(world.device)) == torch.float32:
+    if (dtype := devices.fast_dtype(world.device)) == torch.float32:
         _logger.warning('--fast: this CPU has no bfloat16, so float32 is as fast as it gets.')
     return dtype
 
@@ -357,7 +357,7 @@ class Placement:
         """Normalised images on the device, in its layout."""
         mean, std = (torch.tensor(self.config[key], device=self.device) for key in ('mean', 'std'))
         return normalize_images(images.to(self.device, non_blocking=True), mean, std, self.dtype,
-                                device_seam.memory_format(self.device))
+                                devices.memory_format(self.device))
 
 
 # ----------------------------------------------------------------------------------------------------- inference
@@ -390,11 +390,11 @@ def predict(
         args: Namespace,
 ) -> Answers:
     """The answers to ``images``, in their order."""
-    half = getattr(torch, args.amp_dtype) if args.amp_dtype else device_seam.half_dtype(place.device)
+    half = getattr(torch, args.amp_dtype) if args.amp_dtype else devices.half_dtype(place.device)
     answers, started, done = Answers(), time.perf_counter(), 0
     batches = ((indices, batch, place(batch)) for indices, batch in decode_batches(images, transform, args))
     for number, (indices, batch, ready) in enumerate(batches):
-        with device_seam.autocast(place.device, half if args.amp else None):
+        with devices.autocast(place.device, half if args.amp else None):
             logits = model(ready).float()
         outputs = logits.softmax(-1) if args.output_type == 'prob' else logits
         if args.topk:

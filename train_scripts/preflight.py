@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2 import device as devices
 from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.training.options import parse_args
@@ -36,12 +36,12 @@ def main(argv: Sequence[str]) -> int:
 
 def check_devices(name: str | None, processes: int) -> None:
     """Raise UserError unless there is a device for each process."""
-    device_seam.load_backends()
-    kind = (name or device_seam.default_device()).split(':')[0]
+    devices.load_backends()
+    kind = (name or devices.default_device()).split(':')[0]
     if kind == 'cpu':
         return
-    device_seam.resolve_device(kind)  # says what is missing if there is none
-    available = device_seam.device_count(kind)
+    devices.resolve_device(kind)  # says what is missing if there is none
+    available = devices.device_count(kind)
     if processes > available:
         raise UserError(f'{processes} processes need as many devices; this machine has {available} {kind} device(s).')
 

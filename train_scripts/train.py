@@ -21,7 +21,7 @@ from typing import Any
 from timm.data import resolve_data_config
 from timm.utils import random_seed
 
-from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import hub
 from timm_npu_irv2.cli.parser import as_yaml
 from timm_npu_irv2.cli.script import run_script, start_log
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
 def run_in(world: World, args: Namespace, options: str, started: float) -> None:
     """The run, or this process's part of it. When this returns, nothing of it is left but its files."""
     start_log(world)
-    device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
+    devices.configure(world.device, args.allow_internal_format or None, args.jit_compile)
     stopping = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
     advice = '--resume auto goes on from the newest checkpoint.'
     translations = setup.translate_out_of_memory(args, world), setup.translate_lost_process_errors(world, advice)

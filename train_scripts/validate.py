@@ -28,7 +28,7 @@ from timm.models import create_model, get_pretrained_cfg, is_model, list_models
 from timm.utils import decay_batch_step, natural_key, random_seed, reparameterize_model
 from torch import Tensor, nn
 
-from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import serialization
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
     world = initialize(args.device, dist_url=args.dist_url, backend=args.dist_backend)
     try:
         start_log(world)
-        device_seam.configure(world.device, args.allow_internal_format or None, args.jit_compile)
+        devices.configure(world.device, args.allow_internal_format or None, args.jit_compile)
         pairs = expand(args)
         with setup.translate_lost_process_errors(world, 'Start again.'):
             if len(pairs) == 1:
@@ -205,7 +205,7 @@ def validate(args: Namespace, world: World, name: str, checkpoint: str) -> Resul
         try:
             return measure(args, world)
         except RuntimeError as error:
-            if not device_seam.is_out_of_memory(error):
+            if not devices.is_out_of_memory(error):
                 raise
             smaller = decay_batch_step(args.batch_size)
             advice = f'{world.device}: out of memory with --batch-size {args.batch_size}'
@@ -300,14 +300,14 @@ def prepare(model: nn.Module, args: Namespace, world: World, dtype: torch.dtype)
 
 def autocast_of(args: Namespace, world: World) -> Callable:
     """The context of the forward pass."""
-    dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else device_seam.half_dtype(world.device)
-    return partial(device_seam.autocast, world.device, dtype if args.amp else None)
+    dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else devices.half_dtype(world.device)
+    return partial(devices.autocast, world.device, dtype if args.amp else None)
 
 
 def describe_precision(args: Namespace, world: World) -> str:
     """What is computed in, in words."""
     if args.amp:
-        return f'{args.amp_dtype or str(device_seam.half_dtype(world.device)).removeprefix("torch.")} autocast'
+        return f'{args.amp_dtype or str(devices.half_dtype(world.device)).removeprefix("torch.")} autocast'
     return args.model_dtype or 'float32'
 
 

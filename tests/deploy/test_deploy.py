@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.conftest import OURS, create_pair, fill, relative_error
 from timm_npu_irv2 import UserError
-from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2 import device as devices
 from timm_npu_irv2.deploy import InferenceNetwork, Predictor, load, save, to_inference
 
 SIZE = 75
@@ -95,7 +95,7 @@ def test_trained_in_half_precision_it_is_folded_in_full(pair, images):
         assert relative_error(network(images), exact) < 2e-6
         assert to_inference(pair[1], dtype=torch.bfloat16)(images).dtype == torch.bfloat16
     fast = to_inference(pair[1], dtype='fast').conv2d_2a.weight.dtype
-    assert fast == device_seam.fast_dtype(torch.device('cpu'))
+    assert fast == devices.fast_dtype(torch.device('cpu'))
 
 
 def test_the_trained_network_stays_as_it_is(pair):

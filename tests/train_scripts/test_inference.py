@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2 import device as devices
 from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.plots import gradcam
@@ -215,10 +215,10 @@ def test_timms_options_are_known(fails):
 
 
 def test_fast_is_what_the_device_computes_fast():
-    dtype = device_seam.fast_dtype('cpu')
+    dtype = devices.fast_dtype('cpu')
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
-    assert device_seam.fast_dtype('cuda') == torch.float16
+    assert devices.fast_dtype('cuda') == torch.float16
 
 
 # -------------------------------------------------------------------------------------------------------- picture

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from timm_npu_irv2 import device as device_seam
+from timm_npu_irv2 import device as devices
 from timm_npu_irv2.data.samplers import RankSampler
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.serialization import read_checkpoint
@@ -179,14 +179,14 @@ def test_no_data(script):
 
 @pytest.mark.parametrize(('kind', 'message'), [('npu', 'no NPU is available'), ('cuda', 'no CUDA device is available')])
 def test_missing_devices(tmp_path, kind, message):
-    if device_seam.device_count(kind):
+    if devices.device_count(kind):
         pytest.skip(f'there is a {kind} device here')
     assert message in message_of('train.py', '2', '--device', kind, '--data-dir', str(tmp_path))
 
 
 def test_more_processes_than_devices(tmp_path, monkeypatch):
-    monkeypatch.setattr(device_seam, 'resolve_device', lambda kind: None)
-    monkeypatch.setattr(device_seam, 'device_count', lambda kind: 4)
+    monkeypatch.setattr(devices, 'resolve_device', lambda kind: None)
+    monkeypatch.setattr(devices, 'device_count', lambda kind: 4)
     words = ['--device', 'npu', '--data-dir', str(tmp_path)]
     assert 'this machine has 4 npu device(s)' in message_of('train.py', '5', *words)
     assert preflight.main(['train.py', '4', *words]) == 0

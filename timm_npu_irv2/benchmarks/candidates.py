@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .. import device as device_seam
+from .. import device as devices
 from ..precision import Precision, create_precision
 
 __all__ = ['Candidate', 'Workload', 'candidates']
@@ -34,14 +34,14 @@ class Workload:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(self.batch_size, 3, self.img_size, self.img_size, generator=generator)
         targets = torch.randint(1000, (self.batch_size,), generator=generator)
-        layout = device_seam.memory_format(self.device)
+        layout = devices.memory_format(self.device)
         return images.to(self.device, memory_format=layout), targets.to(self.device)
 
     def network(self, name: str, **kwargs) -> nn.Module:
         """A network in training mode with random weights, the same for every call."""
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=1000, **kwargs)
-        return model.to(self.device, memory_format=device_seam.memory_format(self.device)).train()
+        return model.to(self.device, memory_format=devices.memory_format(self.device)).train()
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 def _ours(workload: Workload, amp: bool, recompute: str | None = None) -> Step:
     model = workload.network('inception_resnet_v2_npu')
     model.set_grad_checkpointing(recompute or False)
-    half = device_seam.half_dtype(workload.device)
+    half = devices.half_dtype(workload.device)
     options = {'opt_level': 'O2', 'loss_scale': 128.0 if half == torch.float16 else None} if amp else {}
     precision = create_precision(workload.device, amp=amp, **options)
     return _step(workload, precision, *precision.prepare(model, _optimizer(model)))
@@ -122,7 +122,7 @@ def _step(workload: Workload, precision: Precision, model: nn.Module, optimizer:
 
 def _timm(workload: Workload, amp: bool) -> Step:
     model = workload.network('inception_resnet_v2')
-    dtype = device_seam.half_dtype(workload.device) if amp else None
+    dtype = devices.half_dtype(workload.device) if amp else None
     # The default first scale, 2**16, may overflow here, and a step that is skipped costs less than one that is not.
     scaler = torch.amp.GradScaler(workload.device.type, init_scale=2.0 ** 10, enabled=dtype == torch.float16)
     optimizer = _optimizer(model)
@@ -130,7 +130,7 @@ def _timm(workload: Workload, amp: bool) -> Step:
     criterion = _criterion()
 
     def step() -> None:
-        with device_seam.autocast(workload.device, dtype):
+        with devices.autocast(workload.device, dtype):
             loss = criterion(model(images), targets)
         optimizer.zero_grad()
         scaler.scale(loss).backward()

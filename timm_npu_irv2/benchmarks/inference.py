@@ -20,7 +20,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .. import device as device_seam
+from .. import device as devices
 from ..deploy import InferenceNetwork, Predictor, load, onnx, save, to_inference
 from . import report
 from .timing import ratio, times_in_turn
@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print; all figures."""
-    device = device_seam.resolve_device(args.device)
-    device_seam.configure(device)
+    device = devices.resolve_device(args.device)
+    devices.configure(device)
     names = [name for name in args.only or CONTESTANTS if args.only or _available(name, device, args.dtype)]
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), names, args.img_size)
@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for line in _verdicts(rates, latencies, served):
         print(f'  {line}')
     return {'title': title, 'columns': COLUMNS, 'rows': rows, 'images_per_second': rates, 'latency_ms': latencies,
-            'served': served, 'threads': torch.get_num_threads(), 'device': device_seam.describe(device),
-            'versions': device_seam.versions()}
+            'served': served, 'threads': torch.get_num_threads(), 'device': devices.describe(device),
+            'versions': devices.versions()}
 
 
 # ------------------------------------------------------------------------------------------------------- candidates
@@ -111,11 +111,11 @@ def create(name: str, folder: Path, device: torch.device, dtype: str) -> Infer:
     else:
         architecture = 'inception_resnet_v2_npu' if name == OURS_UNFOLDED else 'inception_resnet_v2'
         model = timm.create_model(architecture, checkpoint_path=folder / 'timm.pth')
-        layout = torch.contiguous_format if name == TIMM else device_seam.memory_format(device)
+        layout = torch.contiguous_format if name == TIMM else devices.memory_format(device)
         model = model.eval().to(device, kind, memory_format=layout)
     if name in (OURS_COMPILED, COMPILED):
         model = torch.compile(model)
-    layout = torch.contiguous_format if name == TIMM else device_seam.memory_format(device)
+    layout = torch.contiguous_format if name == TIMM else devices.memory_format(device)
     return lambda images: model(images.to(kind, memory_format=layout))
 
 
@@ -181,7 +181,7 @@ def _memory_here(
     images = _images(args, device, args.batch_size)
     _in_turn({name: create(name, folder, device, args.dtype)}, images, 2, 1)
     if device.type != 'cpu':
-        return device_seam.peak_memory(device) / 1e6
+        return devices.peak_memory(device) / 1e6
     status = Path('/proc/self/status')
     if not status.exists():
         return None

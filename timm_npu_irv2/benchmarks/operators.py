@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import device as device_seam
+from .. import device as devices
 from ..ops import activation, batch_norm_relu, normalize, residual
 from . import report
 from .timing import Work, ratio, times_in_turn
@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print; all figures. The kernels are those of TIMM_NPU_IRV2_KERNELS."""
-    device = device_seam.resolve_device(args.device)
-    device_seam.configure(device)
-    dtype = device_seam.half_dtype(device) if args.amp else torch.float32
+    device = devices.resolve_device(args.device)
+    devices.configure(device)
+    dtype = devices.half_dtype(device) if args.amp else torch.float32
     rows: dict[str, list[float]] = {}
     for shape in _SHAPES:
         for name, (ours, plain) in _pairs(device, dtype, (args.batch_size, *shape)).items():
@@ -41,14 +41,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     columns = ('operator ms', 'plain ms', 'ratio', 'least', 'greatest')
     title = f'Operators, {str(dtype).removeprefix("torch.")}, batch {args.batch_size}, {device.type}: time / plain time'
     report.print_table(title, columns, rows)
-    return {'title': title, 'columns': columns, 'rows': rows, 'device': device_seam.describe(device),
-            'versions': device_seam.versions()}
+    return {'title': title, 'columns': columns, 'rows': rows, 'device': devices.describe(device),
+            'versions': devices.versions()}
 
 
 
 def _pairs(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, tuple[Work, Work]]:
     """{operator: (with it, without it)}, each a forward and a backward pass."""
-    layout = device_seam.memory_format(device)
+    layout = devices.memory_format(device)
     x, branch, grad = (torch.randn(shape).to(device, dtype, memory_format=layout) for _ in range(3))
     x.requires_grad_()
     branch.requires_grad_()
@@ -90,7 +90,7 @@ def _pairs(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> 
 def _images(device: torch.device, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, tuple[Work, Work]]:
     images = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8, device=device)
     mean = torch.full((3,), 0.5, device=device)
-    settings = (images, mean, mean, dtype, device_seam.memory_format(device))
+    settings = (images, mean, mean, dtype, devices.memory_format(device))
     return {'normalize_images': (
         lambda: normalize.normalize_images(*settings),
         lambda: ((images.float() / 255 - mean.view(1, 3, 1, 1)) / mean.view(1, 3, 1, 1)).to(

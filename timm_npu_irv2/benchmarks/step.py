@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import device as device_seam
+from .. import device as devices
 from ..errors import UserError
 from . import report
 from .candidates import Candidate, Workload, candidates
@@ -45,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Count, print; all figures."""
-    device = device_seam.resolve_device(args.device)
-    device_seam.configure(device)
+    device = devices.resolve_device(args.device)
+    devices.configure(device)
     if args.zoo:
         if args.float32:
             raise UserError("--zoo: the model zoo's recipe is one of 16 bits, so leave --float32 out.")
-        device_seam.apex_amp()  # fails now, not after the others have been counted
+        devices.apex_amp()  # fails now, not after the others have been counted
     found = candidates(not args.float32, args.recompute, args.zoo)
     host = _host_time(found, device, args) if args.host_rounds else {}
     rows: dict[str, list[Any]] = {}
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if name != 'timm':
             print(f"  host time of {found[name].name}: {figures['ratio']:.3f} of timm's "
                   f"({figures['ratio_min']:.3f} to {figures['ratio_max']:.3f} in {args.host_rounds} rounds)")
-    return {'title': title, 'columns': COLUMNS, 'rows': rows, 'host': host, 'device': device_seam.describe(device),
-            'versions': device_seam.versions()}
+    return {'title': title, 'columns': COLUMNS, 'rows': rows, 'host': host, 'device': devices.describe(device),
+            'versions': devices.versions()}
 
 
 def _count(contestant: Candidate, device: torch.device, args: argparse.Namespace) -> _Counts:
@@ -99,9 +99,9 @@ def _peak_per_image(contestant: Candidate, device: torch.device, args: argparse.
         step = contestant.create(Workload(device, batch_size, args.img_size))
         for _ in range(2):
             step()
-        device_seam.reset_peak_memory(device)
+        devices.reset_peak_memory(device)
         step()
-        peaks.append(device_seam.peak_memory(device))
+        peaks.append(devices.peak_memory(device))
         del step
         gc.collect()
     return (peaks[1] - peaks[0]) / (large - small) / 1e6

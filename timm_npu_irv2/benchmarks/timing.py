@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import device as device_seam
+from .. import device as devices
 
 __all__ = ['Ratio', 'in_turn', 'ratio', 'times_in_turn']
 
@@ -39,10 +39,10 @@ def times_in_turn(works: Mapping[str, Work], device: torch.device, rounds: int, 
 
 
 def _seconds(work: Work, device: torch.device) -> float:
-    device_seam.synchronize(device)
+    devices.synchronize(device)
     start = time.perf_counter()
     work()
-    device_seam.synchronize(device)
+    devices.synchronize(device)
     return time.perf_counter() - start
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import device as device_seam
+from .. import device as devices
 from . import report
 from .candidates import Workload, candidates
 from .timing import in_turn, ratio
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     A round's ratio is ours over timm's; the median over the rounds is the figure to quote.
     """
-    device = device_seam.resolve_device(args.device)
-    device_seam.configure(device)
+    device = devices.resolve_device(args.device)
+    devices.configure(device)
     found = candidates(args.amp)
     workload = Workload(device, args.batch_size, args.img_size)
     steps = {name: each.create(workload) for name, each in found.items()}
@@ -54,8 +54,8 @@ def _several(step: Callable[[], None], count: int) -> None:
 
 def _summary(args: argparse.Namespace, device: torch.device, rates: dict[str, list[float]]) -> dict[str, Any]:
     ours, theirs = rates.values()
-    half = str(device_seam.half_dtype(device)).removeprefix('torch.')
-    about = device_seam.describe(device)
+    half = str(devices.half_dtype(device)).removeprefix('torch.')
+    about = devices.describe(device)
     title = (f"Training, {half if args.amp else 'float32'}, batch {args.batch_size}, {args.img_size} px, "
              f"{about['type']} ({about['name']})")
     columns = ('images/s', 'least', 'greatest')
@@ -64,4 +64,4 @@ def _summary(args: argparse.Namespace, device: torch.device, rates: dict[str, li
     found = ratio(ours, theirs)
     print(f'  ratio {found.median:.3f} (from {found.least:.3f} to {found.greatest:.3f} in {args.rounds} rounds)')
     return {'title': title, 'columns': columns, 'rows': rows, 'ratio': found.median, 'ratio_min': found.least,
-            'ratio_max': found.greatest, 'rounds': rates, 'device': about, 'versions': device_seam.versions()}
+            'ratio_max': found.greatest, 'rounds': rates, 'device': about, 'versions': devices.versions()}

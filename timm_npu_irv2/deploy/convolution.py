@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import device
+from .. import device as devices
 
 __all__ = ['FusedConvolution']
 
@@ -28,7 +28,7 @@ class FusedConvolution(nn.Conv2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Apply to ``x`` (N, in_channels, H, W); ``residual``, of the output's shape, may be overwritten."""
-        if torch.jit.is_tracing() or torch.compiler.is_compiling() or not device.has_fused_convolution(x):
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or not devices.has_fused_convolution(x):
             return self._written_out(x, residual)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return self._written_out(x, residual)

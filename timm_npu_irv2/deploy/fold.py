@@ -15,7 +15,7 @@ from timm.layers import BatchNormAct2d
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .. import device as device_seam
+from .. import device as devices
 from .. import weights
 from ..errors import UnknownDialect, UserError
 from ..layers import ScaledReLU
@@ -71,7 +71,7 @@ def to_inference(
     device = torch.device(device) if device is not None else model.conv2d_1a.conv.weight.device
     network = InferenceNetwork(
         num_classes=model.num_classes, in_chans=in_chans, global_pool=_pool_type(model.global_pool), device='meta')
-    dtype = device_seam.fast_dtype(device) if dtype == 'fast' else dtype or torch.float32
+    dtype = devices.fast_dtype(device) if dtype == 'fast' else dtype or torch.float32
     network.load_state_dict({key: value.to(device, dtype) for key, value in folded.items()}, assign=True)
     network.pretrained_cfg = cfg
     return network.freeze()

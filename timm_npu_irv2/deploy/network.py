@@ -11,7 +11,7 @@ import torch
 from timm.layers import create_classifier
 from torch import Tensor, nn
 
-from .. import device as device_seam
+from .. import device as devices
 from .convolution import FusedConvolution
 
 __all__ = ['InferenceNetwork']
@@ -187,14 +187,14 @@ class InferenceNetwork(nn.Module):
         """Lay the weights out for the device they are on, and let no gradient be taken of them; returns itself."""
         device = self.conv2d_1a.weight.device
         if device.type != 'meta':
-            self.to(memory_format=device_seam.memory_format(device))
+            self.to(memory_format=devices.memory_format(device))
         return self.requires_grad_(False).eval()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> the last feature map (N, 1536, H / 32, W / 32), sizes rounded down."""
         weight = self.conv2d_1a.weight
         first = self.conv2d_1a if x.is_floating_point() else self.conv2d_1a_uint8
-        x = first(x.to(weight.dtype, memory_format=device_seam.memory_format(weight.device)))
+        x = first(x.to(weight.dtype, memory_format=devices.memory_format(weight.device)))
         x = self.maxpool_3a(self.conv2d_2b(self.conv2d_2a(x)))
         x = self.maxpool_5a(self.conv2d_4a(self.conv2d_3b(x)))
         x = self.repeat(self.mixed_5b(x))

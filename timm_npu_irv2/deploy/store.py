@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import device as device_seam
+from .. import device as devices
 from .. import serialization
 from ..errors import CannotWrite, UserError, first_line
 from ..serialization import atomic_write
@@ -63,7 +63,7 @@ def load(
             raise UserError(f'{folder} holds no network for inference (its config.json is of another kind).')
         network = InferenceNetwork(**config['arguments'], device='meta')
         state_dict = serialization.load_weights(folder / WEIGHTS)
-        device, dtype = device_seam.resolve_device(device and str(device)), dtype or getattr(torch, config['dtype'])
+        device, dtype = devices.resolve_device(device and str(device)), dtype or getattr(torch, config['dtype'])
         state_dict = {key: value.to(device, dtype) for key, value in state_dict.items()}
         network.load_state_dict(state_dict, assign=True)
     except UserError:

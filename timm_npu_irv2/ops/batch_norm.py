@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import device
+from .. import device as devices
 from ._library import LIBRARY, triton_kernels
 from .activation import scaled_relu, scaled_relu_backward
 
@@ -73,7 +73,7 @@ def batch_norm_relu(
 
 
 def _without_gaps(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not device.has_slow_slices(x):
+    if torch.compiler.is_compiling() or not devices.has_slow_slices(x):
         return x
     channels_last = x.stride(1) == 1 and x.shape[2:].numel() > 1  # a single position has either layout
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -8,7 +8,7 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 from torch.optim import Optimizer
 
-from .. import device as device_seam
+from .. import device as devices
 from ..errors import UserError
 from .base import WithMasters
 from .masters import Masters, float32_twin
@@ -21,7 +21,7 @@ class Apex(WithMasters):
     """apex's own amp, for those who have it: ``amp.initialize``, ``amp.scale_loss``, ``amp.state_dict``."""
 
     def __init__(self, opt_level: str, loss_scale: float | Literal['dynamic'] | None) -> None:
-        self._amp = device_seam.apex_amp()
+        self._amp = devices.apex_amp()
         self._arguments: dict[str, Any] = {'opt_level': opt_level}
         if opt_level != 'O0':
             self._arguments['loss_scale'] = 'dynamic' if loss_scale is None else loss_scale

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from .. import device as device_seam
+from .. import device as devices
 from ..errors import UserError
 from .apex import Apex
 from .base import Precision, dtype_name
@@ -54,7 +54,7 @@ def create_precision(
         raise UserError(f'--loss-scale {loss_scale} has no effect with --opt-level O0: leave one of them out.')
     if model_dtype not in (None, torch.float32):
         raise UserError(f'--model-dtype {dtype_name(model_dtype)} and --amp exclude each other: use one of them.')
-    dtype = amp_dtype or device_seam.half_dtype(device)
+    dtype = amp_dtype or devices.half_dtype(device)
     if dtype not in HALF_TYPES:
         raise UserError(f'--amp-dtype {dtype_name(dtype)} is not a 16-bit type: use float16 or bfloat16.')
     if amp_impl == 'apex':

@@ -8,7 +8,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import device as device_seam
+from .. import device as devices
 from ..optim import gradient_holders
 
 __all__ = ['DynamicScale', 'FoldedScale', 'NoScale', 'StaticScale', 'create_scaler']
@@ -150,5 +150,5 @@ def create_scaler(device: torch.device, dtype: torch.dtype, loss_scale: float | 
     if loss_scale is None:
         loss_scale = 'dynamic' if dtype == torch.float16 else 1.0  # bfloat16 has float32's range
     if loss_scale == 'dynamic':
-        return DynamicScale(device_seam.grad_scaler(device))
+        return DynamicScale(devices.grad_scaler(device))
     return NoScale() if loss_scale == 1 else StaticScale(loss_scale)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from .. import device as device_seam
+from .. import device as devices
 from ..errors import UserError
 from ..optim import is_elementwise
 from .base import Precision, WithMasters, dtype_name
@@ -96,7 +96,7 @@ class Autocast(_Native):
         self.description = f'O1, autocast {dtype_name(dtype)}{scaler.description}'
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return device_seam.autocast(self._device, self._dtype)
+        return devices.autocast(self._device, self._dtype)
 
 
 class HalfWeights(WithMasters, _Native):
@@ -141,7 +141,7 @@ class HalfWeights(WithMasters, _Native):
             state_scale['momentum_buffer'] = self._scaler.value
         groups = optimizer.param_groups
         if all(g['fused'] is None and g['foreach'] is None and g['momentum'] > 0 for g in groups):
-            options['fused'] = device_seam.has_fused_sgd(parameters_of(optimizer)[0].device)
+            options['fused'] = devices.has_fused_sgd(parameters_of(optimizer)[0].device)
         return FlatMasters(twin, masters, state_scale, options)
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from timm.models import clean_state_dict
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .. import device as device_seam
+from .. import device as devices
 from .. import serialization
 from ..distributed import World, gather_objects
 from ..errors import UserError
@@ -110,7 +110,7 @@ def _random_state(world: World) -> _State:
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         'torch': torch.get_rng_state(),
-        'device': device_seam.get_rng_state(world.device),
+        'device': devices.get_rng_state(world.device),
         'numpy': (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
         'python': random.getstate(),
     }
@@ -118,7 +118,7 @@ def _random_state(world: World) -> _State:
 
 def _set_random_state(state: _State, world: World) -> None:
     torch.set_rng_state(state['torch'])
-    device_seam.set_rng_state(world.device, state['device'])
+    devices.set_rng_state(world.device, state['device'])
     kind, keys, position, has_gauss, gauss = state['numpy']
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, values, gauss_next = state['python']

@@ -18,7 +18,7 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import device as device_seam
+from .. import device as devices
 from ..data.samplers import preserve_rng_state
 from ..distributed import StopRequest, World, sum_over_ranks
 from ..errors import Stopped, UserError
@@ -122,7 +122,7 @@ class Throughput:
 
     def lap(self) -> float:
         """End a lap; its images a second, 0 for the first. Waits for the device."""
-        device_seam.synchronize(self._world.device)
+        devices.synchronize(self._world.device)
         now = time.perf_counter()
         images, seconds = self._lap_images, now - self._lap_start
         self._lap_images, self._lap_start = 0, now
@@ -290,7 +290,7 @@ class Trainer:
             self.position.updates += 1
             self._update_ema()
             if self.settings.synchronize_step:
-                device_seam.synchronize(self.world.device)
+                devices.synchronize(self.world.device)
         return updates
 
     def _forward_backward(self, images: Tensor, target: Tensor, accumulated: int, updates: bool) -> None:

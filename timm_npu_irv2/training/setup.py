@@ -28,7 +28,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import device as device_seam
+from .. import device as devices
 from ..data.loader import mixup_active
 from ..data.worker import is_lost_worker
 from ..distributed import World, is_lost_peer
@@ -103,7 +103,7 @@ def build_model(args: Namespace) -> nn.Module:
     try:
         model = _create(args)
     except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
-        if device_seam.is_out_of_memory(error):
+        if devices.is_out_of_memory(error):
             raise
         raise UserError(f'--model {args.model}: {" ".join(str(error).split())[:300]}') from error
     args.num_classes = args.num_classes or model.num_classes
@@ -154,7 +154,7 @@ def place_model(model: nn.Module, args: Namespace, world: World) -> nn.Module:
     """Convert the BatchNorm layers as asked, move the network to its device, and script it if asked."""
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    layout = device_seam.memory_format(world.device)
+    layout = devices.memory_format(world.device)
     if args.channels_last and layout != torch.channels_last:
         _logger.info(f'--channels-last: a {world.device.type} chooses its own layouts, so it has no effect there.')
     model = model.to(world.device, memory_format=layout)
@@ -335,7 +335,7 @@ def translate_out_of_memory(args: Namespace, world: World) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not device_seam.is_out_of_memory(error):
+        if not devices.is_out_of_memory(error):
             raise
         half, steps = max(1, args.batch_size // 2), args.grad_accum_steps
         raise UserError(
