@@ -1,10 +1,11 @@
 """The device seam: the only module that names a backend (npu, cuda, cpu; hccl, nccl, gloo; torch_npu; apex).
 
-Everything else asks here: which device to run on, how tensors are laid out on it, which collectives join several of
-them, which optimizers its vendor ships, and how to wait for it. Nothing below knows the model.
+Other modules ask here which device to run on, how tensors are laid out on it, which collectives join several of
+them, which kernels and optimizers its vendor ships, and how to wait for it. Nothing here knows the model.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -25,17 +26,16 @@ __all__ = [
     'apex_amp',
     'autocast',
     'backend',
+    'backend_of',
     'configure',
     'default_device',
     'describe',
+    'device_count',
     'fast_dtype',
     'fused_optimizer_class',
+    'get_rng_state',
     'grad_scaler',
     'half_dtype',
-    'has_add_relu_kernel',
-    'has_fused_convolution',
-    'has_fused_sgd',
-    'has_slow_slices',
     'is_out_of_memory',
     'load_backends',
     'memory_format',
@@ -43,6 +43,7 @@ __all__ = [
     'prefetch',
     'reset_peak_memory',
     'resolve_device',
+    'set_rng_state',
     'synchronize',
     'versions',
 ]
@@ -53,7 +54,7 @@ R = TypeVar('R')
 
 @dataclass(frozen=True)
 class Backend:
-    """What the rest of the program must know about one kind of device.
+    """The facts about one kind of device.
 
     Attributes:
         type: The device type, as in ``torch.device(type)``.
@@ -61,28 +62,55 @@ class Backend:
         memory_format: The layout in which convolutions run fastest, for images and for weights.
         half: The 16-bit type of mixed precision.
         visible: The environment variable that selects the devices a process sees, if there is one.
+        add_relu: ATen's ``_add_relu`` is used. The CPU's is not: it turns NaN into 0, which would hide a diverged run.
+        cheap_elu: An ELU takes no longer than a ReLU, since both wait for memory. A CPU waits for its arithmetic.
+        slow_slices: BatchNorm of a slice of channels is slower than copying the slice first. So it is on a CPU, where
+            ATen vectorizes only what has no gaps: with the copy it takes an eighth to two fifths of the time
+            (``benchmark.py ops``).
     """
 
     type: str
-    collectives: str
-    memory_format: torch.memory_format
-    half: torch.dtype
-    visible: str | None
+    collectives: str = 'gloo'
+    memory_format: torch.memory_format = torch.contiguous_format
+    half: torch.dtype = torch.float16
+    visible: str | None = None
+    add_relu: bool = False
+    cheap_elu: bool = True
+    slow_slices: bool = False
+
+    @property
+    def fused_convolution_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Dtypes of oneDNN's convolutions with bias, addition and ReLU in one operator; none but on the CPU."""
+        if self.type != 'cpu' or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+            return ()
+        return (torch.float32, torch.bfloat16) if _onednn_has_bfloat16() else (torch.float32,)
+
+    @property
+    def fused_sgd(self) -> bool:
+        """Support of ``torch.optim.SGD(fused=True)``; on the NPU it is aclnnFusedSgd."""
+        key = {'npu': 'PrivateUse1', 'cuda': 'CUDA', 'cpu': 'CPU'}[self.type]
+        return torch._C._dispatch_has_kernel_for_dispatch_key('aten::_fused_sgd_', key)
+
+
+@functools.cache
+def _onednn_has_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # torch_npu refuses channels_last tensors: convolutions choose their own layout on the NPU. A CPU has no float16
 # convolutions worth using, but bfloat16 ones.
 _BACKENDS = {
-    'npu': Backend('npu', 'hccl', torch.contiguous_format, torch.float16, 'ASCEND_RT_VISIBLE_DEVICES'),
-    'cuda': Backend('cuda', 'nccl', torch.channels_last, torch.float16, 'CUDA_VISIBLE_DEVICES'),
-    'cpu': Backend('cpu', 'gloo', torch.channels_last, torch.bfloat16, None),
+    'npu': Backend('npu', 'hccl', visible='ASCEND_RT_VISIBLE_DEVICES', add_relu=True),
+    'cuda': Backend('cuda', 'nccl', torch.channels_last, visible='CUDA_VISIBLE_DEVICES'),
+    'cpu': Backend('cpu', 'gloo', torch.channels_last, torch.bfloat16, cheap_elu=False, slow_slices=True),
 }
+_OTHER = Backend('other')
 
 _npu_failure: str | None = None
 
 
 def load_backends() -> None:
-    """Import torch_npu where it is installed; a failure is kept for the message of ``resolve_device('npu')``.
+    """Import torch_npu where it is installed, and keep a failure for the message of ``resolve_device('npu')``.
 
     ``import torch`` does this by itself unless TORCH_DEVICE_BACKEND_AUTOLOAD=0.
     """
@@ -93,24 +121,33 @@ def load_backends() -> None:
         importlib.import_module('torch_npu')
     except Exception as error:  # torch_npu fails in many ways where CANN is missing or of another version
         _npu_failure = f'{type(error).__name__}: {error}'.splitlines()[0]
-        warnings.warn(f'torch_npu is installed but does not load ({_npu_failure}); going on without it.', stacklevel=2)
+        warnings.warn(f'torch_npu is installed but does not load ({_npu_failure}); continuing without it.', stacklevel=2)
 
 
 def backend(device: torch.device | str) -> Backend:
-    """The facts about ``device``'s type. Raises UserError for a type that the plugin does not run on."""
+    """Return the facts about the type of ``device``.
+
+    Raises:
+        UserError: The plugin does not run on devices of this type.
+    """
     device_type = torch.device(device).type
     if device_type not in _BACKENDS:
         raise UserError(f"device '{device_type}' is not supported: use one of {', '.join(_BACKENDS)}.")
     return _BACKENDS[device_type]
 
 
-def _runtime(device_type: str) -> ModuleType | None:
-    """torch.npu or torch.cuda; None for the CPU, which needs no runtime."""
+def backend_of(x: torch.Tensor) -> Backend:
+    """Return the facts about a tensor's device, or the defaults for other devices and for FX's proxies."""
+    return _BACKENDS.get(x.device.type, _OTHER) if isinstance(x, torch.Tensor) else _OTHER
+
+
+def _runtime(device_type: str) -> Any:
+    """Return torch.npu or torch.cuda where torch has it, else None: the CPU needs no runtime."""
     return getattr(torch, device_type, None) if device_type != 'cpu' else None
 
 
 def device_count(device_type: str) -> int:
-    """How many devices of a type this process can use (1 for the CPU: processes share it)."""
+    """Return the number of devices of a type that this process can use; 1 for the CPU, which processes share."""
     if device_type == 'cpu':
         return 1
     runtime = _runtime(device_type)
@@ -118,27 +155,28 @@ def device_count(device_type: str) -> int:
 
 
 def default_device() -> str:
-    """'npu' if there is one, else 'cuda' if there is one, else 'cpu'."""
+    """Return 'npu' if there is one, else 'cuda' if there is one, else 'cpu'."""
     return next(kind for kind in _BACKENDS if device_count(kind))
 
 
 def resolve_device(name: str | None = None, local_rank: int | None = None) -> torch.device:
-    """The device to run on, made current.
+    """Make a device current and return it.
 
     Args:
-        name: 'npu', 'cuda', 'cpu', with or without an index; None or '' takes the best that is there.
-        local_rank: The index of this process on its machine, which becomes the device's index if ``name`` has none.
+        name: 'npu', 'cuda' or 'cpu', with or without an index; None or '' for the first of them that exists here.
+        local_rank: Index of this process on its machine, used as the device's index if ``name`` has none.
 
     Raises:
         DeviceUnavailable: The device does not exist here, in one line that says why and what to do.
     """
     load_backends()
+    name = name or default_device()
     try:
-        device = torch.device(name or default_device())
+        device = torch.device(name)
     except RuntimeError as error:
         if (kind := name.partition(':')[0]) in _BACKENDS:  # torch knows 'npu' only once torch_npu is loaded
             raise DeviceUnavailable(_why_unavailable(kind)) from error
-        raise UserError(f"--device {name}: no such device; use one of {', '.join(_BACKENDS)}.") from error
+        raise UserError(f"--device {name}: no such device. Use one of {', '.join(_BACKENDS)}.") from error
     kind = backend(device).type
     if kind == 'cpu':
         return torch.device('cpu')
@@ -156,6 +194,7 @@ def resolve_device(name: str | None = None, local_rank: int | None = None) -> to
 
 
 def _why_unavailable(kind: str) -> str:
+    """Return the message for a machine without devices of a type."""
     if kind == 'cuda':
         return 'no CUDA device is available here: use --device cpu, or install a CUDA build of torch and a driver.'
     if importlib.util.find_spec('torch_npu') is None:
@@ -174,33 +213,34 @@ def configure(
     """Set the backend's switches for the training of a convolutional network.
 
     Args:
-        device: The device the process runs on.
-        allow_internal_format: NPU: let convolutions keep tensors in private layouts (the 910A's fast path). None
-            leaves torch_npu's choice.
-        jit_compile: NPU: compile operators at run time for the shapes they meet instead of using the ready-made
-            ones. None means False, the faster choice wherever the ready-made operators exist.
+        device: The device that the process runs on.
+        allow_internal_format: On an NPU, permission for convolutions to keep tensors in private layouts (the fast
+            path of the 910A). None leaves torch_npu's choice.
+        jit_compile: On an NPU, compilation of operators at run time for the shapes they meet, instead of the
+            precompiled ones. None means False, the faster choice wherever the precompiled operators exist.
     """
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     elif device.type == 'npu':
-        torch.npu.set_compile_mode(jit_compile=bool(jit_compile))
+        npu = _runtime('npu')
+        npu.set_compile_mode(jit_compile=bool(jit_compile))
         if allow_internal_format is not None:
-            torch.npu.config.allow_internal_format = allow_internal_format
+            npu.config.allow_internal_format = allow_internal_format
 
 
 def memory_format(device: torch.device | str) -> torch.memory_format:
-    """The layout of images and convolution weights on ``device``."""
+    """Return the layout of images and convolution weights on ``device``."""
     return backend(device).memory_format
 
 
 def half_dtype(device: torch.device | str) -> torch.dtype:
-    """The 16-bit type that mixed precision uses on ``device`` unless the user names one."""
+    """Return the 16-bit type that mixed precision uses on ``device`` unless the user names one."""
     return backend(device).half
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """The type in which ``device`` infers fastest: its 16-bit one, but float32 on a CPU without bfloat16 arithmetic."""
+    """Return the dtype of the fastest inference: 16 bits, but float32 on a CPU without bfloat16 arithmetic."""
     if backend(device).type != 'cpu':
         return half_dtype(device)
     # Private names, but the only ones from torch 2.5 on; the last one is for Arm, and also true of any AVX-512 CPU.
@@ -210,91 +250,54 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """``torch.autocast`` on ``device`` in ``dtype``; nothing at all for None or float32."""
+    """Return ``torch.autocast`` on ``device`` in ``dtype``, or a context that does nothing for None and float32."""
     if dtype is None or dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device_type=device.type, dtype=dtype)
 
 
-def has_add_relu_kernel(x: torch.Tensor) -> bool:
-    """Whether ATen's ``_add_relu`` is one kernel on ``x``'s device: the NPU's aclnnAddRelu.
-
-    The CPU's turns NaN into 0, which would hide a diverged run; it is not used.
-    """
-    return x.device.type == 'npu'
-
-
-def has_cheap_elu(x: torch.Tensor) -> bool:
-    """Whether an ELU of ``x`` takes no longer than a ReLU: where memory, not arithmetic, is what it waits for."""
-    return not isinstance(x, torch.Tensor) or x.device.type != 'cpu'  # FX's proxies are nowhere yet
-
-
-def has_fused_convolution(x: torch.Tensor) -> bool:
-    """Whether oneDNN's convolutions, with bias, addition and ReLU in one operator, work on ``x``: on the CPU."""
-    if x.device.type != 'cpu' or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def has_fused_sgd(device: torch.device) -> bool:
-    """Whether ``torch.optim.SGD(fused=True)`` works on ``device``: on the NPU it is aclnnFusedSgd."""
-    key = {'npu': 'PrivateUse1', 'cuda': 'CUDA', 'cpu': 'CPU'}[device.type]
-    return torch._C._dispatch_has_kernel_for_dispatch_key('aten::_fused_sgd_', key)
-
-
-def has_slow_slices(x: torch.Tensor) -> bool:
-    """Whether BatchNorm of ``x`` is slower than that of a copy without gaps, copying included.
-
-    So it is for a slice of channels on the CPU, where ATen vectorizes only what has no gaps: with the copy it takes an
-    eighth to two fifths of the time (``benchmark.py ops``).
-    """
-    if not isinstance(x, torch.Tensor) or x.device.type != 'cpu':  # FX's proxies are nowhere yet
-        return False
-    return not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
-
-
 def synchronize(device: torch.device) -> None:
-    """Wait until ``device`` has done all that was asked of it. For clocks; never inside a training step."""
+    """Wait until ``device`` has finished its queue. For clocks; never called inside a training step."""
     runtime = _runtime(device.type)
     if runtime is not None:
         runtime.synchronize(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Forget the greatest amount of memory that was in use."""
+    """Start a new measurement of :func:`peak_memory`."""
     runtime = _runtime(device.type)
     if runtime is not None:
         runtime.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The greatest amount of the device's memory in use since :func:`reset_peak_memory`, in bytes; 0 on the CPU."""
+    """Return the peak of allocated memory since :func:`reset_peak_memory`, in bytes; 0 on the CPU."""
     runtime = _runtime(device.type)
     synchronize(device)
     return runtime.max_memory_allocated(device) if runtime is not None else 0
 
 
 def get_rng_state(device: torch.device) -> torch.Tensor | None:
-    """The state of the device's random generator, a CPU tensor of bytes; None on the CPU (torch's own is it)."""
+    """Return the state of the device's random generator, a CPU tensor of bytes; None on the CPU: it is torch's own."""
     runtime = _runtime(device.type)
     return runtime.get_rng_state(device) if runtime is not None else None
 
 
 def set_rng_state(device: torch.device, state: torch.Tensor | None) -> None:
-    """Set what :func:`get_rng_state` gave."""
+    """Restore the state that :func:`get_rng_state` returned."""
     runtime = _runtime(device.type)
     if runtime is not None and state is not None:
         runtime.set_rng_state(state, device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's memory is exhausted."""
+    """Return True for the errors that torch and the vendors raise when the device's memory is exhausted."""
     known = isinstance(error, torch.OutOfMemoryError)
     return known or (isinstance(error, RuntimeError) and 'out of memory' in str(error))
 
 
 def apex_amp() -> ModuleType:
-    """``apex.amp`` of Ascend's (or NVIDIA's) apex.
+    """Import ``apex.amp`` of Ascend's or NVIDIA's apex.
 
     Raises:
         UserError: apex is missing, or PyPI's unrelated package of that name is installed.
@@ -302,7 +305,7 @@ def apex_amp() -> ModuleType:
     if importlib.util.find_spec('apex') is None:
         raise UserError(
             '--amp-impl apex needs apex, which is not on PyPI: build it from https://github.com/Ascend/apex, '
-            'or use --amp-impl native, which does the same without it.'
+            'or use --amp-impl native, which needs nothing.'
         )
     try:
         return importlib.import_module('apex.amp')
@@ -319,12 +322,12 @@ def fused_optimizer_class(
         device: torch.device | str,
         use_apex: bool = False,
 ) -> Callable[..., torch.optim.Optimizer] | None:
-    """The fused optimizer ``name`` (e.g. 'NpuFusedSGD') of the vendor of ``device``, or None where there is none.
+    """Return the vendor's fused optimizer for ``device``, or None where there is none.
 
     Args:
-        name: The class's name, the same in torch_npu and in Ascend's apex.
-        device: Where the parameters are.
-        use_apex: Take apex's, whose combined tensors apex's own loss scaling knows how to unscale.
+        name: Name of the class, such as 'NpuFusedSGD', the same in torch_npu and in Ascend's apex.
+        device: Device of the parameters.
+        use_apex: Choice of apex's class, whose combined tensors apex's own loss scaling can unscale.
     """
     package, module = ('apex', 'apex.optimizers') if use_apex else ('torch_npu', 'torch_npu.optim')
     if torch.device(device).type != 'npu' or importlib.util.find_spec(package) is None:
@@ -333,19 +336,19 @@ def fused_optimizer_class(
 
 
 def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
-    """A dynamic loss scaler that notices overflows on ``device``.
+    """Create a dynamic loss scaler that notices overflows on ``device``.
 
-    It is torch's, which reads the device once a step. NPUs that saturate at the largest number instead of producing
-    infinities (the 910A) need torch_npu's: it reads the chip's overflow flag and tells the other processes, for
-    three readings more.
+    This is torch's, which reads the device once a step. NPUs that saturate at the largest number instead of producing
+    infinities (the 910A) need torch_npu's: it reads the chip's overflow flag and tells the other processes, at the
+    cost of three more readings.
     """
-    if device.type == 'npu' and not torch.npu.utils.is_support_inf_nan():
-        return torch.npu.amp.GradScaler()
+    if device.type == 'npu' and not _runtime('npu').utils.is_support_inf_nan():
+        return _runtime('npu').amp.GradScaler()
     return torch.amp.GradScaler(device.type)
 
 
 def versions() -> dict[str, str]:
-    """The versions of everything that decides a result, for reports: {package: version}."""
+    """Return the versions of everything that decides a result, as {package: version}."""
     found: dict[str, str] = {}
     for package in ('timm-npu-irv2', 'torch', 'torchvision', 'timm', 'torch_npu', 'apex', 'huggingface_hub'):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -357,18 +360,18 @@ def versions() -> dict[str, str]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The device's type and name, for logs and reports."""
+    """Return the device's type and name, for logs and reports."""
     runtime = _runtime(device.type)
     name = runtime.get_device_name(device) if runtime is not None else torch.backends.cpu.get_cpu_capability()
     return {'type': device.type, 'name': name}
 
 
 def prefetch(items: Iterable[T], place: Callable[[T], R], device: torch.device) -> Iterator[R]:
-    """``map(place, items)``; on an accelerator ``place`` works on a stream of its own, one item ahead of the consumer.
+    """Yield ``place(item)`` for each item; on an accelerator from a stream of its own, one item ahead of the consumer.
 
-    So the transfer of the next batch overlaps the work on this one. A result must be used on the stream that is
+    The transfer of the next batch then overlaps the work on this one. A result must be used on the stream that is
     current when the iterator is advanced. The side stream waits for the consumer before each item, since the memory
-    it allocates may be what the consumer's queued work still reads.
+    it allocates may still be read by the consumer's queued work.
     """
     runtime = _runtime(device.type)
     if runtime is None:

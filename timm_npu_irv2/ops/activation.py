@@ -31,7 +31,7 @@ def scaled_relu(x: Tensor, scale: float, inplace: bool = False) -> Tensor:
         return torch.relu(x) * scale
     if scale == 1.0:
         return torch.relu_(x) if inplace else torch.relu(x)
-    if not devices.has_cheap_elu(x):
+    if not devices.backend_of(x).cheap_elu:
         return (torch.relu_(x) if inplace else torch.relu(x)) * scale
     # What F.elu calls; F.elu itself leaves the scale out.
     return torch._C._nn.elu_(x, 0.0, scale) if inplace else torch._C._nn.elu(x, 0.0, scale)

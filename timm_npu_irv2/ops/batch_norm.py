@@ -73,7 +73,9 @@ def batch_norm_relu(
 
 
 def _without_gaps(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not devices.has_slow_slices(x):
+    if torch.compiler.is_compiling() or not devices.backend_of(x).slow_slices:
+        return x
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
     channels_last = x.stride(1) == 1 and x.shape[2:].numel() > 1  # a single position has either layout
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

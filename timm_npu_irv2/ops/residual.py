@@ -38,7 +38,7 @@ def scaled_residual_relu(x: Tensor, branch: Tensor, scale: float) -> Tensor:
     # program must run where this package is not installed.
     if torch.jit.is_scripting() or torch.compiler.is_compiling():
         return torch.relu(torch.add(x, branch, alpha=scale))
-    if type(x) is Tensor and not devices.has_add_relu_kernel(x) and triton_kernels() is None:
+    if type(x) is Tensor and not devices.backend_of(x).add_relu and triton_kernels() is None:
         return torch.add(x, branch, alpha=scale).relu_()  # PyTorch's own gradient keeps no more than the operator does
     if type(x) is Tensor and x.requires_grad and torch.is_grad_enabled():
         # What the operator below would do, without torch.library's half of the time on the host.
@@ -50,7 +50,7 @@ def _forward(x: Tensor, branch: Tensor, scale: float) -> Tensor:
     kernels = triton_kernels()
     if kernels is not None:
         return kernels.scaled_residual_relu(x, branch, scale)
-    if x.dtype == branch.dtype and devices.has_add_relu_kernel(x):
+    if x.dtype == branch.dtype and devices.backend_of(x).add_relu:
         return torch.ops.aten._add_relu.Tensor(x, branch, alpha=scale)
     return torch.add(x, branch, alpha=scale).relu_()
 

@@ -141,7 +141,7 @@ class HalfWeights(WithMasters, _Native):
             state_scale['momentum_buffer'] = self._scaler.value
         groups = optimizer.param_groups
         if all(g['fused'] is None and g['foreach'] is None and g['momentum'] > 0 for g in groups):
-            options['fused'] = devices.has_fused_sgd(parameters_of(optimizer)[0].device)
+            options['fused'] = devices.backend(parameters_of(optimizer)[0].device).fused_sgd
         return FlatMasters(twin, masters, state_scale, options)
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:

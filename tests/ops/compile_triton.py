@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel without a device: `python tests/compile_triton.py`.
+"""Compiles every Triton kernel without a device: `python tests/ops/compile_triton.py`.
 
 With Triton itself to PTX and machine code for an NVIDIA GPU; where triton-ascend is installed (in an environment of its
 own, with pybind11 and any torch), down to linalg and HIVM, from which CANN makes an NPU's code.
