@@ -44,6 +44,7 @@ __all__ = [
     'reset_peak_memory',
     'resolve_device',
     'set_rng_state',
+    'survey',
     'synchronize',
     'versions',
 ]
@@ -387,3 +388,18 @@ def prefetch(items: Iterable[T], place: Callable[[T], R], device: torch.device) 
             yield ready.pop(0)
         runtime.current_stream(device).wait_stream(stream)
     yield from ready
+
+
+def survey() -> dict[str, list[dict[str, Any]]]:
+    """Return the accelerators of this machine by kind: name and memory (bytes) of each, for diagnostics."""
+    load_backends()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for kind in _BACKENDS:
+        runtime = _runtime(kind)
+        if runtime is not None:
+            found[kind] = []
+            for index in range(device_count(kind)):
+                runtime.set_device(index)  # an NPU answers only where it is current
+                properties = runtime.get_device_properties(index)
+                found[kind].append({'name': properties.name, 'memory': properties.total_memory})
+    return found
