@@ -25,7 +25,6 @@ from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import hub
 from timm_npu_irv2.cli.parser import as_yaml
 from timm_npu_irv2.cli.script import run_script, start_log
-from timm_npu_irv2.data.loader import create_eval_loader, create_train_loader
 from timm_npu_irv2.distributed import (
     StopRequest,
     World,
@@ -44,6 +43,7 @@ from timm_npu_irv2.serialization import atomic_write
 from timm_npu_irv2.training import checkpoint, setup
 from timm_npu_irv2.training.engine import Position, Trainer, evaluate
 from timm_npu_irv2.training.flags import OUR_MODEL
+from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.output_dir import output_dir
 from timm_npu_irv2.training.report import Progress, Report
@@ -137,10 +137,13 @@ def assemble(args: Namespace, world: World, stop: StopRequest | None, started: f
     model = setup.place_model(model, args, world)
     precision = setup.build_precision(args, world)
 
-    train_loader = create_train_loader(args, data_config, world, args.aug_splits, precision.input_dtype)
+    common = dict(num_classes=args.num_classes, dtype=precision.input_dtype)
+    train_loader = build_train_loader(args, data_config, world, batch_size=args.batch_size, **common)
     eval_loader = None
     if args.val_split:
-        eval_loader = create_eval_loader(args, data_config, world, precision.input_dtype, train_loader)
+        eval_loader = build_eval_loader(
+            args, data_config, world, split=args.val_split, num_samples=args.val_num_samples,
+            batch_size=args.validation_batch_size or args.batch_size, train_loader=train_loader, **common)
     metric = args.eval_metric if eval_loader is not None else 'loss'
 
     task = setup.build_task(model, args, world)

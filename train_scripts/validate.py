@@ -32,7 +32,7 @@ from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import serialization
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
-from timm_npu_irv2.data.loader import DeviceLoader, create_eval_loader
+from timm_npu_irv2.data.loader import DeviceLoader
 from timm_npu_irv2.distributed import World, gather_objects, initialize, shutdown
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.plots import Prediction, choose, draw_predictions
@@ -40,6 +40,7 @@ from timm_npu_irv2.serialization import atomic_write
 from timm_npu_irv2.training import setup
 from timm_npu_irv2.training.engine import evaluate
 from timm_npu_irv2.training.flags import REFUSED, TRAIN_FLAGS
+from timm_npu_irv2.training.loaders import build_eval_loader
 from timm_npu_irv2.training.options import check_image_size
 
 _logger = logging.getLogger('validate')
@@ -135,9 +136,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         raise UserError('--torchscript and --torchcompile exclude each other.')
     if args.valid_labels and args.real_labels:
         raise UserError('--valid-labels and --real-labels exclude each other.')
-    # what the training options that the loader reads would be
-    return Namespace(**vars(args), val_split=args.split, val_num_samples=args.num_samples, train_num_samples=None,
-                     validation_batch_size=None, epoch_repeats=0)
+    return args
 
 
 def expand(args: Namespace) -> list[tuple[str, str]]:
@@ -225,7 +224,10 @@ def measure(args: Namespace, world: World) -> Results:
         model, pooled = apply_test_time_pool(model, data_config)
         data_config['crop_pct'] = 1.0 if pooled else data_config['crop_pct']
     dtype = getattr(torch, args.model_dtype or 'float32')
-    loader = create_eval_loader(args, data_config, world, dtype)
+    data_config['crop_border_pixels'] = args.crop_border_pixels
+    loader = build_eval_loader(
+        args, data_config, world, split=args.split, batch_size=args.batch_size, num_samples=args.num_samples,
+        num_classes=None if args.valid_labels else args.num_classes, dtype=dtype)
     _logger.info(f'{args.model}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes, '
                  f'{data_config["input_size"][-1]} px; {world.size} × {world.device.type}, '
                  f'{describe_precision(args, world)}; weights: {args.checkpoint or "pretrained"}')

@@ -9,13 +9,17 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_loader
+from timm.data.loader import fast_collate
 from torchvision.datasets import CIFAR10
 
+from timm_npu_irv2.data.augmentation import Augmentation
 from timm_npu_irv2.data.dataset import open_dataset
-from timm_npu_irv2.data.loader import create_eval_loader, create_train_loader
-from timm_npu_irv2.data.samplers import Batch, RankSampler, SampleKey
+from timm_npu_irv2.data.pipeline import ImagePipeline
+from timm_npu_irv2.data.samplers import Batch, EvalBatchSampler, RankSampler, SampleKey
+from timm_npu_irv2.data.worker import BatchDataset
 from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader
 from timm_npu_irv2.training.options import parse_args
 
 CONFIG = {
@@ -46,17 +50,25 @@ def folder(tmp_path_factory) -> Path:
 
 
 def options(folder: Path, *words: str):
-    args = parse_args(['--data-dir', str(folder), '-b', '4', '-j', '0', *words])
-    args.num_classes = args.num_classes or 10
-    return args
+    return parse_args(['--data-dir', str(folder), '-b', '4', '-j', '0', *words])
 
 
 def world(rank: int = 0, size: int = 1) -> World:
     return World(rank=rank, local_rank=rank, size=size, device=torch.device('cpu'))
 
 
+def train_loader(args, where: World | None = None, config=CONFIG, **given):
+    return build_train_loader(args, config, where or world(), num_classes=args.num_classes or 10,
+                              batch_size=args.batch_size, **given)
+
+
+def eval_loader(args, where: World | None = None, **given):
+    return build_eval_loader(args, CONFIG, where or world(), split=args.val_split, num_classes=args.num_classes or 10,
+                             batch_size=args.validation_batch_size or args.batch_size, **given)
+
+
 def epoch_of(args, epoch: int, start: int = 0, where: World | None = None):
-    loader = create_train_loader(args, CONFIG, where or world(), num_aug_splits=args.aug_splits)
+    loader = train_loader(args, where)
     for seed in torch.seed, np.random.seed, random.seed:  # to something else each time
         seed()
     loader.set_epoch(epoch, start)
@@ -98,13 +110,15 @@ def test_seed_and_epoch_change_everything(folder, words):
 
 
 def test_a_sample_depends_on_seed_epoch_index_and_repeat_alone(folder):
-    dataset = create_train_loader(options(folder), CONFIG, world())._loader.dataset
-    images = dataset[Batch([SampleKey(3, 0), SampleKey(5, 0), SampleKey(3, 1)], epoch=1, seed=7)][0]
-    alone = dataset[Batch([SampleKey(3, 0)], epoch=1, seed=8)][0]
-    assert torch.equal(images[0], alone[0]) and not torch.equal(images[0], images[2])
-    assert not torch.equal(alone, dataset[Batch([SampleKey(3, 0)], epoch=2, seed=8)][0])
-    other_seed = create_train_loader(options(folder, '--seed', '7'), CONFIG, world())._loader.dataset
-    assert not torch.equal(alone, other_seed[Batch([SampleKey(3, 0)], epoch=1, seed=8)][0])
+    def images(*samples: SampleKey, epoch: int = 1, batch_seed: int = 7, seed: int = 42) -> torch.Tensor:
+        dataset = BatchDataset(open_dataset('', str(folder), 'train'), [transform], 'RGB', fast_collate, seed)
+        return dataset[Batch(samples, epoch=epoch, seed=batch_seed)].images
+
+    transform = Augmentation().transform(ImagePipeline.from_config(CONFIG), 75)
+    together, alone = images(SampleKey(3, 0), SampleKey(5, 0), SampleKey(3, 1)), images(SampleKey(3, 0), batch_seed=8)
+    assert torch.equal(together[0], alone[0]) and not torch.equal(together[0], together[2])
+    assert not torch.equal(alone, images(SampleKey(3, 0), epoch=2))
+    assert not torch.equal(alone, images(SampleKey(3, 0), seed=7))
 
 
 @pytest.mark.parametrize('workers', ['0', '2'])
@@ -114,12 +128,12 @@ def test_loading_leaves_the_global_generators_alone(folder, workers):
     expected = torch.rand(1).item(), np.random.rand()
     torch.manual_seed(5)
     np.random.seed(5)
-    list(create_train_loader(options(folder, '--reprob', '0.5', '--mixup', '0.2', '-j', workers), CONFIG, world()))
+    list(train_loader(options(folder, '--reprob', '0.5', '--mixup', '0.2', '-j', workers)))
     assert (torch.rand(1).item(), np.random.rand()) == expected
 
 
 def test_endless_workers_follow_the_epochs_asked_for(folder):
-    loader = create_train_loader(options(folder, '--use-multi-epochs-loader', '-j', '2'), CONFIG, world())
+    loader = train_loader(options(folder, '--use-multi-epochs-loader', '-j', '2'))
     for epoch, start in ((0, 0), (1, 0), (2, 3), (3, 0), (1, 0)):
         loader.set_epoch(epoch, start)
         assert equal(list(loader), epoch_of(options(folder), epoch, start))
@@ -140,40 +154,40 @@ def test_processes_share_each_batch_of_one_process(folder):
 
 def test_each_process_mixes_its_own_way(folder):
     args = options(folder, '-b', '2', '--mixup', '1')
-    first, second = (create_train_loader(args, CONFIG, world(rank, 2)) for rank in range(2))
-    assert next(iter(first.plan)).seed != next(iter(second.plan)).seed
+    first, second = (train_loader(args, world(rank, 2)) for rank in range(2))
+    assert next(iter(first.sampler)).seed != next(iter(second.sampler)).seed
 
 
 def test_an_epoch_takes_each_image_once():
     for size, processes in ((10, 1), (12, 4), (11, 4)):
         shares = [RankSampler(size, rank, processes, 0, 0.0, 0.0) for rank in range(processes)]
-        drawn = [draw for share in shares for draw, _ in zip(share, range(len(share)), strict=False)]
-        assert {draw.index for draw in drawn} == set(range(size))
+        drawn = [sample for share in shares for sample, _ in zip(share, range(len(share)), strict=False)]
+        assert {sample.index for sample in drawn} == set(range(size))
         assert len({*drawn}) == len(drawn) == -(-size // processes) * processes  # a second pass fills up
 
 
 def test_repeated_augmentation_repeats_each_image_in_a_row():
     share = RankSampler(400, 0, 1, 0, 0.0, 3.0)
-    draws = [draw for draw, _ in zip(share, range(len(share)), strict=False)]
+    samples = [sample for sample, _ in zip(share, range(len(share)), strict=False)]
     assert len(share) == 256  # as timm: rounded down to a multiple of 256
-    assert [draw.repeat for draw in draws[:6]] == [0, 1, 2, 0, 1, 2]
-    assert draws[0].index == draws[1].index == draws[2].index != draws[3].index
+    assert [sample.repeat for sample in samples[:6]] == [0, 1, 2, 0, 1, 2]
+    assert samples[0].index == samples[1].index == samples[2].index != samples[3].index
     ranks = [next(iter(RankSampler(400, rank, 3, 0, 0.0, 3.0))) for rank in range(3)]
-    assert len({draw.index for draw in ranks}) == 1 and [draw.repeat for draw in ranks] == [0, 1, 2]
+    assert len({sample.index for sample in ranks}) == 1 and [sample.repeat for sample in ranks] == [0, 1, 2]
 
 
 def test_epoch_repeats_lengthen_the_epoch(folder):
-    assert len(create_train_loader(options(folder), CONFIG, world())) == 5
-    assert len(create_train_loader(options(folder, '--epoch-repeats', '2.5'), CONFIG, world())) == 13
-    loader = create_train_loader(options(folder, '--train-batches-per-epoch', '11'), CONFIG, world())
+    assert len(train_loader(options(folder))) == 5
+    assert len(train_loader(options(folder, '--epoch-repeats', '2.5'))) == 13
+    loader = train_loader(options(folder, '--train-batches-per-epoch', '11'))
     assert len(loader) == len(list(loader)) == 11
 
 
 def test_training_images_are_those_of_timm_without_augmentation(folder):
     args = options(folder, '--no-aug')
-    ours = create_train_loader(args, CONFIG, world())
-    order = [draw.index for batch in ours.plan for draw in batch.draws]
-    dataset = open_dataset(args, 'train', CONFIG, training=True)
+    ours = train_loader(args)
+    order = [sample.index for batch in ours.sampler for sample in batch.samples]
+    dataset = open_dataset('', str(folder), 'train')
     theirs = create_loader(dataset, (3, 75, 75), 21, no_aug=True, is_training=False, interpolation='bicubic',
                            mean=CONFIG['mean'], std=CONFIG['std'], num_workers=0, device=torch.device('cpu'),
                            crop_pct=1.0, crop_mode='squash')
@@ -186,10 +200,10 @@ def test_training_images_are_those_of_timm_without_augmentation(folder):
 @pytest.mark.parametrize('extra', [[], ['--no-prefetcher']], ids=['device', 'host'])
 def test_validation_images_are_those_of_timm(folder, extra):
     args = options(folder, *extra)
-    theirs = create_loader(open_dataset(args, 'validation', CONFIG, training=False), (3, 75, 75), 4,
+    theirs = create_loader(open_dataset('', str(folder), 'validation'), (3, 75, 75), 4,
                            interpolation='bicubic', mean=CONFIG['mean'], std=CONFIG['std'], num_workers=0,
                            device=torch.device('cpu'), crop_pct=0.9)
-    ours = create_eval_loader(args, CONFIG, world())
+    ours = eval_loader(args)
     assert ours.mixup_enabled is False and len(ours) == 4
     for (images, targets), (expected, labels) in zip(ours, theirs, strict=True):
         torch.testing.assert_close(images, expected)
@@ -198,19 +212,37 @@ def test_validation_images_are_those_of_timm(folder, extra):
 
 @pytest.mark.parametrize('size', [1, 2, 4, 16])
 def test_each_validation_image_comes_once(folder, size):
-    loaders = [create_eval_loader(options(folder, '-vb', '3'), CONFIG, world(rank, size)) for rank in range(size)]
+    loaders = [eval_loader(options(folder, '-vb', '3'), world(rank, size)) for rank in range(size)]
     for rank, loader in enumerate(loaders):
         assert loader.indices == list(range(rank, 15, size))
         assert sum(len(targets) for _, targets in loader) == len(loader.indices)
-    whole = torch.cat([images for images, _ in create_eval_loader(options(folder), CONFIG, world())])
+    whole = torch.cat([images for images, _ in eval_loader(options(folder))])
     for loader in loaders:
         for got, index in zip((image for images, _ in loader for image in images), loader.indices, strict=True):
             assert torch.equal(got, whole[index])
 
 
+def test_an_evaluation_starts_at_any_batch_and_in_any_epoch(folder):
+    loader = eval_loader(options(folder, '-j', '2'))
+    whole = list(loader)
+    assert loader.average_batch_size == 15 / 4
+    loader.set_epoch(3, start_batch=2)
+    assert equal(list(loader), whole[2:]) and len(loader) == 4
+    loader.set_epoch(4)
+    assert equal(list(loader), whole)
+
+
+@pytest.mark.parametrize('rank', [0, 1, 2])
+def test_processes_without_images_of_their_own_evaluate_nothing(rank):
+    sampler = EvalBatchSampler(size=2, rank=rank, world_size=3, batch_size=4)
+    batches = list(sampler)
+    assert [[sample.index for sample in batch.samples] for batch in batches] == ([[rank]] if rank < 2 else [])
+    assert len(sampler) == len(batches) and sampler.average_batch_size == len(batches)
+
+
 def test_two_views_of_a_validation_image(folder):
-    plain = next(iter(create_eval_loader(options(folder), CONFIG, world())))
-    images, targets = next(iter(create_eval_loader(options(folder, '--tta', '2'), CONFIG, world())))
+    plain = next(iter(eval_loader(options(folder))))
+    images, targets = next(iter(eval_loader(options(folder, '--tta', '2'))))
     assert torch.equal(images[::2], plain[0]) and torch.equal(images[1::2], plain[0].flip(3))
     assert torch.equal(targets[::2], plain[1]) and torch.equal(targets[1::2], plain[1])
 
@@ -218,20 +250,20 @@ def test_two_views_of_a_validation_image(folder):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_images_have_the_dtype_asked_for_and_the_layout_of_the_device(folder, dtype):
     for words in [], ['--mixup', '0.5', '--reprob', '1'], ['--no-prefetcher']:
-        loader = create_train_loader(options(folder, *words), CONFIG, world(), dtype=dtype)
+        loader = train_loader(options(folder, *words), dtype=dtype)
         images, _ = next(iter(loader))
         assert images.dtype == dtype and images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_one_channel(folder):
     args = options(folder, '--in-chans', '1')
-    images, _ = next(iter(create_train_loader(args, {**CONFIG, 'input_size': (1, 75, 75)}, world())))
+    images, _ = next(iter(train_loader(args, config={**CONFIG, 'input_size': (1, 75, 75)})))
     assert images.shape == (4, 1, 75, 75)
 
 
 def test_mixup_can_be_switched_off_by_epoch_and_by_hand(folder):
     args = options(folder, '--mixup', '1', '--mixup-off-epoch', '2', '--smoothing', '0', '-j', '2')
-    loader = create_train_loader(args, CONFIG, world())
+    loader = train_loader(args)
     hard = []
     for epoch in range(3):
         loader.set_epoch(epoch)
@@ -250,8 +282,8 @@ def test_torchvision_data_sets(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CIFAR10, '_check_integrity', lambda self: True)  # the real archive's hashes
         patch.setattr('torchvision.datasets.cifar.check_integrity', lambda *_: True)
-        train = create_train_loader(args, CONFIG, world())
-        val = create_eval_loader(args, CONFIG, world(), train_loader=train)
+        train = train_loader(args)
+        val = eval_loader(args, train_loader=train)
         assert (len(train), len(val)) == (2, 1)
         assert next(iter(train))[0].shape == (5, 3, 75, 75)
 
@@ -268,8 +300,8 @@ def write_cifar(base: Path) -> None:
 
 
 def both_loaders(args):
-    train = create_train_loader(args, CONFIG, world())
-    return train, create_eval_loader(args, CONFIG, world(), train_loader=train)
+    train = train_loader(args)
+    return train, eval_loader(args, train_loader=train)
 
 
 def message(args) -> str:
@@ -336,6 +368,6 @@ def test_class_map_that_is_not_there(folder):
 def test_a_broken_image_stops_with_its_name(tmp_path, workers):
     write_images(tmp_path / 'train', 2, 2)
     (tmp_path / 'train' / 'class1' / '1.png').write_bytes(b'not an image')
-    loader = create_train_loader(options(tmp_path, '-j', workers), CONFIG, world())
+    loader = train_loader(options(tmp_path, '-j', workers))
     with pytest.raises(UserError, match=r'^image .*class1/1\.png cannot be read: [^\n]*$'):
         list(loader)

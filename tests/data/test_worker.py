@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from timm_npu_irv2.data.decode import to_pil_mode
-from timm_npu_irv2.data.loader import create_eval_loader, create_train_loader
 from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader
 from timm_npu_irv2.training.options import parse_args
 
 CONFIG = {'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bilinear',
@@ -60,15 +60,13 @@ def folder(tmp_path) -> Path:
 
 
 def options(folder: Path, *words: str):
-    args = parse_args(['--data-dir', str(folder), '-b', '4', '-j', '0', '--no-aug', *words])
-    args.num_classes = 2
-    return args
+    return parse_args(['--data-dir', str(folder), '-b', '4', '-j', '0', '--no-aug', *words])
 
 
-def loaders(args, world: World | None = None):
-    world = world or World()
-    train = create_train_loader(args, CONFIG, world)
-    return train, create_eval_loader(args, CONFIG, world, train_loader=train)
+def loaders(args):
+    train = build_train_loader(args, CONFIG, World(), num_classes=2, batch_size=args.batch_size)
+    return train, build_eval_loader(args, CONFIG, World(), split='val', num_classes=2, train_loader=train,
+                                    batch_size=args.validation_batch_size or args.batch_size)
 
 
 @pytest.mark.parametrize('name', BAD)

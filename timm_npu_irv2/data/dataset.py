@@ -1,7 +1,6 @@
-"""Which images there are: timm's data sets, their classes, and one line for whatever is wrong with them."""
+"""Data sets of timm, their classes, and one line for whatever is wrong with them."""
 
 import os
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,94 +10,67 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError, first_line
 
-__all__ = ['channels_of', 'check_num_classes', 'check_same_classes', 'class_to_idx', 'image_mode', 'open_dataset']
+__all__ = ['check_num_classes', 'check_same_classes', 'class_to_idx', 'open_dataset']
 
 
-def channels_of(args: Namespace, data_config: dict[str, Any]) -> int:
-    """The channels of the images."""
-    return args.in_chans or data_config['input_size'][0]
+def class_to_idx(dataset: Any) -> dict[str, int] | None:
+    """Return the class indices by name, where the data set knows them (folders, most data sets of torchvision)."""
+    return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
 
 
-def image_mode(args: Namespace, data_config: dict[str, Any]) -> str:
-    """The PIL mode of the images: --input-img-mode, else by the number of channels."""
-    return args.input_img_mode or ('L' if channels_of(args, data_config) == 1 else 'RGB')
+def open_dataset(name: str, root: str | None, split: str, *, class_map: str = '', **options: Any) -> Dataset:
+    """Return a data set of ``timm.data.create_dataset``.
 
-
-def class_to_idx(samples: Any) -> dict[str, int] | None:
-    """Class name to index, where the data set knows it (folders, tar files, most of torchvision's)."""
-    return getattr(getattr(samples, 'reader', samples), 'class_to_idx', None)
-
-
-def open_dataset(args: Namespace, split: str, data_config: dict[str, Any], training: bool) -> Dataset:
-    """timm's ``create_dataset`` with its failures in one line each.
+    Args:
+        name: '<type>/<name>' as timm takes it; empty for a folder or a tar file.
+        root: Folder or tar file.
+        split: Name of the split.
+        class_map: File that maps class names to indices.
+        options: Further arguments of ``create_dataset``.
 
     Raises:
-        UserError: There is no such folder, no image in it or in one of its class folders, or no such data set.
+        UserError: No such folder, no image in it or in one of its class folders, or no such data set.
     """
-    samples = _create(args, split, data_config, training)
-    root = getattr(getattr(samples, 'reader', None), 'root', None)
-    if root is not None and not args.class_map and Path(root).is_dir():
-        _check_no_class_is_empty(Path(root), samples.filenames())
-    return samples
-
-
-def _create(args: Namespace, split: str, data_config: dict[str, Any], training: bool) -> Dataset:
-    folder = not args.dataset or '/' not in args.dataset
-    if folder and not args.data_dir:
-        raise UserError('no data: name the folder that holds train/ and val/ with --data-dir.')
-    if folder and not Path(args.data_dir).exists():
-        raise UserError(f"data folder '{args.data_dir}' does not exist: check --data-dir.")
-    num_samples = args.train_num_samples if training else args.val_num_samples
+    if '/' not in name:
+        if not root:
+            raise UserError('no data: name the folder that holds train/ and val/ with --data-dir.')
+        if not Path(root).exists():
+            raise UserError(f"data folder '{root}' does not exist: check --data-dir.")
+    options['class_map'] = class_map
     try:
-        return create_dataset(
-            args.dataset,
-            root=args.data_dir,
-            split=split,
-            is_training=training,
-            class_map=args.class_map,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            repeats=args.epoch_repeats if training else 0,
-            input_img_mode=image_mode(args, data_config),
-            input_key=args.input_key,
-            target_key=args.target_key,
-            num_samples=num_samples,
-            trust_remote_code=args.dataset_trust_remote_code,
-        )
+        dataset = create_dataset(name, root=root, split=split, **options)
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"data set '{args.dataset or args.data_dir}', split '{split}': {first_line(error)}") from error
+        raise UserError(f"data set '{name or root}', split '{split}': {first_line(error)}") from error
+    folder = getattr(getattr(dataset, 'reader', None), 'root', None)
+    if folder is not None and not class_map and Path(folder).is_dir():
+        _check_no_class_is_empty(Path(folder), dataset.filenames())
+    return dataset
 
 
 def _check_no_class_is_empty(root: Path, names: Sequence[str]) -> None:
-    """timm numbers the folders that hold images: an empty one would move all the classes behind it."""
+    """Raise UserError for an empty class folder: timm numbers those with images, so it would shift the others."""
     filled = {name.split(os.sep, 1)[0] for name in names}
     empty = sorted(path.name for path in root.iterdir()
                    if path.is_dir() and not path.name.startswith('.') and path.name not in filled)
     if empty:
-        raise UserError(f"class folder '{root / empty[0]}' holds no image{_and_others(empty)}: fill it, or remove it, "
+        others = f' (nor do {len(empty) - 1} more)' if len(empty) > 1 else ''
+        raise UserError(f"class folder '{root / empty[0]}' holds no image{others}: fill it, or remove it, "
                         "in all splits alike.")
 
 
-def _and_others(names: Sequence[str]) -> str:
-    return f' (nor do {len(names) - 1} more)' if len(names) > 1 else ''
-
-
-def check_num_classes(samples: Any, args: Namespace) -> None:
-    """Raise UserError if the data has more classes than the model."""
-    classes = class_to_idx(samples)
+def check_num_classes(dataset: Any, num_classes: int | None) -> None:
+    """Raise UserError if the data set has more classes than the network."""
+    classes = class_to_idx(dataset)
     count = max(classes.values()) + 1 if classes else 0
-    if args.num_classes and count > args.num_classes and not getattr(args, 'valid_labels', None):
-        raise UserError(
-            f'the data has {count} classes and the model {args.num_classes}: set --num-classes {count}, or name the '
-            'right folder with --data-dir.'
-        )
+    if num_classes and count > num_classes:
+        raise UserError(f'the data has {count} classes and the model {num_classes}: set --num-classes {count}, or '
+                        'name the right folder with --data-dir.')
 
 
 def check_same_classes(train: Any, val: Any) -> None:
     """Raise UserError if two splits number their classes differently, or share images."""
     if hasattr(train, 'reader') and hasattr(val, 'reader'):
-        _check_apart(*(Path(samples.reader.root).resolve() for samples in (train, val)))
+        _check_apart(*(Path(dataset.reader.root).resolve() for dataset in (train, val)))
     expected, found = class_to_idx(train), class_to_idx(val)
     if expected is None or found is None or expected == found:
         return

@@ -1,7 +1,8 @@
-"""Which samples make which batch, and the seeds of what happens to them; all pure functions, without an image.
+"""Samplers: which samples make which batch, and the seeds of what happens to them. Pure functions, without an image.
 
-An epoch's order depends on (seed, epoch), a sample's augmentation on (seed, epoch, sample index), what a batch mixes
-and erases on (seed, epoch, batch index). So neither the number of workers nor a restart in mid-epoch changes anything.
+The order of an epoch depends on (seed, epoch), the augmentation of a sample on (seed, epoch, sample index), mixing and
+erasing in a batch on (seed, epoch, batch index). So neither the number of workers nor a restart in the middle of an
+epoch changes anything.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,18 +20,27 @@ from torch.utils.data import Sampler
 
 from .. import device as devices
 
-__all__ = ['Batch', 'RankSampler', 'SampleKey', 'TrainBatchSampler', 'derive_seed', 'preserve_rng_state', 'reseed']
-
+__all__ = [
+    'Batch',
+    'BatchSampler',
+    'EvalBatchSampler',
+    'RankSampler',
+    'SampleKey',
+    'TrainBatchSampler',
+    'derive_seed',
+    'preserve_rng_state',
+    'reseed',
+]
 
 
 def derive_seed(*key: int) -> int:
-    """A 63-bit seed that depends on every integer of ``key`` and on nothing else."""
+    """Return a 63-bit seed that depends on every integer of ``key`` and on nothing else."""
     digest = hashlib.blake2b(b'/'.join(b'%d' % part for part in key), digest_size=8).digest()
     return int.from_bytes(digest, 'little') >> 1
 
 
 def reseed(seed: int, device: torch.device | None = None) -> None:
-    """Seed Python's, NumPy's and torch's global generators, and ``device``'s, with 63 bits."""
+    """Seed the global generators of Python, NumPy, torch and ``device`` with 63 bits."""
     random.seed(seed)
     np.random.seed((seed & 0xFFFFFFFF, seed >> 32))
     torch.default_generator.manual_seed(seed)
@@ -41,7 +50,7 @@ def reseed(seed: int, device: torch.device | None = None) -> None:
 
 @contextlib.contextmanager
 def preserve_rng_state(device: torch.device | None = None) -> Iterator[None]:
-    """Run a block that may reseed the global generators, and put them back afterwards."""
+    """Restore the global generators at the end of the block."""
     saved = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     saved_device = devices.get_rng_state(device) if device is not None else None
     try:
@@ -54,8 +63,9 @@ def preserve_rng_state(device: torch.device | None = None) -> Iterator[None]:
             devices.set_rng_state(device, saved_device)
 
 
-class SampleKey(NamedTuple):
-    """One sample of an epoch: its index in the data set, and how many times the epoch has drawn it before."""
+@dataclass(frozen=True, slots=True)
+class SampleKey:
+    """One sample of an epoch: its index in the data set, and the number of times that the epoch drew it before."""
 
     index: int
     repeat: int
@@ -63,28 +73,70 @@ class SampleKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """What a worker must know to make one batch, and the device to finish it."""
+    """One batch as a worker gets it.
 
-    draws: Sequence[SampleKey]
+    Attributes:
+        samples: The samples of the batch.
+        epoch: Number of the epoch.
+        seed: Seed of what is drawn on the device.
+        mixup: True if the batch may be mixed.
+        size: Index of the image size among those of the loader.
+    """
+
+    samples: Sequence[SampleKey]
     epoch: int = 0
     seed: int = 0
     mixup: bool = False
     size: int = 0
 
 
-class RankSampler(Sampler[SampleKey]):
-    """The samples one of several processes sees in an epoch, as an endless stream of which an epoch takes ``len()``.
+class BatchSampler(Sampler[Batch]):
+    """Base class of samplers that yield the batches of an epoch, from any batch on.
 
-    All processes walk one stream of permutations, each taking every ``world_size``-th place, so the k-th batches of
-    the processes together are the k-th batch of one process with a batch as large as theirs together.
+    Attributes:
+        epoch: Epoch of the next iteration.
+        start_batch: First batch of the next iteration.
+        mixup_enabled: False switches Mixup off.
+        endless: True if an iteration goes on with the next epoch.
+        average_batch_size: Expected number of samples in a batch.
+        indices: Indices in the data set, in their order, where all epochs are the same; None otherwise.
+    """
+
+    endless: bool = False
+    average_batch_size: float
+    indices: list[int] | None = None
+
+    def __init__(self) -> None:
+        self.epoch = self.start_batch = 0
+        self.mixup_enabled = True
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose where the next iteration starts."""
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def mixes(self, epoch: int) -> bool:
+        """Return True if the batches of ``epoch`` may be mixed."""
+        return False
+
+    def __len__(self) -> int:
+        """Return the number of batches in a whole epoch."""
+        raise NotImplementedError
+
+
+class RankSampler(Sampler[SampleKey]):
+    """A sampler that yields the share of one process in an epoch, as an endless stream; an epoch takes ``len()`` of it.
+
+    All processes walk one stream of permutations, and each takes every ``world_size``-th place. So the k-th batches of
+    all processes together are the k-th batch of a single process with a batch as large as theirs together.
 
     Args:
-        size: Samples in the data set.
-        rank: This process among ``world_size``.
-        seed: The run's seed.
-        epoch_repeats: How often an epoch goes through the data set (0 is once); fractions are fine.
-        aug_repeats: How often each sample comes in a row, so that several processes see the same image augmented
-            differently, as timm's ``RepeatAugSampler``: an epoch is as long as before and sees fewer images.
+        size: Number of samples in the data set.
+        rank: Index of this process.
+        world_size: Number of processes.
+        seed: Seed of the run.
+        epoch_repeats: Passes over the data set per epoch, possibly fractional; 0 means one.
+        aug_repeats: Number of times each sample comes in a row, so that several processes see one image augmented
+            differently, as with timm's ``RepeatAugSampler``. The epoch keeps its length and sees fewer images.
     """
 
     def __init__(self, size: int, rank: int, world_size: int, seed: int, epoch_repeats: float, aug_repeats: float):
@@ -119,29 +171,32 @@ class RankSampler(Sampler[SampleKey]):
         return torch.randperm(self.size, generator=generator).tolist()
 
 
-class TrainBatchSampler(Sampler[Batch]):
-    """The batches of an epoch, from any batch on.
+class TrainBatchSampler(BatchSampler):
+    """A sampler of training batches.
 
     Args:
-        schedule: timm's sampler of (draw, size) batches over an :class:`RankSampler`.
-        seed: The run's seed.
-        rank: This process: each mixes and erases differently.
-        mixup_off_epoch: The first epoch without Mixup; 0 keeps it on.
-        endless: Go on with the next epoch by itself, so that workers do not stand still between epochs.
+        schedule: timm's sampler of (sample, size) batches over a :class:`RankSampler`.
+        seed: Seed of the run.
+        rank: Index of this process; each one mixes and erases differently.
+        mixup_off_epoch: First epoch without Mixup; 0 keeps it on.
+        endless: Go on with the next epoch, so that workers do not stand still between epochs.
     """
 
-    def __init__(self, schedule: ScheduledBatchSampler, seed: int, rank: int, mixup_off_epoch: int, endless: bool):
+    def __init__(
+            self,
+            schedule: ScheduledBatchSampler,
+            seed: int,
+            rank: int = 0,
+            mixup_off_epoch: int = 0,
+            endless: bool = False,
+    ):
+        super().__init__()
         self.schedule, self.seed, self.rank = schedule, seed, rank
         self.mixup_off_epoch, self.endless = mixup_off_epoch, endless
-        self.epoch = self.start_batch = 0
-        self.mixup_enabled = True
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose where the next iteration starts."""
-        self.epoch, self.start_batch = epoch, start_batch
+        self.average_batch_size = schedule.average_batch_size
 
     def mixes(self, epoch: int) -> bool:
-        """Whether the batches of an epoch may be mixed."""
+        """Return True if the batches of ``epoch`` may be mixed."""
         return self.mixup_enabled and not 0 < self.mixup_off_epoch <= epoch
 
     def __len__(self) -> int:
@@ -150,13 +205,37 @@ class TrainBatchSampler(Sampler[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         epoch, start = self.epoch, self.start_batch
         while True:
-            yield from itertools.islice(self._epoch(epoch), start, None)
+            yield from itertools.islice(self._batches(epoch), start, None)
             if not self.endless:
                 return
             epoch, start = epoch + 1, 0
 
-    def _epoch(self, epoch: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int) -> Iterator[Batch]:
         self.schedule.set_epoch(epoch)
         for number, batch in enumerate(self.schedule):
             seed = derive_seed(self.seed, epoch, number, self.rank)
-            yield Batch([draw for draw, _ in batch], epoch, seed, self.mixes(epoch), size=batch[0][1])
+            yield Batch([sample for sample, _ in batch], epoch, seed, self.mixes(epoch), size=batch[0][1])
+
+
+class EvalBatchSampler(BatchSampler):
+    """A sampler of evaluation batches: rank r yields samples r, r + world_size, …, each of them once.
+
+    Args:
+        size: Number of samples in the data set.
+        rank: Index of this process.
+        world_size: Number of processes.
+        batch_size: Samples in a batch; the last one may have fewer.
+    """
+
+    def __init__(self, size: int, rank: int, world_size: int, batch_size: int):
+        super().__init__()
+        self.indices: list[int] = list(range(rank, size, world_size))
+        self.batch_size = batch_size
+        self.average_batch_size = len(self.indices) / max(len(self), 1)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(self.start_batch * self.batch_size, len(self.indices), self.batch_size):
+            yield Batch([SampleKey(index, 0) for index in self.indices[start:start + self.batch_size]], self.epoch)

@@ -1,7 +1,7 @@
-"""What a worker does: read the images of a batch, augment them, and make uint8 tensors of them.
+"""Worker processes: read the images of a batch, augment them, and collate them into uint8 tensors.
 
-An image that can't be read, or whose pixels have no known meaning, never becomes another image unnoticed: it stops the
-run, or it is left out, told and counted.
+An image that cannot be read, or whose pixels have no known meaning, is never replaced silently: it stops the run, or
+it is skipped, logged and counted.
 """
 
 import contextlib
@@ -17,28 +17,20 @@ from ..errors import UserError, first_line
 from .decode import to_pil_mode
 from .samplers import Batch, SampleKey, derive_seed, preserve_rng_state, reseed
 
-__all__ = [
-    'BatchDataset',
-    'LoadedBatch',
-    'SplitTransform',
-    'WorkerLost',
-    'ignore_signals',
-    'is_lost_worker',
-    'to_pil_mode',
-]
+__all__ = ['BatchDataset', 'LoadedBatch', 'WorkerLost', 'ignore_signals', 'is_lost_worker']
 
-GRACE = 30  # torchrun's, too, between SIGTERM and SIGKILL
+GRACE = 30  # seconds; torchrun, too, waits as long between SIGTERM and SIGKILL
 
 
 class LoadedBatch(NamedTuple):
     """A batch on its way from a worker to the device.
 
     Attributes:
-        images: uint8 (or, without the prefetcher, float) images; None if none of the batch could be read.
-        targets: Their class indices.
-        seed: For what is drawn on the device.
-        mixes: Whether the batch may be mixed.
-        skipped: (index in the data set, name, reason) of the images that could not be read.
+        images: Images (N, C, H, W), uint8, or float without the prefetcher; None if no image of the batch was read.
+        targets: Class indices (N,).
+        seed: Seed of what is drawn on the device.
+        mixes: True if the batch may be mixed.
+        skipped: (index in the data set, name, reason) of each image that could not be read.
     """
 
     images: Tensor | None
@@ -48,30 +40,17 @@ class LoadedBatch(NamedTuple):
     skipped: list[tuple[int, str, str]]
 
 
-class SplitTransform:
-    """timm's three transforms for augmentation splits as one: a clean image and ``num_splits - 1`` augmented ones."""
-
-    def __init__(self, transforms: Sequence[Callable], num_splits: int):
-        self.base, self.augment, self.finish = transforms
-        self.num_splits = num_splits
-
-    def __call__(self, image: Any) -> tuple[Any, ...]:
-        image = self.base(image)
-        augmented = (self.augment(image) for _ in range(self.num_splits - 1))
-        return tuple(self.finish(each) for each in (image, *augmented))
-
-
 class BatchDataset(Dataset[LoadedBatch]):
     """A map-style data set whose keys are whole batches.
 
     Args:
-        samples: timm's or torchvision's data set of (PIL image, class index), without a transform.
-        transforms: One for each image size that a batch can have.
-        image_mode: The PIL mode that every image is brought to.
-        collate: Makes tensors of a list of (image, class index).
-        seed: The run's seed; None for transforms without randomness.
-        on_bad_image: 'stop' with a UserError at an image that cannot be read, or 'skip' it. In training the next one
-            of the data set takes its place, so that batches keep their size; elsewhere its place is left out.
+        samples: Data set of timm or torchvision that yields (PIL image, class index), without a transform.
+        transforms: One transform for each image size of a batch.
+        image_mode: PIL mode that every image is converted to.
+        collate: Function from a list of (image, class index) to two tensors.
+        seed: Seed of the run; None for transforms without randomness.
+        on_bad_image: 'stop' with a UserError at an image that cannot be read, or 'skip' it. In training the next image
+            of the data set takes its place, so that batches keep their size; in evaluation its place is left out.
     """
 
     def __init__(
@@ -89,15 +68,16 @@ class BatchDataset(Dataset[LoadedBatch]):
     def __getitem__(self, batch: Batch) -> LoadedBatch:
         skipped: dict[int, tuple[str, str]] = {}
         with preserve_rng_state():
-            samples = [sample for draw in batch.draws for sample in self._sample(batch, draw, skipped)]
+            samples = [sample for key in batch.samples for sample in self._sample(batch, key, skipped)]
             images, targets = self.collate(samples) if samples else (None, None)
-        told = [(index, name, reason) for index, (name, reason) in skipped.items()]
-        return LoadedBatch(images, targets, batch.seed, batch.mixup, told)
+        reasons = [(index, name, reason) for index, (name, reason) in skipped.items()]
+        return LoadedBatch(images, targets, batch.seed, batch.mixup, reasons)
 
-    def _sample(self, batch: Batch, draw: SampleKey, skipped: dict[int, tuple[str, str]]) -> Iterator[tuple[Any, Any]]:
-        """The draw's image and target, once; not at all where it is skipped and nothing takes its place."""
-        places = range(draw.index, draw.index + (len(self.samples) if self.seed is not None else 1))
-        for index in (place % len(self.samples) for place in places):
+    def _sample(self, batch: Batch, key: SampleKey, skipped: dict[int, tuple[str, str]]) -> Iterator[tuple[Any, Any]]:
+        """Yield the image and target of ``key``; nothing if it is skipped and no other image takes its place."""
+        size = len(self.samples)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
+        candidates = range(key.index, key.index + (size if self.seed is not None else 1))
+        for index in (candidate % size for candidate in candidates):
             try:
                 image, target = self._read(index)
             except Exception as error:  # decoders fail in as many ways as files can be damaged
@@ -106,14 +86,15 @@ class BatchDataset(Dataset[LoadedBatch]):
                     raise UserError('image {} cannot be read: {}'.format(*skipped[index])) from error
                 continue
             if self.seed is not None:
-                reseed(derive_seed(self.seed, batch.epoch, *draw))
+                reseed(derive_seed(self.seed, batch.epoch, key.index, key.repeat))
             yield self.transforms[batch.size](image), target
             return
         if self.seed is not None:
-            raise UserError('none of {} images can be read; the last one, {}: {}'.format(len(places), *skipped[index]))
+            name, reason = skipped[index]
+            raise UserError(f'none of {size} images can be read; the last one, {name}: {reason}')
 
     def _read(self, index: int) -> tuple[Image.Image, Any]:
-        """Decode one image; not through timm's ImageDataset, which puts others in the places of those it can't read."""
+        """Decode one image; not through timm's ImageDataset, which replaces unreadable images by their neighbours."""
         if not hasattr(self.samples, 'reader'):
             image, target = self.samples[index]
             return to_pil_mode(image, self.image_mode), target
@@ -122,16 +103,17 @@ class BatchDataset(Dataset[LoadedBatch]):
             return to_pil_mode(Image.open(file), self.image_mode), -1 if target is None else target
 
     def _name(self, index: int) -> str:
-        """The image's file, or what else tells which it is."""
+        """Return the image's file name, or its index where it has none."""
         if hasattr(self.samples, 'filename'):
             return self.samples.filename(index, absolute=True)
         return f'{index} of the data set'
 
 
 def ignore_signals(worker_id: int) -> None:
-    """For workers: Ctrl-C and a cluster's SIGTERM reach the whole process group, but a last step is still to be made.
+    """Keep a worker alive through Ctrl-C and SIGTERM, so that the main process can finish its last step.
 
-    The main process ends its workers in time; one that it can't end otherwise goes after ``GRACE`` seconds.
+    Both signals reach the whole process group. The main process ends its workers in time; a worker that it cannot end
+    exits ``GRACE`` seconds after SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -143,5 +125,5 @@ class WorkerLost(RuntimeError):
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Whether an error is torch's for a worker that was killed; it can come up anywhere in the main process."""
+    """Return True for torch's error about a killed worker, which can come up anywhere in the main process."""
     return isinstance(error, WorkerLost) or (isinstance(error, RuntimeError) and 'DataLoader worker (pid' in str(error))

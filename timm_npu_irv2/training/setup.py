@@ -29,13 +29,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import device as devices
-from ..data.loader import mixup_active
 from ..data.worker import is_lost_worker
 from ..distributed import World, is_lost_peer
 from ..errors import UserError, first_line
 from ..optim import combines_gradients, create_optimizer
 from ..precision import Precision, create_precision
 from .engine import Position, TrainSettings
+from .loaders import mixup_active
 
 __all__ = [
     'build_model',

@@ -1,0 +1,223 @@
+"""From the options to loaders."""
+
+import logging
+from argparse import Namespace
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.data.mixup import FastCollateMixup
+from torch.utils.data import Dataset, IterableDataset
+
+from ..data.augmentation import Augmentation
+from ..data.dataset import check_num_classes, check_same_classes, open_dataset
+from ..data.loader import DeviceLoader, create_eval_loader, create_train_loader, create_train_sampler
+from ..data.pipeline import ImagePipeline
+from ..data.samplers import TrainBatchSampler
+from ..data.stream import StreamLoader, create_stream_loader
+from ..distributed import World
+from ..errors import UserError
+
+__all__ = ['build_eval_loader', 'build_train_loader', 'mixup_active']
+
+_logger = logging.getLogger(__name__)
+
+
+def build_train_loader(
+        args: Namespace,
+        data_config: dict[str, Any],
+        world: World,
+        *,
+        num_classes: int,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+) -> DeviceLoader | StreamLoader:
+    """Return the loader of the shuffled, augmented training set; whole batches only.
+
+    Args:
+        args: Options of train.py.
+        data_config: Data config of ``timm.data.resolve_data_config``.
+        world: This process among all, and its device.
+        num_classes: Number of classes of the network.
+        batch_size: Images of this process in a batch.
+        dtype: Type of the images.
+
+    Raises:
+        UserError: The data is missing or empty, or does not fit the options or the network.
+    """
+    pipeline = ImagePipeline.from_config(data_config, args.input_img_mode)
+    dataset = _open(args, args.train_split, pipeline, is_training=True, batch_size=batch_size,
+                    repeats=args.epoch_repeats, num_samples=args.train_num_samples)
+    if isinstance(dataset, IterableDataset):
+        return _build_train_stream(args, dataset, pipeline, world, num_classes, batch_size, dtype)
+    check_num_classes(dataset, num_classes)
+    if args.aug_splits and (args.no_aug or args.no_prefetcher or args.train_img_sizes or mixup_active(args)):
+        raise UserError(
+            '--aug-splits goes with none of --no-aug, --no-prefetcher, --train-img-sizes, --mixup and --cutmix.')
+    return create_train_loader(
+        dataset,
+        _train_sampler(args, len(dataset), world, batch_size),  # type: ignore[arg-type]  # Dataset declares no __len__
+        pipeline,
+        world.device,
+        augmentation=_augmentation(args),
+        mixup=Mixup(**_mixup_options(args, num_classes)) if mixup_active(args) else None,
+        img_sizes=args.train_img_sizes or (),
+        num_workers=args.workers,
+        use_prefetcher=not args.no_prefetcher,
+        on_bad_image=args.on_bad_image,
+        dtype=dtype,
+    )
+
+
+def build_eval_loader(
+        args: Namespace,
+        data_config: dict[str, Any],
+        world: World,
+        *,
+        split: str,
+        batch_size: int,
+        num_classes: int | None = None,
+        num_samples: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        train_loader: DeviceLoader | StreamLoader | None = None,
+) -> DeviceLoader | StreamLoader:
+    """Return the loader of an evaluation set in its order: rank r yields samples r, r + world.size, …, each once.
+
+    Args:
+        args: Options of train.py or validate.py.
+        data_config: Data config of ``timm.data.resolve_data_config``.
+        world: This process among all, and its device.
+        split: Name of the split.
+        batch_size: Images of this process in a batch.
+        num_classes: Number of classes of the network; None for no check.
+        num_samples: Number of samples in a stream that does not know it.
+        dtype: Type of the images.
+        train_loader: Loader of the training set, whose classes must be the same.
+
+    Raises:
+        UserError: The data is missing or empty, or has other classes than the training set or more than the network.
+    """
+    if args.tta > 2:
+        raise UserError(f'--tta {args.tta}: there are two views of an image, itself and its mirror image; use --tta 2.')
+    pipeline = ImagePipeline.from_config(data_config, args.input_img_mode)
+    dataset = _open(args, split, pipeline, is_training=False, batch_size=batch_size, num_samples=num_samples)
+    if isinstance(dataset, IterableDataset):
+        return create_stream_loader(
+            dataset, pipeline, world, batch_size=batch_size, num_workers=args.workers, pin_memory=args.pin_mem,
+            use_prefetcher=not args.no_prefetcher, dtype=dtype)
+    check_num_classes(dataset, num_classes)
+    if train_loader is not None:
+        check_same_classes(train_loader.samples, dataset)
+    return create_eval_loader(
+        dataset, pipeline, world, batch_size=batch_size, num_workers=args.workers,
+        use_prefetcher=not args.no_prefetcher, on_bad_image=args.on_bad_image, mirror=args.tta == 2, dtype=dtype)
+
+
+def mixup_active(args: Namespace) -> bool:
+    """Return True if Mixup or CutMix is on, so that targets are distributions over classes."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def _open(args: Namespace, split: str, pipeline: ImagePipeline, **options: Any) -> Dataset:
+    return open_dataset(
+        args.dataset,
+        args.data_dir,
+        split,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        input_img_mode=pipeline.input_img_mode,
+        input_key=args.input_key,
+        target_key=args.target_key,
+        seed=args.seed,
+        trust_remote_code=args.dataset_trust_remote_code,
+        **options,
+    )
+
+
+def _train_sampler(args: Namespace, size: int, world: World, batch_size: int) -> TrainBatchSampler:
+    sizes = args.train_img_sizes or [0]
+    batch_sizes = args.train_batch_sizes or [batch_size] * len(sizes)
+    if len(batch_sizes) != len(sizes):
+        raise UserError('--train-batch-sizes must have as many values as --train-img-sizes.')
+    if mixup_active(args) and any(each % 2 for each in batch_sizes):
+        raise UserError('Mixup and CutMix pair the images of a batch: use an even --batch-size.')
+    return create_train_sampler(
+        size,
+        world,
+        batch_sizes,
+        seed=args.seed,
+        epoch_repeats=args.epoch_repeats,
+        aug_repeats=args.aug_repeats,
+        mixup_off_epoch=args.mixup_off_epoch,
+        endless=args.use_multi_epochs_loader,
+        num_batches=args.train_batches_per_epoch,
+        choice_weights=args.train_size_probs,
+        choice_schedule=args.train_size_schedule,
+        schedule_epochs=args.epochs if args.train_size_schedule == 'progressive' else None,
+        schedule_spread=args.train_size_schedule_spread,
+        schedule_random_mix=args.train_size_random_mix,
+    )
+
+
+def _augmentation(args: Namespace) -> Augmentation:
+    return Augmentation(
+        no_aug=args.no_aug,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0.0,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        num_aug_splits=args.aug_splits,
+    )
+
+
+def _mixup_options(args: Namespace, num_classes: int) -> dict[str, Any]:
+    return {
+        'mixup_alpha': args.mixup,
+        'cutmix_alpha': args.cutmix,
+        'cutmix_minmax': args.cutmix_minmax,
+        'prob': args.mixup_prob,
+        'switch_prob': args.mixup_switch_prob,
+        'mode': args.mixup_mode,
+        'label_smoothing': args.smoothing,
+        'num_classes': num_classes,
+    }
+
+
+def _build_train_stream(
+        args: Namespace,
+        dataset: IterableDataset,
+        pipeline: ImagePipeline,
+        world: World,
+        num_classes: int,
+        batch_size: int,
+        dtype: torch.dtype,
+) -> StreamLoader:
+    if args.aug_splits or args.train_img_sizes or args.aug_repeats:
+        raise UserError('--aug-splits, --aug-repeats and --train-img-sizes need a data set with an index.')
+    if args.no_prefetcher and mixup_active(args):
+        raise UserError('--no-prefetcher does not go with --mixup or --cutmix where the data set is a stream.')
+    _logger.info('The data set is a stream: augmentation and resuming follow timm, not (seed, epoch, sample index).')
+    return create_stream_loader(
+        dataset,
+        pipeline,
+        world,
+        batch_size=batch_size,
+        augmentation=_augmentation(args),
+        mixup=FastCollateMixup(**_mixup_options(args, num_classes)) if mixup_active(args) else None,
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        use_prefetcher=not args.no_prefetcher,
+        worker_seeding=args.worker_seeding,
+        dtype=dtype,
+    )
