@@ -332,12 +332,13 @@ def test_validation_classes_that_differ(tmp_path):
 
 def test_no_validation_folder(tmp_path):
     write_images(tmp_path / 'train', 3, 2)
-    assert 'not apart' in message(options(tmp_path))
+    assert "no split 'validation'" in message(options(tmp_path))
+    assert "not apart" in message(options(tmp_path / 'train'))
 
 
 def test_no_training_folder(tmp_path):
     write_images(tmp_path / 'val', 3, 2)
-    assert 'not apart' in message(options(tmp_path))
+    assert "no split 'train'" in message(options(tmp_path))
 
 
 def test_more_classes_than_the_model_has(folder):

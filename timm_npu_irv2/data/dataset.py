@@ -9,8 +9,12 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset
 
 from ..errors import UserError, first_line
+from .splits import check_split_name, find_split
 
 __all__ = ['check_num_classes', 'check_same_classes', 'class_to_idx', 'open_dataset']
+
+# Data sets of torchvision with two splits: timm takes the second one for any name but train.
+TRAIN_OR_TEST = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
 
 
 def class_to_idx(dataset: Any) -> dict[str, int] | None:
@@ -29,13 +33,15 @@ def open_dataset(name: str, root: str | None, split: str, *, class_map: str = ''
         options: Further arguments of ``create_dataset``.
 
     Raises:
-        UserError: No such folder, no image in it or in one of its class folders, or no such data set.
+        UserError: No such folder or split, no image in it or in one of its class folders, or no such data set.
     """
-    if '/' not in name:
+    kind, _, rest = name.lower().partition('/')
+    if not rest or rest in ('folder', 'image_folder'):
         if not root:
             raise UserError('no data: name the folder that holds train/ and val/ with --data-dir.')
-        if not Path(root).exists():
-            raise UserError(f"data folder '{root}' does not exist: check --data-dir.")
+        root, options['search_split'] = str(find_split(root, split)), False
+    elif kind == 'torch' and rest in TRAIN_OR_TEST:
+        check_split_name(split)
     options['class_map'] = class_map
     try:
         dataset = create_dataset(name, root=root, split=split, **options)
