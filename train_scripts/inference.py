@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import hub
+from timm_npu_irv2.cli.flags import INERT, OUR_MODEL, REFUSED, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.data.decode import to_pil_mode
@@ -50,7 +51,6 @@ from timm_npu_irv2.ops.normalize import normalize_images
 from timm_npu_irv2.plots import Answer, draw_sheet, gradcam
 from timm_npu_irv2.serialization import atomic_write
 from timm_npu_irv2.training import setup
-from timm_npu_irv2.training.flags import OUR_MODEL, REFUSED, TRAIN_FLAGS
 
 _logger = logging.getLogger('inference')
 
@@ -59,11 +59,6 @@ EXTENSIONS = {'csv': '.csv', 'json': '.json', 'json-record': '.json', 'json-spli
 
 
 # ------------------------------------------------------------------------------------------------------- options
-
-
-def _as_in_training(*names: str) -> tuple[Flag, ...]:
-    known = {flag.dest: flag for group in TRAIN_FLAGS for flag in group.flags}
-    return tuple(known[name] for name in names)
 
 
 def _choice(names: str, help: str, default: str, *choices: str) -> Flag:
@@ -76,7 +71,7 @@ FLAGS = (
         Flag('data', 'images, or folders of images',
              rest={'nargs': '*', 'metavar': 'IMAGE_OR_FOLDER', 'type': lambda text: (text, None)}),
         Flag('--data-dir', 'one more; or where the --dataset is', rest={'metavar': 'DIR'}),
-        *_as_in_training('dataset', 'dataset_download', 'class_map', 'input_img_mode', 'on_bad_image'),
+        *pick('dataset', 'dataset_download', 'class_map', 'input_img_mode', 'on_bad_image'),
         Flag('--split', 'name of the split of the --dataset', default='validation', rest={'metavar': 'NAME'}),
     )),
     Group('Model', (
@@ -84,21 +79,20 @@ FLAGS = (
              default=OUR_MODEL, rest={'metavar': 'NAME'}),
         Flag('--checkpoint', 'weights in any dialect; averaged ones first', default='', rest={'metavar': 'FILE'}),
         Flag('--pretrained', 'the pretrained weights; so it is without --checkpoint', bool, False),
-        *_as_in_training('num_classes', 'model_kwargs', 'channels_last', 'fuser', 'fast_norm', 'torchscript',
+        *pick('num_classes', 'model_kwargs', 'fuser', 'fast_norm', 'torchscript',
                          'torchcompile', 'torchcompile_mode'),
         Flag('--test-pool', "average over several positions where the images are larger than the model's", bool, False),
     )),
     Group('Preprocessing', (
-        *_as_in_training('img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation'),
+        *pick('img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation'),
         Flag('--use-train-size', "the model's training size, even where it has another one for testing", bool, False),
         Flag('--crop-mode', "(default: the model's)", rest={'choices': ('center', 'squash', 'border')}),
     )),
     Group('Device and precision', (
-        *_as_in_training('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', 'allow_internal_format',
+        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', 'allow_internal_format',
                          'jit_compile'),
         Flag('--fast', 'weights and images in 16 bits where the device computes faster so: float16, or bfloat16 on a '
              'CPU that has it', bool, False),
-        Flag('--num-gpu', 'only 1', int, 1, '[1, inf)'),
         Flag('-b --batch-size', 'images at a time', int, 256, '[1, inf)', {'metavar': 'N'}),
         Flag('-j --workers', 'threads that decode images', int, 2, '[0, inf)', {'metavar': 'N'}),
         Flag('--log-freq', 'batches between two lines of the log', int, 10, '[1, inf)', {'metavar': 'N'}),
@@ -123,6 +117,7 @@ FLAGS = (
         Flag('--exclude-output', 'no probabilities or logits', bool, False),
         Flag('--no-console-results', 'do not print the results', bool, False),
     )),
+    INERT['inference.py'],
 )
 
 UNSUPPORTED = {
@@ -170,7 +165,7 @@ def main(argv: Sequence[str]) -> int:
     setup.global_options(args)
     world = initialize(args.device)
     try:
-        start_log(world)
+        start_log(world.is_primary)
         devices.configure(world.device, args.allow_internal_format or None, args.jit_compile)
         infer(args, world)
     finally:

@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_npu_irv2 import hub
+from timm_npu_irv2.cli.checks import check_image_size, check_rules
+from timm_npu_irv2.cli.flags import INERT, OUR_MODEL
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.deploy import InferenceNetwork, onnx, to_inference
-from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.training.flags import OUR_MODEL
-from timm_npu_irv2.training.options import check_image_size
 
 _logger = logging.getLogger('onnx_export')
 
@@ -37,7 +36,6 @@ FLAGS = (
              rest={'metavar': 'FILE'}),
         Flag('--num-classes', "size of the output (default: the weights')", int, within='[0, inf)',
              rest={'metavar': 'N'}),
-        Flag('--reparam', 'has no effect: this network has nothing to reparameterise', bool, False),
     )),
     Group('Input', (
         Flag('--uint8', 'take uint8 images as they come from a file; the normalisation is in the first convolution',
@@ -56,8 +54,6 @@ FLAGS = (
         Flag('--opset', "version of ONNX's operators", int, onnx.OPSET, '[11, inf)', {'metavar': 'N'}),
         Flag('--dynamo', "torch's newer exporter, for opset 18 and above", bool, False),
         Flag('--keep-init', 'keep the weights as inputs, too', bool, False),
-        Flag('--check-forward', 'compare outputs with PyTorch; it is always done, where onnxruntime is installed', bool,
-             False),
         Flag('--verbose', 'print the graph', bool, False),
     )),
     Group('Ascend', (
@@ -66,8 +62,9 @@ FLAGS = (
              rest={'metavar': 'NAME'}),
         Flag('--atc-batch-sizes', 'batches to compile for, where the file takes any', int, [1, 2, 4, 8], '[1, inf)',
              {'nargs': '+', 'metavar': 'N'}),
-        Flag('--force', 'overwrite an .om file', bool, False),
+        Flag('--force', 'overwrite an existing .om file', bool, False),
     )),
+    INERT['onnx_export.py'],
 )
 
 UNSUPPORTED = {
@@ -82,9 +79,8 @@ def parse(argv: Sequence[str]) -> Namespace:
         "Write Inception-ResNet-v2 as an ONNX file, for ONNX Runtime, OpenVINO and CANN's ATC. The options are those "
         "of timm's onnx_export.py. '-' and '_' in names are the same."))
     args.output = Path(args.output)
-    small = check_image_size(OUR_MODEL, (args.input_size or [])[1:])
-    wrong = [
-        (small, f'--input-size: {small}'),
+    check_image_size(OUR_MODEL, (args.input_size or [])[1:])
+    check_rules([
         (args.input_size and args.img_size, '--img-size and --input-size say the same: leave one out.'),
         (not args.output.parent.is_dir(), f'{args.output} cannot be written: there is no folder {args.output.parent}.'),
         (args.checkpoint and not Path(args.checkpoint).is_file(), f'--checkpoint {args.checkpoint}: no such file.'),
@@ -93,17 +89,14 @@ def parse(argv: Sequence[str]) -> Namespace:
         (args.dynamo and args.keep_init, '--keep-init is for the exporter without --dynamo.'),
         (args.atc and not args.soc_version, f'--atc needs a --soc-version, such as {", ".join(onnx.SOC_VERSIONS)}.'),
         (args.atc and args.dynamic_size, '--atc compiles for one size of images: leave out --dynamic-size.'),
-    ]
-    for is_wrong, text in wrong:
-        if is_wrong:
-            raise UserError(text)
+    ])
     return args
 
 
 def main(argv: Sequence[str]) -> int:
     """Fold, export, check; print or run ATC's command."""
     args = parse(argv)
-    start_log(World())
+    start_log()
     network = load_network(args)
     height, width = image_size(args, network)
     shape = (args.batch_size, network.in_chans, *((None, None) if args.dynamic_size else (height, width)))

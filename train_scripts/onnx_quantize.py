@@ -16,7 +16,6 @@ from pathlib import Path
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.deploy import onnx, quantization
-from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
 
 _logger = logging.getLogger('onnx_quantize')
@@ -61,7 +60,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 def main(argv: Sequence[str]) -> int:
     """Calibrate, quantise, compare."""
     args = parse(argv)
-    start_log(World())
+    start_log()
     config = onnx.preprocessing(args.model)
     calibration = quantization.Photographs(args.calibration, config)
     evaluation = quantization.Photographs(args.evaluation, config) if args.evaluation else calibration.split()

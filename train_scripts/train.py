@@ -23,6 +23,7 @@ from timm.utils import random_seed
 
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import hub
+from timm_npu_irv2.cli.flags import OUR_MODEL
 from timm_npu_irv2.cli.parser import as_yaml
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.distributed import (
@@ -42,7 +43,6 @@ from timm_npu_irv2.errors import Stopped, UserError
 from timm_npu_irv2.serialization import atomic_write
 from timm_npu_irv2.training import checkpoint, setup
 from timm_npu_irv2.training.engine import Position, Trainer, evaluate
-from timm_npu_irv2.training.flags import OUR_MODEL
 from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.output_dir import output_dir
@@ -116,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run_in(world: World, args: Namespace, options: str, started: float) -> None:
     """The run, or this process's part of it. When this returns, nothing of it is left but its files."""
-    start_log(world)
+    start_log(world.is_primary)
     devices.configure(world.device, args.allow_internal_format or None, args.jit_compile)
     stopping = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
     advice = '--resume auto goes on from the newest checkpoint.'

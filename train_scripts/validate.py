@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import serialization
+from timm_npu_irv2.cli.checks import check_image_size
+from timm_npu_irv2.cli.flags import INERT, REFUSED, TRAIN_FLAGS, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.data.loader import DeviceLoader
@@ -39,9 +41,7 @@ from timm_npu_irv2.plots import Prediction, choose, draw_predictions
 from timm_npu_irv2.serialization import atomic_write
 from timm_npu_irv2.training import setup
 from timm_npu_irv2.training.engine import evaluate
-from timm_npu_irv2.training.flags import REFUSED, TRAIN_FLAGS
 from timm_npu_irv2.training.loaders import build_eval_loader
-from timm_npu_irv2.training.options import check_image_size
 
 _logger = logging.getLogger('validate')
 
@@ -51,14 +51,9 @@ Results = dict[str, Any]
 # ------------------------------------------------------------------------------------------------------- options
 
 
-def _as_in_training(*names: str) -> tuple[Flag, ...]:
-    known = {flag.dest: flag for group in TRAIN_FLAGS for flag in group.flags}
-    return tuple(known[name] for name in names)
-
-
 FLAGS = (
     Group('Data set', (
-        *_as_in_training('data', 'data_dir', 'dataset', 'dataset_download', 'class_map', 'input_img_mode', 'input_key',
+        *pick('data', 'data_dir', 'dataset', 'dataset_download', 'class_map', 'input_img_mode', 'input_key',
                          'target_key', 'dataset_trust_remote_code', 'on_bad_image'),
         Flag('--split --val-split', 'name of the split', default='validation', rest={'metavar': 'NAME'}),
         Flag('--num-samples --val-num-samples', 'samples in the split, for iterable data sets', int, within='[1, inf)'),
@@ -72,24 +67,24 @@ FLAGS = (
              "Ascend ModelZoo's", default='', rest={'metavar': 'FILE'}),
         Flag('--use-ema', 'take the averaged weights of the checkpoint', bool, False),
         Flag('--pretrained', 'the pretrained weights; so it is without --checkpoint', bool, False),
-        *_as_in_training('num_classes', 'gp', 'model_kwargs', 'channels_last', 'fuser', 'fast_norm', 'torchscript',
+        *pick('num_classes', 'gp', 'model_kwargs', 'fuser', 'fast_norm', 'torchscript',
                          'torchcompile', 'torchcompile_mode'),
         Flag('--reparam', 'reparameterise the model for inference', bool, False),
         Flag('--test-pool', "average over several positions where the images are larger than the model's", bool, False),
     )),
     Group('Images', (
-        *_as_in_training('img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation', 'tta'),
+        *pick('img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation', 'tta'),
         Flag('--use-train-size', "the model's training size, even where it has another one for testing", bool, False),
         Flag('--crop-mode', "(default: the model's)", rest={'choices': ('center', 'squash', 'border')}),
         Flag('--crop-border-pixels', 'pixels to cut off the border', int, within='[0, inf)'),
     )),
     Group('Device and precision', (
-        *_as_in_training('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', 'allow_internal_format',
+        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', 'allow_internal_format',
                          'jit_compile', 'dist_url', 'dist_backend'),
     )),
     Group('Running and results', (
         Flag('-b --batch-size', 'images a process takes at a time', int, 256, '[1, inf)', {'metavar': 'N'}),
-        *_as_in_training('workers', 'pin_mem', 'no_prefetcher', 'seed'),
+        *pick('workers', 'pin_mem', 'no_prefetcher', 'seed'),
         Flag('--log-freq', 'batches between two lines of the log', int, 10, '[1, inf)', {'metavar': 'N'}),
         Flag('--retry', 'halve the batch until it fits the memory', bool, False),
         Flag('--metrics-avg', 'also precision, recall and F1, averaged so (pip install scikit-learn)',
@@ -97,8 +92,8 @@ FLAGS = (
         Flag('--results-file', 'write the results to this file', default='', rest={'metavar': 'FILE'}),
         Flag('--picture', 'draw some of the images with their predictions', default='', rest={'metavar': 'FILE.png'}),
         Flag('--results-format', 'as', default='csv', rest={'choices': ('csv', 'json')}),
-        Flag('--num-gpu', '1; torchrun starts more', int, 1, '[1, inf)'),
     )),
+    INERT['validate.py'],
 )
 
 NAMES = {name for group in FLAGS for flag in group.flags for name in flag.names.split()}
@@ -126,8 +121,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     args.data_dir = args.data or args.data_dir
     args.pretrained = args.pretrained or not args.checkpoint
     sizes = [size for size in (args.img_size, *(args.input_size or ())[1:]) if size]
-    if wrong := check_image_size(args.model, sizes):
-        raise UserError(wrong)
+    check_image_size(args.model, sizes)
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise UserError(f'--model-dtype {args.model_dtype} is for validation without --amp: leave one out.')
     if args.num_gpu > 1:
@@ -169,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
     setup.global_options(args)
     world = initialize(args.device, dist_url=args.dist_url, backend=args.dist_backend)
     try:
-        start_log(world)
+        start_log(world.is_primary)
         devices.configure(world.device, args.allow_internal_format or None, args.jit_compile)
         pairs = expand(args)
         with setup.translate_lost_process_errors(world, 'Start again.'):

@@ -264,7 +264,7 @@ def test_gradcam_is_the_class_activation_map_where_the_head_is_linear():
     (['IMAGES', '--fast', '--amp'], '--fast chooses'),
     (['IMAGES', '--results-format', 'json', 'json-split'], 'same name'),
     (['IMAGES', '--aot-autograd'], 'aot_eager'),
-    (['IMAGES', '--topkk', '3'], 'did you mean --topk'),
+    (['IMAGES', '--topkk', '3'], 'Did you mean --topk'),
     (['IMAGES', '--picture', 'missing/x.png', 'MODEL'], 'there is no folder missing'),
     (['IMAGES', '--gradcam', '--picture', 'x.png', 'MODEL', '--img-size', '32'], 'no places to tell apart'),
 ])

@@ -6,7 +6,7 @@ import pytest
 
 from timm_npu_irv2.cli.parser import as_yaml
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.training.flags import REFUSED, TRAIN_FLAGS
+from timm_npu_irv2.cli.flags import REFUSED, TRAIN_FLAGS
 from timm_npu_irv2.training.options import parse_args
 
 # The options of timm 1.0.31's train.py.
@@ -122,7 +122,7 @@ def test_names_and_values_arrive_where_timm_has_them(words, attribute, value):
     ('--std 0', '--std'), ('--mean 0.5 0.5', '--mean'), ('--seed 4294967296', '--seed'),
     ('--loss-scale 0 --amp', '--loss-scale'),
     ('--loss-scale fast --amp', '--loss-scale'), ('--batch-size many', 'many'), ('--sched foo', 'cosine'),
-    ('--momentumm 1', 'did you mean --momentum?'), ('--model-kwargs x', 'x'), ('a b', 'b'),
+    ('--momentumm 1', 'Did you mean --momentum?'), ('--model-kwargs x', 'x'), ('a b', 'b'),
     ('--lr', 'expected one argument'),
     ('--naflex-loader', 'vision transformers'), ('--naflex-patch-sizes=16', 'vision transformers'),
     ('--torchscript --torchcompile', 'exclude'),
@@ -204,7 +204,7 @@ def test_options_written_as_yaml_come_back_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(('text', 'said'), [
-    ('momentumm: 1', "unknown key 'momentumm'; did you mean --momentum?"), ('config: x', "unknown key 'config'"),
+    ('momentumm: 1', "unknown key 'momentumm'. Did you mean --momentum?"), ('config: x', "unknown key 'config'"),
     ('amp: 1', 'expected true or false'), ('lr: fast', 'fast'), ('lr: [1, 2]', "'lr' cannot be [1, 2]"),
     ('lr: true', "'lr'"),
     ('batch-size: 0', 'at least 1'), ('- a', 'option: value'), ('a: [', 'cannot read'), ('sched: foo', 'cosine'),

@@ -1,6 +1,6 @@
-"""Options as data, and their parser: the command line over a YAML file over defaults.
+"""Options as data, and their parser: command line over YAML file over defaults.
 
-Whatever is wrong ends in one :class:`UserError` of one line.
+Every mistake raises a :class:`UserError` of one line.
 """
 
 import argparse
@@ -25,12 +25,13 @@ class Flag:
     """One option.
 
     Attributes:
-        names: The spellings, separated by blanks. The first long one gives the attribute its name.
-        help: What it means. The default is added by itself.
-        type: What a value is converted with; ``bool`` makes a switch.
-        default: Its value if not given.
-        within: The interval its numbers must lie in, e.g. '[1, inf)'. Numbers are finite in any case.
+        names: Spellings, separated by blanks. The first long one names the attribute.
+        help: Meaning. The parser adds the default.
+        type: Function that converts a word to the value; ``bool`` makes a switch.
+        default: Value if the option is not given.
+        within: Interval of its numbers, such as '[1, inf)'. Numbers are finite in any case.
         rest: Further arguments of ``add_argument`` (nargs, const, choices, metavar).
+        recipe: True if the option determines the result of a training; model cards list these.
     """
 
     names: str
@@ -39,10 +40,11 @@ class Flag:
     default: Any = None
     within: str = '(-inf, inf)'
     rest: dict[str, Any] = field(default_factory=dict)
+    recipe: bool = False
 
     @property
     def dest(self) -> str:
-        """The attribute's name in the parsed namespace."""
+        """Name of the attribute in the parsed namespace."""
         if 'dest' in self.rest:
             return self.rest['dest']
         first = next((name for name in self.names.split() if name.startswith('--')), self.names.split()[0])
@@ -51,14 +53,18 @@ class Flag:
 
 @dataclass(frozen=True)
 class Group:
-    """Options that belong together, under a heading of ``--help``."""
+    """Options under one heading of ``--help``."""
 
     title: str
     flags: tuple[Flag, ...]
 
 
 def key_values(text: str) -> tuple[str, Any]:
-    """'name=value', the value as Python reads it, else as text."""
+    """Split 'name=value'; the value is read as a Python literal where it is one, otherwise as text.
+
+    Raises:
+        ValueError: The text has another form.
+    """
     key, separator, value = text.partition('=')
     if not separator or not key:
         raise ValueError('expected name=value')
@@ -76,17 +82,17 @@ def parse_flags(
         description: str,
         refused: dict[str, str] | None = None,
 ) -> argparse.Namespace:
-    """Parse ``argv`` by a table of options, over the YAML file that ``-c`` names.
+    """Parse a command line by a table of options, over the YAML file that ``-c`` names.
 
     Args:
-        groups: The table.
-        argv: The command line after the program's name.
-        prog: The program's name, for ``--help``.
-        description: The first lines of ``--help``.
-        refused: Options that are known and not had, with the reason.
+        groups: Table of options.
+        argv: Command line without the name of the program.
+        prog: Name of the program, for ``--help``.
+        description: First lines of ``--help``.
+        refused: Known options that are not supported, with the reason.
 
     Raises:
-        UserError: In one line, anything that is wrong with the command line or the file.
+        UserError: The command line or the file has a mistake.
     """
     groups, refused = tuple(groups), refused or {}
     parser = _build_parser(groups, prog, description)
@@ -108,12 +114,12 @@ def parse_flags(
 
 
 def as_yaml(args: argparse.Namespace) -> str:
-    """The options as a YAML file that ``-c`` reads back to the same options."""
+    """Return the options as the text of a YAML file that ``-c`` reads back to the same options."""
     return yaml.safe_dump(vars(args), default_flow_style=False)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises UserError with a suggestion instead of printing two hundred options and exiting."""
+    """An argument parser that raises UserError with a suggestion instead of printing all options and exiting."""
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r'unrecognized arguments: (--[^\s=]+)', message)
@@ -126,7 +132,7 @@ def _build_parser(groups: Iterable[Group], prog: str, description: str) -> _Pars
     parser = _Parser(
         prog=prog, description=description, usage='%(prog)s [DIR] [-c FILE] [options]', allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; those of the command line win')
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; options on the command line take precedence')
     for group in groups:
         section = parser.add_argument_group(group.title)
         for flag in group.flags:
@@ -158,7 +164,7 @@ def _as_words(value: Any) -> str:
 
 
 def _hyphens(word: str) -> str:
-    """--data_path=a_b as --data-path=a_b."""
+    """Return --data_path=a_b as --data-path=a_b."""
     if not word.startswith('--'):
         return word
     name, separator, value = word.partition('=')
@@ -167,7 +173,7 @@ def _hyphens(word: str) -> str:
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f'; did you mean {close[0]}?' if close else '; --help lists them all'
+    return f'. Did you mean {close[0]}?' if close else '; --help lists all options.'
 
 
 def _config_file(arguments: Sequence[str]) -> Path | None:
@@ -177,7 +183,7 @@ def _config_file(arguments: Sequence[str]) -> Path | None:
 
 
 def _config_words(parser: _Parser, path: Path, refused: dict[str, str]) -> list[str]:
-    """The YAML file as a command line, so that both are read by the same rules."""
+    """Return the YAML file as a command line, so that the same rules apply to both."""
     try:
         options = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -198,7 +204,7 @@ def _config_words(parser: _Parser, path: Path, refused: dict[str, str]) -> list[
 
 
 def _as_arguments(path: Path, action: argparse.Action, name: str, value: Any) -> list[str]:
-    """One entry of a YAML file as words of a command line."""
+    """Return one entry of a YAML file as words of a command line."""
     if isinstance(action, argparse._StoreTrueAction):
         if not isinstance(value, bool):
             raise UserError(f"config {path}: '{name[2:]}' is a switch: expected true or false, not {value!r}.")

@@ -10,18 +10,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-__all__ = ['address', 'write']
+from ..cli.flags import RECIPE
 
-# What may be told about a training: options that make the result, and none that names a place of a machine's.
-_RECIPE = (
-    'model num_classes in_chans img_size input_size gp model_kwargs mean std crop_pct interpolation pretrained '
-    'batch_size grad_accum_steps epochs opt opt_eps opt_betas opt_kwargs momentum weight_decay clip_grad '
-    'clip_mode layer_decay sched sched_on_updates lr lr_base lr_base_size warmup_lr warmup_epochs min_lr '
-    'cooldown_epochs decay_epochs decay_rate decay_milestones no_aug train_crop_mode scale ratio hflip vflip '
-    'color_jitter aa aug_repeats bce_loss reprob remode recount mixup cutmix mixup_prob mixup_off_epoch smoothing '
-    'train_interpolation drop drop_path bn_momentum bn_eps sync_bn model_ema model_ema_decay amp amp_impl '
-    'amp_dtype opt_level loss_scale seed'
-).split()
+__all__ = ['address', 'write']
 
 # Options without effect where another is not set.
 _DEPENDS_ON = {
@@ -179,8 +170,8 @@ def _results(figures: Mapping[str, Any], averaged: bool, dtype: str) -> str:
 
 
 def _training(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    told = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items() if key in _RECIPE}
-    told = {key: told[key] for key in _RECIPE if key in told and _matters(key, told)}
+    told = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items() if key in RECIPE}
+    told = {key: told[key] for key in RECIPE if key in told and _matters(key, told)}
     if not told:
         return ''
     lines = ['## How it was trained\n']

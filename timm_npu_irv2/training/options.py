@@ -1,54 +1,46 @@
-"""Reading the options: command line over YAML file over defaults, then everything that can be wrong with them.
+"""The options of train.py: command line over YAML file over defaults, then checks of options against each other.
 
-Whatever is wrong ends in one :class:`UserError` of one line; nothing here touches a device or the data.
+Every mistake raises a :class:`UserError` of one line. Neither the device nor the data is touched.
 """
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from ..cli.checks import check_image_size, check_rules
+from ..cli.flags import REFUSED, TRAIN_FLAGS
 from ..cli.parser import parse_flags
-from ..errors import UserError
-from .flags import REFUSED, TRAIN_FLAGS
 
-__all__ = ['check_image_size', 'parse_args']
+__all__ = ['parse_args']
 
-PUBLISHED = ('inception_resnet_v2_npu', 'inception_resnet_v2')  # what hub.py knows how to export
-SMALLEST_IMAGE = 75  # Inception-ResNet-v2: its unpadded convolutions leave one pixel of 75, and none of 74
+PUBLISHED = ('inception_resnet_v2_npu', 'inception_resnet_v2')  # models that hub.export accepts
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of train.py.
+    """Parse the options of train.py.
 
     Args:
-        argv: The command line after the program's name.
+        argv: Command line without the name of the program.
 
     Returns:
-        A namespace with timm's attribute names. ``data`` has gone into ``data_dir``.
+        Namespace with timm's attribute names. ``data`` is merged into ``data_dir``.
 
     Raises:
-        UserError: An unknown option, a value out of range, a contradiction; one line.
+        UserError: Unknown option, value out of range, or contradiction.
     """
     args = parse_flags(TRAIN_FLAGS, argv, prog='train.py', refused=REFUSED, description=(
         "Train Inception-ResNet-v2, or any timm model, on NPU, CUDA or CPU. The options are those of timm's train.py; "
         "where two names are given, the second is Ascend ModelZoo's. '-' and '_' in names are the same."))
     _settle(args)
-    for wrong in _contradictions(args):
-        raise UserError(wrong)
+    check_image_size(args.model, _image_sizes(args))
+    for rules in _model_rules, _loss_rules, _precision_rules, _process_rules, _schedule_rules:
+        check_rules(rules(args))
     return args
 
 
-def check_image_size(model: str, sizes: Iterable[int]) -> str:
-    """What is wrong with images of these sizes for a model; nothing if nothing is."""
-    smallest = min(sizes, default=SMALLEST_IMAGE)
-    if not model.startswith('inception_resnet_v2') or smallest >= SMALLEST_IMAGE:
-        return ''
-    return f'image size {smallest}: Inception-ResNet-v2 needs at least {SMALLEST_IMAGE} pixels.'
-
-
 def _settle(args: argparse.Namespace) -> None:
-    """Bring several names of one thing together."""
+    """Merge options that mean the same."""
     args.data_dir = args.data or args.data_dir
     del args.data
     if args.opt_level is not None:
@@ -56,42 +48,38 @@ def _settle(args: argparse.Namespace) -> None:
     args.grad_accum_steps = max(1, args.grad_accum_steps)
 
 
-def _contradictions(args: argparse.Namespace) -> Iterable[str]:
-    """What does not fit together, a line each."""
-    for group in (_model_contradictions, _loss_contradictions, _precision_contradictions, _process_contradictions,
-                  _schedule_contradictions):
-        yield from (text for wrong, text in group(args) if wrong)
-
-
 _Rules = list[tuple[Any, str]]
 
 
-def _model_contradictions(args: argparse.Namespace) -> _Rules:
-    sizes = [size for size in (args.img_size, *(args.input_size or ())[1:], *(args.train_img_sizes or ())) if size]
+def _image_sizes(args: argparse.Namespace) -> list[int]:
+    sizes = (args.img_size, *(args.input_size or ())[1:], *(args.train_img_sizes or ()))
+    return [size for size in sizes if size]
+
+
+def _model_rules(args: argparse.Namespace) -> _Rules:
     channels = args.in_chans or (args.input_size or [3])[0]
     return [
-        (check_image_size(args.model, sizes), check_image_size(args.model, sizes)),
         (args.img_size and args.input_size and args.input_size[1:] != [args.img_size] * 2,
-         '--img-size and --input-size name different sizes: give one of them.'),
+         '--img-size and --input-size give different sizes: use one of them.'),
         (args.in_chans and args.input_size and args.input_size[0] != args.in_chans,
-         '--in-chans and --input-size name different numbers of channels: give one of them.'),
+         '--in-chans and --input-size give different numbers of channels: use one of them.'),
         (args.torchscript and args.torchcompile, '--torchscript and --torchcompile exclude each other.'),
         (args.torchscript and args.sync_bn, '--torchscript cannot script the layers of --sync-bn: leave one out.'),
         (args.torchscript and args.kd_model_name, '--torchscript and --kd-model-name exclude each other.'),
         (args.sync_bn and args.split_bn, '--sync-bn and --split-bn exclude each other.'),
         (args.torchcompile_mode and not args.torchcompile, '--torchcompile-mode needs --torchcompile.'),
-        *((values is not None and len(values) not in (1, channels), f'{name}: expected one number, or {channels}.')
+        *((values is not None and len(values) not in (1, channels), f'{name}: expected 1 or {channels} numbers.')
           for name, values in (('--mean', args.mean), ('--std', args.std))),
         (args.kd_model_name is None and (args.distill_loss_weight is not None or args.task_loss_weight is not None),
          '--distill-loss-weight and --task-loss-weight need a teacher: --kd-model-name.'),
     ]
 
 
-def _loss_contradictions(args: argparse.Namespace) -> _Rules:
+def _loss_rules(args: argparse.Namespace) -> _Rules:
     ranges = {'--scale': args.scale, '--ratio': args.ratio, '--cutmix-minmax': args.cutmix_minmax}
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     return [
-        (args.aug_splits == 1, '--aug-splits 1: one split is none; use 0, or at least 2.'),
+        (args.aug_splits == 1, '--aug-splits 1: use 0 for none, or at least 2.'),
         (args.jsd_loss and args.aug_splits < 2, '--jsd-loss needs --aug-splits 2 or more.'),
         (args.jsd_loss and args.bce_loss, '--jsd-loss and --bce-loss exclude each other.'),
         (args.split_bn and args.aug_splits < 2 and not args.resplit, '--split-bn needs --aug-splits or --resplit.'),
@@ -105,7 +93,7 @@ def _loss_contradictions(args: argparse.Namespace) -> _Rules:
     ]
 
 
-def _precision_contradictions(args: argparse.Namespace) -> _Rules:
+def _precision_rules(args: argparse.Namespace) -> _Rules:
     return [
         (args.amp and args.model_dtype not in (None, 'float32'),
          f'--model-dtype {args.model_dtype} is for training without --amp: leave one out.'),
@@ -114,14 +102,14 @@ def _precision_contradictions(args: argparse.Namespace) -> _Rules:
     ]
 
 
-def _process_contradictions(args: argparse.Namespace) -> _Rules:
+def _process_rules(args: argparse.Namespace) -> _Rules:
     devices = (args.device_list or '').replace(' ', '').strip(',')
     names = devices.split(',') if devices else []
     return [
         (args.device_list is not None and not (all(map(str.isdecimal, names)) and len(set(names)) == len(names) > 0),
-         f"--device-list '{args.device_list}': expected different numbers of cards such as '0,1,2,3'."),
+         f"--device-list '{args.device_list}': expected different device indices, such as '0,1,2,3'."),
         (len(names) > 1 and not args.multiprocessing_distributed,
-         '--device-list with several cards needs --multiprocessing-distributed.'),
+         '--device-list with several devices needs --multiprocessing-distributed.'),
         ((args.rank or 0) >= (args.world_size or 1) and args.rank,
          f'--rank {args.rank} must be less than --world-size {args.world_size or 1}.'),
         (args.dist_url and not re.fullmatch(r'env://|tcp://[^/:]+:\d+|tcp://\[[^\]]+\]:\d+', args.dist_url),
@@ -130,12 +118,12 @@ def _process_contradictions(args: argparse.Namespace) -> _Rules:
         (args.push_to_hub and args.model.partition('.')[0] not in PUBLISHED,
          f'--push-to-hub publishes {" and ".join(PUBLISHED)}, not {args.model}.'),
         (args.push_to_hub and not args.epochs,
-         '--push-to-hub needs a training: `python -m timm_npu_irv2.hub` publishes a checkpoint.'),
-        (args.resume == 'auto' and not args.experiment, '--resume auto needs --experiment, the folder to look in.'),
+         '--push-to-hub needs at least one epoch: `python -m timm_npu_irv2.hub` publishes a checkpoint.'),
+        (args.resume == 'auto' and not args.experiment, '--resume auto needs --experiment, the folder to search.'),
     ]
 
 
-def _schedule_contradictions(args: argparse.Namespace) -> _Rules:
+def _schedule_rules(args: argparse.Namespace) -> _Rules:
     sizes = args.train_img_sizes or ()
     return [
         (args.lr_noise is not None and len(args.lr_noise) > 2, '--lr-noise: expected one or two numbers.'),
