@@ -28,8 +28,9 @@ class FusedConvolution(nn.Conv2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Apply to ``x`` (N, in_channels, H, W); ``residual``, of the output's shape, may be overwritten."""
-        fused = x.dtype in devices.backend_of(x).fused_convolution_dtypes
-        if torch.jit.is_tracing() or torch.compiler.is_compiling() or not fused:
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return self._written_out(x, residual)
+        if x.dtype not in devices.backend_of(x).fused_convolution_dtypes:
             return self._written_out(x, residual)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return self._written_out(x, residual)
