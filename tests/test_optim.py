@@ -16,8 +16,8 @@ from timm_npu_irv2 import device as devices
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.optim import create_optimizer, gradient_holders, register_optimizers
 
-# The optimizers that the names stand for off the NPU, with the arguments that timm passes below.
-STAND_INS = {
+# The optimizers that the names mean off the NPU, with the arguments that timm passes below.
+EQUIVALENTS = {
     'npufusedsgd': functools.partial(torch.optim.SGD, momentum=0.9),
     'npufusedadam': torch.optim.Adam,
     'npufusedadamw': torch.optim.AdamW,
@@ -58,7 +58,20 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) ->
 
 
 def test_timm_lists_all_of_them():
-    assert timm.optim.list_optimizers('npu*') == sorted(STAND_INS)
+    assert timm.optim.list_optimizers('npu*') == sorted(EQUIVALENTS)
+
+
+@pytest.mark.parametrize('name', EQUIVALENTS)
+def test_timm_knows_each_as_a_class_of_optimizers_that_takes_any_shape_of_groups(name):
+    assert issubclass(timm.optim.get_optimizer_class(name, bind_defaults=False), torch.optim.Optimizer)
+    weight, bias = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5))
+    for groups in ([weight, bias], [dict(params=[weight]), dict(params=[bias], lr=0.1)], [dict(params=bias, lr=0.1)]):
+        optimizer = create_optimizer_v2(groups, name)
+        for each in (weight, bias):
+            each.grad = torch.ones_like(each)
+        before = bias.detach().clone()
+        optimizer.step()
+        assert not torch.equal(bias, before)
 
 
 def test_registering_twice_changes_nothing(caplog):
@@ -68,12 +81,12 @@ def test_registering_twice_changes_nothing(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize('name', STAND_INS)
-def test_each_is_the_optimizer_it_stands_for_with_timms_groups(name):
+@pytest.mark.parametrize('name', EQUIVALENTS)
+def test_each_is_its_equivalent_with_timms_groups(name):
     ours, theirs = network(), network()
     arguments = dict(lr=0.01, weight_decay=0.05, layer_decay=0.5)
     groups = timm.optim.param_groups_layer_decay(theirs, weight_decay=0.05, layer_decay=0.5)
-    reference = STAND_INS[name](groups, lr=0.01)
+    reference = EQUIVALENTS[name](groups, lr=0.01)
     optimizer = create_optimizer_v2(ours, name, **arguments)
     assert [(g['weight_decay'], g['lr_scale'], len(g['params'])) for g in optimizer.param_groups] == [
         (g['weight_decay'], g['lr_scale'], len(g['params'])) for g in reference.param_groups]
@@ -83,10 +96,21 @@ def test_each_is_the_optimizer_it_stands_for_with_timms_groups(name):
     assert any(not torch.equal(trained[name], start[name]) for name in start)
 
 
-@pytest.mark.parametrize('name', STAND_INS)
-def test_state_dicts_go_to_the_stand_in_and_back(name):
+@pytest.mark.parametrize('name', ['npufusedsgd', 'npufusedadam', 'npufusedadamw'])
+def test_parameters_with_gaps_between_their_elements_are_updated_rightly(name):
+    dense, gaps = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3, 2)[..., 0])
+    for parameter in (dense, gaps):
+        optimizer = create_optimizer_v2([parameter], name, lr=0.1)
+        for _ in range(2):
+            parameter.grad = torch.arange(12.0).view(4, 3)
+            optimizer.step()
+    torch.testing.assert_close(gaps, dense, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', EQUIVALENTS)
+def test_state_dicts_go_to_the_equivalent_and_back(name):
     model, other = network(), network()
-    optimizer, reference = create_optimizer_v2(model, name, lr=0.01), STAND_INS[name](other.parameters(), lr=0.01)
+    optimizer, reference = create_optimizer_v2(model, name, lr=0.01), EQUIVALENTS[name](other.parameters(), lr=0.01)
     train(model, optimizer)
     reference.load_state_dict(optimizer.state_dict())
     optimizer.load_state_dict(reference.state_dict())
@@ -105,10 +129,10 @@ def test_lookahead_wraps_them():
     assert train(model, create_optimizer_v2(model, 'lookahead_npufusedsgd', lr=0.01), steps=7)
 
 
-def test_the_stand_in_is_told_in_one_line(caplog):
+def test_the_optimizer_used_elsewhere_is_logged_in_one_line(caplog):
     with caplog.at_level(logging.INFO, 'timm_npu_irv2.optim'):
         create_optimizer_v2(network(), 'npufusedsgd', lr=0.01)
-    assert caplog.messages == ['npufusedsgd: torch.optim.SGD(fused=True) stands for it here.']
+    assert caplog.messages == ['npufusedsgd: using torch.optim.SGD(fused=True) on this device.']
 
 
 def test_grad_scaler_skips_the_very_first_step_whole():

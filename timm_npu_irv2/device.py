@@ -122,7 +122,7 @@ def load_backends() -> None:
         importlib.import_module('torch_npu')
     except Exception as error:  # torch_npu fails in many ways where CANN is missing or of another version
         _npu_failure = f'{type(error).__name__}: {error}'.splitlines()[0]
-        warnings.warn(f'torch_npu is installed but does not load ({_npu_failure}); continuing without it.', stacklevel=2)
+        warnings.warn(f'torch_npu is installed but does not load: {_npu_failure}. Continuing without.', stacklevel=2)
 
 
 def backend(device: torch.device | str) -> Backend:

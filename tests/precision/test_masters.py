@@ -9,9 +9,9 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from timm_npu_irv2 import UserError, precision
 from timm_npu_irv2.benchmarks.counting import cost_of
-from timm_npu_irv2.precision.masters import FlatMasters, Masters
+from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.precision import create_precision
 
 CPU = torch.device('cpu')
 OPTIMIZERS = {
@@ -39,6 +39,12 @@ class Net(nn.Module):
         return dict(stem=r'^stem|^norm\.', blocks=[(r'^block', (0,)), (r'^classif', (99999,))])
 
 
+def opaque(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same optimizer, of a class that nobody knows to be elementwise: its masters stay by themselves."""
+    optimizer.__class__ = type('Opaque', (type(optimizer),), {})
+    return optimizer
+
+
 class Run:
     def __init__(self, opt='sgd', loss_scale=None, flat=True, layer_decay=0.7, model=None, freeze=(), **kwargs):
         torch.manual_seed(0)
@@ -47,11 +53,15 @@ class Run:
             self.model.get_parameter(name).requires_grad_(False)
         options = {**OPTIMIZERS.get(opt, {'opt': opt}), 'lr': 0.1, 'layer_decay': layer_decay, **kwargs}
         self.optimizer = create_optimizer_v2(self.model, **options)
-        self.precision = precision.create_precision(CPU, amp=True, opt_level='O2', loss_scale=loss_scale)
-        with pytest.MonkeyPatch.context() as patch:
-            if not flat:
-                patch.setattr(precision, 'is_elementwise', lambda optimizer: False)
-            self.model, self.optimizer = self.precision.prepare(self.model, self.optimizer)
+        self.precision = create_precision(CPU, amp=True, opt_level='O2', loss_scale=loss_scale)
+        optimizer = self.optimizer if flat else opaque(self.optimizer)
+        self.model, self.optimizer = self.precision.prepare(self.model, optimizer)
+
+    @property
+    def is_flat(self) -> bool:
+        """The optimizer holds at most two tensors a group, though the model has more."""
+        sizes = [len(group['params']) for group in self.optimizer.param_groups]
+        return sum(sizes) < len(list(self.model.parameters())) and max(sizes) <= 2
 
     def step(self, seed=0, factor=1.0):
         generator = torch.Generator().manual_seed(seed)
@@ -75,7 +85,7 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 def test_flat_masters_are_masters_bit_for_bit(opt):
     flat, single = Run(opt), Run(opt, flat=False)
-    assert type(flat.precision._masters) is FlatMasters and type(single.precision._masters) is Masters
+    assert flat.is_flat and not single.is_flat
     assert len({group['lr_scale'] for group in flat.optimizer.param_groups}) > 1  # the groups are real ones
     for seed in range(3):
         flat.step(seed)
@@ -128,21 +138,15 @@ def test_a_step_skipped_for_an_overflow_changes_no_bit(opt):
     assert not torch.equal(run.state()['stem.weight'], before['stem.weight'])
 
 
-@pytest.mark.parametrize('loss_scale, most', [(128.0, 8), ('dynamic', 16)])
-def test_unscaling_checking_updating_and_copying_back_are_a_dozen_operators(loss_scale, most):
+@pytest.mark.parametrize('loss_scale, most', [(128.0, 10), ('dynamic', 20)])
+def test_scaling_checking_updating_and_copying_back_are_few_operators(loss_scale, most):
     run = Run('sgd', loss_scale, layer_decay=None, model=timm.create_model('inception_resnet_v2_npu', num_classes=3))
+    losses = [run.model(torch.zeros(2, 3, 75, 75)).square().mean() for _ in range(2)]
+    backward = cost_of(losses[0].backward).calls.total()
+    run.optimizer.zero_grad()
     for parameter in run.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    scaler = run.precision._scaler
-    scaler.scale(torch.zeros(()))
-
-    def update():
-        run.precision._gather_gradients()
-        scaler.unscale(run.optimizer)
-        scaler.step(run.optimizer)
-        run.precision._publish_weights()
-
-    assert cost_of(update).calls.total() <= most
+        parameter.grad = None
+    assert cost_of(lambda: run.precision.step(losses[1], run.optimizer)).calls.total() <= backward + most
 
 
 def test_weights_and_moments_keep_their_layout():
@@ -168,11 +172,11 @@ def test_frozen_weights_stay_out_of_the_buffers():
 def test_a_weight_outside_the_loss_is_named():
     run = Run('sgd')
     run.model.forward = lambda x: run.model.stem(x.bfloat16()).float().mean((2, 3))
-    with pytest.raises(UserError, match=r'weight of shape .* takes no part in the loss'):
+    with pytest.raises(UserError, match=r'^parameter block\.weight got no gradient; freeze it or use --opt-level O1'):
         run.step()
 
 
 def test_optimizers_that_look_at_layers_keep_masters_by_themselves():
     for opt in ('lamb', 'lars', 'adamp', 'lookahead_sgd'):
-        assert type(Run(opt).precision._masters) is Masters
-    assert type(Run('rmsproptf', caution=True).precision._masters) is Masters
+        assert not Run(opt).is_flat
+    assert not Run('rmsproptf', caution=True).is_flat

@@ -94,7 +94,7 @@ class Run:
 
     def gradients(self, scale: float = 1.0) -> list[Tensor]:
         """The float32 gradients of the last step, each by itself, without the loss scale that may be left in them."""
-        masters = getattr(self.precision, '_masters', None)
+        masters = getattr(self.precision, 'masters', None)
         updated = self.model.parameters() if masters is None else masters.clipped(self.model.parameters())
         return [p.grad / scale for p in updated]
 
@@ -386,14 +386,14 @@ def test_frozen_weights_stay_what_they_were():
 @pytest.mark.parametrize('kwargs, words', [
     (dict(amp=True, amp_impl='magic'), '--amp-impl magic'),
     (dict(amp=True, opt_level='O3'), '--opt-level O3'),
-    (dict(opt_level='O2'), '--opt-level O2 has no effect'),
-    (dict(amp_impl='apex'), '--amp-impl apex has no effect'),
-    (dict(loss_scale=128.0), '--loss-scale 128.0 has no effect'),
+    (dict(opt_level='O2'), '--opt-level O2 needs --amp'),
+    (dict(amp_impl='apex'), '--amp-impl apex needs --amp'),
+    (dict(loss_scale=128.0), '--loss-scale 128.0 needs --amp'),
     (dict(amp=True, loss_scale=0.0), '--loss-scale 0.0'),
     (dict(amp=True, loss_scale=-1.0), '--loss-scale -1.0'),
     (dict(amp=True, loss_scale=float('nan')), '--loss-scale nan'),
     (dict(amp=True, loss_scale='fast'), '--loss-scale fast'),
-    (dict(amp=True, model_dtype=torch.bfloat16), 'exclude each other'),
+    (dict(amp=True, model_dtype=torch.bfloat16), 'leave one out'),
     (dict(amp=True, amp_dtype=torch.float32), 'not a 16-bit type'),
     (dict(amp=True, amp_impl='apex', amp_dtype=torch.bfloat16), 'float16 only'),
     (dict(amp=True, opt_level='O0', loss_scale=128.0), '--loss-scale 128.0'),

@@ -10,15 +10,14 @@ from torch.optim import Optimizer
 
 from .. import device as devices
 from ..errors import UserError
-from .base import WithMasters
-from .masters import Masters, float32_twin
-from .native import parameters_of
+from .base import parameters_of
+from .masters import MasterPrecision, Masters, float32_twin
 
 __all__ = ['Apex']
 
 
-class Apex(WithMasters):
-    """apex's own amp, for those who have it: ``amp.initialize``, ``amp.scale_loss``, ``amp.state_dict``."""
+class Apex(MasterPrecision):
+    """Apex's own amp: ``amp.initialize``, ``amp.scale_loss``, ``amp.state_dict``."""
 
     def __init__(self, opt_level: str, loss_scale: float | Literal['dynamic'] | None) -> None:
         self._amp = devices.apex_amp()
@@ -28,9 +27,9 @@ class Apex(WithMasters):
             if 'combine_grad' in inspect.signature(self._amp.initialize).parameters:  # Ascend's
                 self._arguments['combine_grad'] = True
         self.description = 'apex ' + ', '.join(f'{name} {value}' for name, value in self._arguments.items())
-        self._masters = Masters()
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Run ``amp.initialize`` and give its masters the bits that the half weights lost."""
         twin = float32_twin(model)  # before apex replaces the model's forward
         parameters = parameters_of(optimizer)
         try:
@@ -39,7 +38,7 @@ class Apex(WithMasters):
             raise UserError(f'--amp-impl apex: {error}'.partition('\n')[0]) from error
         optimizer.zero_grad()  # apex makes its masters in the first call
         pairs = zip(parameters, parameters_of(optimizer), strict=True)
-        self._masters = Masters(twin, {p: master for p, master in pairs if p is not master})
+        self.masters = Masters(twin, {p: master for p, master in pairs if p is not master})
         self._share_parameters(model, twin)
         return model, optimizer
 
@@ -47,17 +46,18 @@ class Apex(WithMasters):
     def _share_parameters(self, model: nn.Module, twin: nn.Module) -> None:
         """Give the twin apex's masters, or the model's own parameters where they are float32.
 
-        apex makes its masters of the half weights; they get the bits back that were lost on the way.
+        Apex makes its masters from the half weights, so they are copied from the twin first.
         """
         for module, copied in zip(model.modules(), twin.modules(), strict=True):
             for name, parameter in module.named_parameters(recurse=False):
-                shared = self._masters.of(parameter)
+                shared = self.masters.of(parameter)
                 if shared.dtype == torch.float32:
-                    shared.copy_(copied._parameters[name])
-                    copied._parameters[name] = shared
+                    shared.copy_(copied.get_parameter(name))
+                    copied.register_parameter(name, shared)
 
     def step(self, loss, optimizer, *, parameters=None, clip_grad=None, clip_mode='norm', create_graph=False,
              need_update=True) -> None:
+        """Run the backward pass under ``amp.scale_loss``, and the step if one is due."""
         before = self._loss_scale()
         # Until the last backward pass of a step the gradients stay scaled in the model, where DDP sums them.
         with self._amp.scale_loss(loss, optimizer, delay_unscale=not need_update) as scaled:
@@ -66,18 +66,20 @@ class Apex(WithMasters):
             return
         if clip_grad is not None:
             every = self._amp.master_params(optimizer)
-            clipped = every if parameters is None else [self._masters.of(p) for p in parameters]
+            clipped = every if parameters is None else [self.masters.of(p) for p in parameters]
             dispatch_clip_grad(clipped, clip_grad, mode=clip_mode)
         optimizer.step()
-        self._count(skipped=self._loss_scale() < before)
+        self.count_step(skipped=self._loss_scale() < before)
 
     def _loss_scale(self) -> float:
-        """apex lowers it, on the host, when it has found an overflow."""
+        """Return the scale, which apex lowers on the host when it has found an overflow."""
         return self._amp.state_dict()['loss_scaler0']['loss_scale']
 
     def state_dict(self) -> dict[str, Any]:
+        """Return apex's state."""
         return dict(self._amp.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load apex's state; others have no 'loss_scaler0'."""
         if 'loss_scaler0' in state_dict:
             self._amp.load_state_dict(state_dict)

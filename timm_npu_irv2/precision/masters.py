@@ -1,9 +1,9 @@
 """Float32 master weights of a half-precision model, each by itself or all in one flat buffer.
 
-The optimizer updates masters; the model runs on their 16-bit copies. Between the two there is traffic in every step:
-gradients to the masters, rounded weights back. Where the optimizer treats every element alike (SGD, Adam and most
-others), it need not know where one weight ends and the next begins: :class:`FlatMasters` hands it two or three long
-tensors, so that unscaling, overflow check, update and copy back are a dozen operators in all instead of hundreds.
+The optimizer updates masters; the model runs on their 16-bit copies. Every step moves gradients to the masters and
+rounded weights back. An optimizer that treats every element alike (SGD, Adam and most others) need not know where one
+weight ends and the next begins: :class:`FlatMasters` gives it two or three long tensors, so that unscaling, overflow
+check, update and copy back are a dozen operators in all instead of hundreds.
 """
 
 import copy
@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..errors import UserError
+from .base import Precision
 
-__all__ = ['FlatMasters', 'Masters', 'float32_twin']
+__all__ = ['FlatMasters', 'MasterPrecision', 'Masters', 'float32_twin']
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
@@ -26,32 +28,34 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 class Masters:
     """The float32 masters of a model's half weights, a tensor each, for optimizers that look at whole layers (LAMB).
 
-    Attributes:
+    Args:
         float32_model: The model's twin, whose parameters are the masters.
+        masters: {half parameter of the model: its master}.
     """
 
-    def __init__(self, float32_model: nn.Module | None = None, masters: dict[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, float32_model: nn.Module, masters: dict[nn.Parameter, nn.Parameter]) -> None:
         self.float32_model = float32_model
-        self._masters = masters or {}
-        self._gradients: dict[Tensor, Tensor] = {}
+        self._masters = masters
+        self._gradients: dict[nn.Parameter, Tensor] = {}
 
-    def of(self, parameter: Tensor) -> Tensor:
-        """The float32 tensor that ``parameter`` is a rounded copy of: its master, or itself."""
+    def of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Return the float32 tensor that ``parameter`` is a rounded copy of: its master, or itself."""
         return self._masters.get(parameter, parameter)
 
-    def clipped(self, parameters: Iterable[nn.Parameter], by_layer: bool = True) -> list[Tensor]:
-        """The tensors whose gradients are those of ``parameters`` after :meth:`gather_gradients`.
+    def clipped(self, parameters: Iterable[nn.Parameter], by_layer: bool = True) -> list[nn.Parameter]:
+        """Return the tensors whose gradients are those of ``parameters`` after :meth:`gather_gradients`.
 
         Without ``by_layer`` they may be fewer and longer.
         """
         return [self.of(p) for p in parameters]
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Take the places of the model's parameters in the optimizer's groups and states."""
+        """Put the masters in the places of the model's parameters in the optimizer's groups and states."""
         for group in optimizer.param_groups:
             group['params'] = [self.of(p) for p in group['params']]
-        for parameter in [p for p in optimizer.state if p in self._masters]:
-            optimizer.state[self.of(parameter)] = optimizer.state.pop(parameter)
+        for parameter, master in self._masters.items():
+            if parameter in optimizer.state:
+                optimizer.state[master] = optimizer.state.pop(parameter)
 
     @torch.no_grad()
     def gather_gradients(self) -> None:
@@ -79,7 +83,7 @@ class Masters:
         torch._foreach_copy_(list(self._masters), list(self._masters.values()))
 
     def state_dict(self, model: nn.Module) -> dict[str, Any]:
-        """The model's state dict with the masters in place of their weights, and no half tensor in it."""
+        """Return the model's state dict with the masters in place of their weights, and no half tensor in it."""
         state = model.state_dict()
         for name, value in state.items():
             if isinstance(value, Tensor) and value.dtype in HALF_TYPES:
@@ -91,7 +95,7 @@ class Masters:
 
     @torch.no_grad()
     def load_state_dict(self, model: nn.Module, state_dict: dict[str, Any], strict: bool) -> Any:
-        """Load the model, then the masters to their full precision."""
+        """Load the model, then the masters in full precision; return ``load_state_dict``'s answer."""
         answer = model.load_state_dict(state_dict, strict=strict)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter in self._masters and name in state_dict:
@@ -106,43 +110,43 @@ class FlatMasters(Masters):
     (BatchNorm's): ``[H of group 0, H of group 1, …, F of group 0, F of group 1, …]``. So all half gradients arrive by
     one concatenation and all half weights leave by one copy, and a group of the optimizer is at most two tensors.
 
-    Args:
-        float32_model: As for :class:`Masters`.
-        masters: {half parameter of the model: its master}; the masters become views of the buffer.
-        state_scale: {name of an optimizer's state: by what it is greater than its name says}, see ``precision.py``.
-        options: What the optimizer's groups are given in place of None, for the sake of the long tensors.
-
     Parameters that are frozen when the buffers are laid out stay out of them, and out of every step.
+
+    Args:
+        float32_model: The model's twin, whose parameters are the masters.
+        masters: {half parameter of the model: its master}; the masters become views of the buffer.
+        state_scale: {name of an optimizer's state: factor by which the buffers hold it}, see :class:`FoldedScale`.
+        options: Options that the optimizer's groups get in place of None, because the tensors are long.
     """
 
     def __init__(
             self,
             float32_model: nn.Module,
-            masters: dict[Tensor, Tensor],
+            masters: dict[nn.Parameter, nn.Parameter],
             state_scale: dict[str, float] | None = None,
             options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(float32_model, masters)
         self._options = options or {}
         self._state_scale = state_scale or {}
-        self._aliases: dict[Tensor, nn.Parameter] = {}
+        self._aliases: dict[nn.Parameter, nn.Parameter] = {}
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Lay the buffers out by the optimizer's groups, and put their parts into the groups."""
+        """Lay out the buffers by the optimizer's groups and put their parts into the groups."""
         ordinary = optimizer.state_dict()
         groups = [list(group['params']) for group in optimizer.param_groups]
         self._sizes = [len(group) for group in groups]
         trained = [p for group in groups for p in group if p.requires_grad]
-        self._halves = {p: None for p in trained if p in self._masters}  # sets that keep their order
-        self._floats = {p: None for p in trained if p not in self._masters}
+        self._halves = list(dict.fromkeys(p for p in trained if p in self._masters))
+        self._floats = list(dict.fromkeys(p for p in trained if p not in self._masters))
         weights = [self.of(p) for p in (*self._halves, *self._floats)]
         self._weights = _flatten(weights)
         self._gradient_buffer = torch.zeros_like(self._weights)
-        self._published = self._weights[:_count(self._halves)].to(next(iter(self._halves)).dtype)
+        self._published = self._weights[:_count(self._halves)].to(self._halves[0].dtype)
         _become_views(weights, self._weights)
         _become_views(self._halves, self._published)
         self._make_aliases()
-        kinds = (self._halves, self._floats)
+        kinds = (set(self._halves), set(self._floats))
         self._parts = [
             [self._part(group, own) for kind in kinds if (own := [p for p in group if p in kind])] for group in groups
         ]
@@ -156,22 +160,22 @@ class FlatMasters(Masters):
             optimizer.load_state_dict(ordinary)
 
     def _make_aliases(self) -> None:
-        """A parameter's own piece of the buffers, for those who look at layers: clipping by the norm of each."""
+        """Make views of each parameter's piece of the buffers, for clipping by the norm of each layer."""
         for parameter in (*self._halves, *self._floats):
             alias = nn.Parameter(self.of(parameter).detach())
             start = alias.storage_offset()
             alias.grad = _view_like(self._gradient_buffer[start:start + alias.numel()], alias)
             self._aliases[parameter] = alias
 
-    def _part(self, group: Sequence[Tensor], own: Sequence[Tensor]) -> '_Part':
-        """The part of the buffers in which those parameters of ``group`` lie that are ``own``."""
+    def _part(self, group: Sequence[nn.Parameter], own: Sequence[nn.Parameter]) -> '_Part':
+        """Return the part of the buffers that holds the parameters ``own`` of ``group``."""
         start = self.of(own[0]).storage_offset()
         places = {parameter: index for index, parameter in enumerate(group)}
         tensor = nn.Parameter(self._weights[start:start + _count(own)])
         return _Part(tensor, [self.of(p) for p in own], [places[p] for p in own])
 
-    def clipped(self, parameters: Iterable[nn.Parameter], by_layer: bool = True) -> list[Tensor]:
-        """As for :class:`Masters`."""
+    def clipped(self, parameters: Iterable[nn.Parameter], by_layer: bool = True) -> list[nn.Parameter]:
+        """Return views of the buffers; the optimizer's own long tensors for all parameters without ``by_layer``."""
         parameters = [p for p in parameters if p in self._aliases]
         if not by_layer and len(parameters) == len(self._aliases):
             return [part.tensor for parts in self._parts for part in parts]
@@ -179,15 +183,29 @@ class FlatMasters(Masters):
 
     @torch.no_grad()
     def gather_gradients(self) -> None:
-        """Bring the model's gradients to the buffer, in float32, and drop them."""
+        """Move the model's gradients to the buffer, in float32."""
         split = self._published.numel()
         buffer = self._gradient_buffer
         for parameters, out in (self._halves, buffer[:split]), (self._floats, buffer[split:]):
             if parameters:
-                torch.cat(_take_gradients(parameters), out=out)
+                torch.cat(self._take_gradients(parameters), out=out)
         for part in (part for parts in self._parts for part in parts):
             start = part.tensor.storage_offset()
             part.tensor.grad = buffer[start:start + part.tensor.numel()]
+
+    def _take_gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """Return the gradients as vectors, in the order of the weights' memory, and remove them from the parameters."""
+        gradients = []
+        for parameter in parameters:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                raise UserError(f'parameter {self._name(parameter)} got no gradient; '
+                                'freeze it or use --opt-level O1.')
+            gradients.append(gradient if gradient.ndim == 1 else _in_memory_order(gradient, parameter))
+        return gradients
+
+    def _name(self, parameter: nn.Parameter) -> str:
+        return next(name for name, p in self.float32_model.named_parameters() if p is self.of(parameter))
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -195,7 +213,7 @@ class FlatMasters(Masters):
         self._published.copy_(self._weights[:self._published.numel()])
 
     def _ordinary_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The optimizer's state dict as it would be with a tensor for each parameter."""
+        """Return the optimizer's state dict as it would be with a tensor for each parameter."""
         state: dict[int, dict[str, Any]] = {}
         groups = []
         first, flat = 0, 0
@@ -220,13 +238,13 @@ class FlatMasters(Masters):
         return [_view_like(piece, member) for piece, member in zip(pieces, part.members, strict=True)]
 
     def _flat_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The contrary of :meth:`_ordinary_state`."""
+        """Return the optimizer's state dict for the long tensors, the inverse of :meth:`_ordinary_state`."""
         state: dict[int, dict[str, Any]] = {}
         groups = []
         flat = 0
         if [len(group['params']) for group in state_dict['param_groups']] != self._sizes:
-            raise UserError("the optimizer's state belongs to other parameter groups: resume with the options it was "
-                            'written with, or use --no-resume-opt.')
+            raise UserError("the optimizer's state belongs to other parameter groups: resume with the options of the "
+                            'interrupted run, or use --no-resume-opt.')
         for group, parts in zip(state_dict['param_groups'], self._parts, strict=True):
             groups.append({**group, **self._options, 'params': list(range(flat, flat + len(parts)))})
             for part in parts:
@@ -244,14 +262,36 @@ class FlatMasters(Masters):
         return torch.cat(pieces) * self._state_scale.get(name, 1.0)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What a group of the optimizer has in one region.
+class MasterPrecision(Precision):
+    """A precision whose weights are read from, loaded into and averaged over float32 masters.
 
     Attributes:
-        tensor: The consecutive part of the buffer, with its gradient.
+        masters: Set by :meth:`prepare`.
+    """
+
+    masters: Masters
+
+    def model_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Return the model's state dict with the masters as its weights."""
+        return self.masters.state_dict(unwrap_model(model))
+
+    def load_model_state_dict(self, model: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> Any:
+        """Load a state dict into the masters and, rounded, into the model."""
+        return self.masters.load_state_dict(unwrap_model(model), state_dict, strict)
+
+    def float32_model(self, model: nn.Module) -> nn.Module:
+        """Return the model's float32 twin."""
+        return self.masters.float32_model
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A long tensor of a group of the optimizer.
+
+    Attributes:
+        tensor: A consecutive part of the buffer, with its gradient.
         members: The float32 tensors that lie in it, in order.
-        places: Their indices in the group as the optimizer was created with it.
+        places: Indices of the members in the group as the optimizer was created with it.
     """
 
     tensor: nn.Parameter
@@ -260,20 +300,8 @@ class _Part:
 
 
 def float32_twin(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` that has its BatchNorm modules, the very same, and weights of its own."""
+    """Copy ``model``, but share its BatchNorm modules."""
     return copy.deepcopy(model, memo={id(m): m for m in model.modules() if isinstance(m, _BatchNorm)})
-
-
-def _take_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients as vectors, in the order of the weights' memory; the parameters are left without."""
-    gradients = []
-    for parameter in parameters:
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            raise UserError(f'a weight of shape {tuple(parameter.shape)} takes no part in the loss, which --opt-level '
-                            'O2 cannot leave out of a step: freeze it (requires_grad=False), or use --opt-level O1.')
-        gradients.append(gradient if gradient.ndim == 1 else _in_memory_order(gradient, parameter))
-    return gradients
 
 
 def _count(tensors: Iterable[Tensor]) -> int:
@@ -281,14 +309,15 @@ def _count(tensors: Iterable[Tensor]) -> int:
 
 
 def _in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """The elements of ``tensor`` as a vector, in the order in which those of ``like`` lie in memory."""
+    """Return the elements of ``tensor`` as a vector, in the order in which those of ``like`` lie in memory."""
     if like.is_contiguous():
         return tensor.reshape(-1)
-    return tensor.permute(sorted(range(like.ndim), key=lambda d: (-like.stride(d), d))).reshape(-1)
+    strides = like.stride()
+    return tensor.permute(sorted(range(like.ndim), key=lambda d: (-strides[d], d))).reshape(-1)
 
 
 def _view_like(vector: Tensor, like: Tensor) -> Tensor:
-    """A vector, such as :func:`_in_memory_order` makes, in the shape and layout of ``like``."""
+    """Return a vector of :func:`_in_memory_order` in the shape and layout of ``like``."""
     return vector.as_strided(like.shape, like.stride())
 
 
@@ -299,6 +328,6 @@ def _flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def _become_views(tensors: Sequence[Tensor], vector: Tensor) -> None:
-    """Let ``tensors`` live in ``vector``, one after the other."""
+    """Make ``tensors`` views of ``vector``, one after the other."""
     for tensor, piece in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
         tensor.data = _view_like(piece, tensor)

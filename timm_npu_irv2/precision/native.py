@@ -12,30 +12,28 @@ from torch.optim import Optimizer
 from .. import device as devices
 from ..errors import UserError
 from ..optim import is_elementwise
-from .base import Precision, WithMasters, dtype_name
+from .base import Precision, dtype_name, parameters_of
 from .loss_scale import FoldedScale, NoScale, StaticScale
-from .masters import FlatMasters, Masters, float32_twin
+from .masters import FlatMasters, MasterPrecision, Masters, float32_twin
 
-__all__ = ['Autocast', 'FullPrecision', 'HalfWeights', 'parameters_of']
-
-
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group['params']]
+__all__ = ['Autocast', 'FullPrecision', 'HalfWeights']
 
 
 class _Native(Precision):
-    """The step that all precisions but apex's share; master weights come in through the two empty methods."""
+    """The step of all precisions but apex's; those with master weights override the two empty methods."""
 
     def __init__(self, scaler: NoScale) -> None:
         self._scaler = scaler
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Refuse second-order optimizers where the loss is scaled."""
         if getattr(optimizer, 'is_second_order', False) and type(self._scaler) is not NoScale:
             raise UserError('second-order optimizers need unscaled derivatives: use float32 or --amp-dtype bfloat16.')
         return model, optimizer
 
     def step(self, loss, optimizer, *, parameters=None, clip_grad=None, clip_mode='norm', create_graph=False,
              need_update=True) -> None:
+        """Run the backward pass of the scaled loss, and the step if one is due."""
         self._scaler.scale(loss).backward(create_graph=create_graph)
         if not need_update:
             return
@@ -47,13 +45,13 @@ class _Native(Precision):
         stepped = self._scaler.step(optimizer)
         if stepped:
             self._publish_weights()
-        self._count(skipped=not stepped)
+        self.count_step(skipped=not stepped)
 
     def _gather_gradients(self) -> None:
-        """Bring the gradients of the backward pass to the parameters that the optimizer updates."""
+        """Move the gradients of the backward pass to the parameters that the optimizer updates."""
 
     def _publish_weights(self) -> None:
-        """Bring the updated parameters to those that the next forward uses."""
+        """Copy the updated parameters to those that the next forward uses."""
 
     def _updated(
             self,
@@ -61,13 +59,15 @@ class _Native(Precision):
             parameters: Iterable[nn.Parameter] | None,
             by_layer: bool,
     ) -> list[nn.Parameter]:
-        """The tensors that the optimizer updates in place of the model's ``parameters`` (all if None)."""
+        """Return the tensors that the optimizer updates in place of the model's ``parameters`` (all if None)."""
         return parameters_of(optimizer) if parameters is None else list(parameters)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the loss scale's state."""
         return self._scaler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the loss scale's state."""
         self._scaler.load_state_dict(state_dict)
 
 
@@ -80,9 +80,11 @@ class FullPrecision(_Native):
         self.description = dtype_name(self.input_dtype)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Cast the model to the one dtype."""
         return super().prepare(model.to(dtype=self.input_dtype), optimizer)
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        """Cast a model that is not trained."""
         return model.to(dtype=self.input_dtype)
 
 
@@ -96,10 +98,11 @@ class Autocast(_Native):
         self.description = f'O1, autocast {dtype_name(dtype)}{scaler.description}'
 
     def autocast(self) -> contextlib.AbstractContextManager:
+        """Return ``torch.autocast`` in the 16-bit type."""
         return devices.autocast(self._device, self._dtype)
 
 
-class HalfWeights(WithMasters, _Native):
+class HalfWeights(MasterPrecision, _Native):
     """O2: weights in 16 bits, BatchNorm's parameters and statistics in float32, float32 masters in the optimizer.
 
     The masters take the places of the model's parameters in the optimizer's groups, so weight-decay exclusions, layer
@@ -112,9 +115,9 @@ class HalfWeights(WithMasters, _Native):
         super().__init__(scaler)
         self.input_dtype = dtype
         self.description = f'O2, {dtype_name(dtype)} weights with float32 masters{scaler.description}'
-        self._masters = Masters()
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Halve the model's weights and give the optimizer their float32 masters."""
         if getattr(optimizer, 'is_second_order', False):
             raise UserError('second-order optimizers cannot use the half weights of --opt-level O2: use O1 or O0.')
         _cast_at_the_ends(model)
@@ -123,16 +126,22 @@ class HalfWeights(WithMasters, _Native):
         masters = {p: master for p, master in pairs if p is not master}
         _halve(model, self.input_dtype)
         if is_elementwise(optimizer) and any(p in masters and p.requires_grad for p in parameters_of(optimizer)):
-            self._masters = self._flat_masters(twin, masters, optimizer)
+            self.masters = self._flat_masters(twin, masters, optimizer)
         else:
-            self._masters = Masters(twin, masters)
+            self.masters = Masters(twin, masters)
         self._trained = parameters_of(optimizer)
-        self._masters.attach(optimizer)
+        self.masters.attach(optimizer)
         if hasattr(optimizer, 'sync_lookahead'):
             optimizer.sync_lookahead = self._published(optimizer.sync_lookahead)
         return model, optimizer
 
-    def _flat_masters(self, twin: nn.Module, masters: dict[Tensor, Tensor], optimizer: Optimizer) -> FlatMasters:
+    def _flat_masters(
+            self,
+            twin: nn.Module,
+            masters: dict[nn.Parameter, nn.Parameter],
+            optimizer: Optimizer,
+    ) -> FlatMasters:
+        """Return the flat masters of an elementwise optimizer; for SGD with the scale folded in and fused kernels."""
         if not isinstance(optimizer, torch.optim.SGD):
             return FlatMasters(twin, masters)
         state_scale, options = {}, {}
@@ -145,22 +154,23 @@ class HalfWeights(WithMasters, _Native):
         return FlatMasters(twin, masters, state_scale, options)
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        """Halve the weights of a model that is not trained."""
         _cast_at_the_ends(model)
         _halve(model, self.input_dtype)
         return model
 
     def _published(self, change: Callable[[], None]) -> Callable[[], None]:
-        """A change that an optimizer makes to its parameters outside ``step``, followed by the model's."""
+        """Return a change of the optimizer's parameters outside ``step``, followed by that of the model's weights."""
         def change_and_publish() -> None:
             change()
             self._publish_weights()
         return change_and_publish
 
     def _gather_gradients(self) -> None:
-        self._masters.gather_gradients()
+        self.masters.gather_gradients()
 
     def _publish_weights(self) -> None:
-        self._masters.publish()
+        self.masters.publish()
 
     def _updated(
             self,
@@ -168,7 +178,7 @@ class HalfWeights(WithMasters, _Native):
             parameters: Iterable[nn.Parameter] | None,
             by_layer: bool,
     ) -> list[nn.Parameter]:
-        return self._masters.clipped(self._trained if parameters is None else parameters, by_layer)
+        return self.masters.clipped(self._trained if parameters is None else parameters, by_layer)
 
 
 def _halve(model: nn.Module, dtype: torch.dtype) -> None:
@@ -186,12 +196,12 @@ def _cast_at_the_ends(model: nn.Module) -> None:
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple) -> tuple:
-    """Images reach the first layer in the dtype of its weights: half in the model, float32 in an EMA copy."""
+    """Cast images to the dtype of the first layer: half in the model, float32 in an EMA copy."""
     return _cast(inputs, next(module.parameters()).dtype)
 
 
 def _cast_outputs(module: nn.Module, inputs: tuple, outputs: Any) -> Any:
-    """Logits leave in float32, in which softmax and loss are computed."""
+    """Cast logits to float32, in which softmax and loss are computed."""
     return _cast(outputs, torch.float32)
 
 
