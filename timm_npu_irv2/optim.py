@@ -120,7 +120,8 @@ def create_optimizer(model: nn.Module, options: Any, **kwargs: Any) -> Optimizer
         apex = getattr(options, 'amp_impl', None) == 'apex'
         o2 = getattr(options, 'amp', False) and getattr(options, 'opt_level', None) == 'O2'
         arguments['use_apex'] = apex
-        arguments['combined'] = o2 and not apex and arguments['opt'].lower() == name and fused.equivalent in _ELEMENTWISE
+        plain = arguments['opt'].lower() == name  # and not wrapped in Lookahead
+        arguments['combined'] = o2 and not apex and plain and fused.equivalent in _ELEMENTWISE
     try:
         return timm.optim.create_optimizer_v2(model, **arguments)
     except (TypeError, ValueError) as error:  # of the optimizer's constructor
