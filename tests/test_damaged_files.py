@@ -95,7 +95,7 @@ def test_images(tmp_path):
 def test_a_safetensors_header_larger_than_its_file_is_refused(tmp_path, length):
     path = tmp_path / 'model.safetensors'
     path.write_bytes(length.to_bytes(8, 'little') + b'{}' * 100)
-    with pytest.raises(UserError, match=r"model\.safetensors can't be read as weights"):
+    with pytest.raises(UserError, match=r'model\.safetensors cannot be read as a checkpoint'):
         serialization.load_weights(path)
 
 

@@ -1,22 +1,184 @@
-"""Files are whole or not there."""
+"""Files are whole or not there, whatever lies in the folder, and what cannot be written is one message."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
+import torch
 
-from timm_npu_irv2.serialization import atomic_path, atomic_write
+from timm_npu_irv2 import serialization
+from timm_npu_irv2.errors import CannotWrite, UserError
+from timm_npu_irv2.serialization import atomic_file, atomic_link, atomic_write
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / 'file'
     atomic_write(path, 'old')
     monkeypatch.setattr('pathlib.Path.replace', lambda *_: (_ for _ in ()).throw(OSError('disk full')))
-    with pytest.raises(OSError, match='disk full'):
+    with pytest.raises(CannotWrite, match='disk full'):
         atomic_write(path, 'new')
-    assert [entry.name for entry in tmp_path.iterdir()] == ['file'] and path.read_text() == 'old'
+    assert names(tmp_path) == ['file'] and path.read_text() == 'old'
 
 
-def test_what_a_killed_process_left_is_overwritten(tmp_path):
-    with atomic_path(tmp_path / 'file') as temporary:
-        temporary.write_text('the name is the same each time')
-    temporary.write_text('half of it')
-    atomic_write(tmp_path / 'file', 'all of it')
-    assert [entry.name for entry in tmp_path.iterdir()] == ['file'] and (tmp_path / 'file').read_text() == 'all of it'
+def test_what_a_killed_process_left_is_removed_by_the_next_write(tmp_path):
+    code = ('import os, sys\nfrom timm_npu_irv2.serialization import atomic_file\n'
+            'with atomic_file(sys.argv[1]) as file:\n    file.write(b"half")\n    file.flush()\n    os._exit(1)')
+    subprocess.run([sys.executable, '-c', code, str(tmp_path / 'file')], check=False)
+    (left,) = names(tmp_path)
+    assert left.startswith('.file.') and left.endswith('.part')
+    atomic_write(tmp_path / 'file', 'whole')
+    assert names(tmp_path) == ['file'] and (tmp_path / 'file').read_text() == 'whole'
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    with atomic_file(tmp_path / 'file') as first:
+        first.write(b'first')
+        with atomic_file(tmp_path / 'file') as second:
+            second.write(b'second')
+            assert len(names(tmp_path)) == 2
+        assert (tmp_path / 'file').read_bytes() == b'second'
+    assert names(tmp_path) == ['file'] and (tmp_path / 'file').read_bytes() == b'first'
+
+
+def test_links_in_the_folder_are_not_followed(tmp_path):
+    """Neither one in the place of the file nor one under the name that temporary files once had."""
+    victim = tmp_path / 'victim'
+    victim.write_text('precious')
+    for name in ('file', '.file.part'):
+        (tmp_path / name).symlink_to(victim)
+    atomic_write(tmp_path / 'file', 'new')
+    serialization.write_checkpoint({'state_dict': {'a': torch.zeros(1)}}, tmp_path / 'file')
+    assert victim.read_text() == 'precious' and not (tmp_path / 'file').is_symlink()
+
+
+def test_the_name_of_a_temporary_file_cannot_be_foreseen(tmp_path):
+    seen = set()
+    for _ in range(20):
+        with atomic_file(tmp_path / 'file'):
+            seen |= set(names(tmp_path)) - {'file'}
+    assert len(seen) == 20
+
+
+def test_a_temporary_file_that_somebody_replaces_is_not_published(tmp_path):
+    with pytest.raises(CannotWrite, match='replaced the temporary file'), atomic_file(tmp_path / 'file') as file:
+        file.write(b'ours')
+        (temporary,) = tmp_path.iterdir()
+        temporary.unlink()
+        temporary.write_text('theirs')
+    assert names(tmp_path) == []
+
+
+def test_a_long_name_can_be_written(tmp_path):
+    atomic_write(tmp_path / ('a' * 255), 'content')
+    assert names(tmp_path) == ['a' * 255]
+
+
+def test_another_name_of_a_file_replaces_what_was_there(tmp_path):
+    (tmp_path / 'source').write_text('new')
+    (tmp_path / 'target').write_text('old')
+    for _ in range(2):
+        atomic_link(tmp_path / 'source', tmp_path / 'target')
+        assert (tmp_path / 'target').samefile(tmp_path / 'source') and names(tmp_path) == ['source', 'target']
+    with pytest.raises(CannotWrite, match=f'cannot write {tmp_path}/none/target: there is no folder {tmp_path}/none.'):
+        atomic_link(tmp_path / 'source', tmp_path / 'none' / 'target')
+
+
+@pytest.mark.parametrize('name', ['file', 'weights.pth', 'weights.safetensors'])
+def test_what_cannot_be_written_is_one_message(tmp_path, name):
+    path = tmp_path / 'nowhere' / name
+    with pytest.raises(CannotWrite) as caught:
+        if name == 'file':
+            atomic_write(path, 'content')
+        else:
+            serialization.save_weights({'a': torch.zeros(1)}, path)
+    assert str(caught.value) == f'cannot write {path}: there is no folder {path.parent}.'
+
+
+WRITES = '''
+import sys, torch
+from pathlib import Path
+from timm_npu_irv2 import serialization
+weights = {'a': torch.randn(1_000_000)}
+for write in (lambda path: serialization.write_checkpoint({'state_dict': weights}, path / 'last.pth.tar'),
+              lambda path: serialization.save_weights(weights, path / 'a.safetensors'),
+              lambda path: serialization.save_weights(weights, path / 'a.pth'),
+              lambda path: serialization.atomic_write(path / 'a', bytes(4_000_000))):
+    try:
+        write(Path(sys.argv[1]))
+    except serialization.CannotWrite as error:
+        print(error)
+'''
+
+
+def test_the_message_for_a_full_disk_names_the_disk(tmp_path):
+    mount = ['unshare', '--map-root-user', '--mount', 'sh', '-c', 'mount -t tmpfs -o size=1m none "$0" && exec "$@"']
+    if subprocess.run([*mount, tmp_path, 'true'], capture_output=True, check=False).returncode:
+        pytest.skip('this user may not mount a small disk')
+    done = subprocess.run([*mount, tmp_path, sys.executable, '-c', WRITES, tmp_path], capture_output=True, text=True,
+                          check=False)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stderr
+    for line, name in zip(lines, ('last.pth.tar', 'a.safetensors', 'a.pth', 'a'), strict=True):
+        assert line.startswith(f'cannot write {tmp_path}/{name}: the disk is full (the one that holds {tmp_path}); '
+                               'free some space, or choose another folder.')
+
+
+@pytest.mark.parametrize('entry', ['archive/data.pkl', 'archive/data/0'])
+def test_a_file_that_inflates_a_thousandfold_is_refused_before_it_is_read(tmp_path, entry):
+    torch.save({'state_dict': {'a': torch.zeros(10)}}, tmp_path / 'honest.pth')
+    with zipfile.ZipFile(tmp_path / 'honest.pth') as honest, \
+            zipfile.ZipFile(tmp_path / 'bomb.pth', 'w', zipfile.ZIP_DEFLATED) as bomb:
+        for each in honest.namelist():
+            name = 'archive/' + each.partition('/')[2]
+            bomb.writestr(name, bytes(300_000_000) if name == entry else honest.read(each))
+    code = ('import resource, sys\nfrom timm_npu_irv2.serialization import load_weights\n'
+            'from timm_npu_irv2.errors import UserError\n'
+            'import safetensors.torch, timm\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+            'try:\n    load_weights(sys.argv[1])\nexcept UserError as error:\n    print(error)\n'
+            'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)')
+    done = subprocess.run([sys.executable, '-c', code, tmp_path / 'bomb.pth'], capture_output=True, text=True,
+                          check=False)
+    message, grown = done.stdout.splitlines()
+    assert 'would inflate to 3' in message and int(grown) < 50_000, done.stderr  # KiB
+
+
+def test_a_checkpoint_that_was_zipped_again_is_read(tmp_path):
+    torch.save({'state_dict': {'a': torch.randn(1000)}}, tmp_path / 'a.pth')
+    with zipfile.ZipFile(tmp_path / 'a.pth') as stored, \
+            zipfile.ZipFile(tmp_path / 'b.pth', 'w', zipfile.ZIP_DEFLATED) as deflated:
+        for each in stored.namelist():
+            deflated.writestr(each, stored.read(each))
+    one, other = (serialization.load_weights(tmp_path / name)['a'] for name in ('a.pth', 'b.pth'))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize('content', [b'', b'{', b'[1]', b'\xff', b'[' * 100_000])
+def test_json_that_is_none_is_refused_in_a_line(tmp_path, content):
+    (tmp_path / 'config.json').write_bytes(content)
+    with pytest.raises(UserError, match=r'config\.json') as caught:
+        serialization.read_json(tmp_path / 'config.json')
+    assert '\n' not in str(caught.value)
+
+
+def test_weights_are_written_without_gaps(tmp_path):
+    strided = torch.randn(4, 4).t()
+    for name in ('a.pth', 'a.safetensors'):
+        serialization.save_weights({'a': strided}, tmp_path / name)
+        loaded = serialization.load_weights(tmp_path / name)['a']
+        assert loaded.is_contiguous() and torch.equal(loaded, strided)
+
+
+def test_permissions_are_those_of_an_ordinary_file(tmp_path):
+    old = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / 'file', 'content')
+    finally:
+        os.umask(old)
+    assert (tmp_path / 'file').stat().st_mode & 0o777 == 0o640

@@ -119,7 +119,7 @@ def test_a_file_that_is_no_checkpoint_is_a_user_error(tmp_path):
         serialization.load_weights(tmp_path / 'missing.pth')
     for name, content in (('a.pth', b'not a pickle'), ('a.safetensors', b'\xff' * 64), ('empty.pth', b'')):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match="can't be read as weights"):
+        with pytest.raises(UserError, match='cannot be read as a checkpoint'):
             serialization.load_weights(tmp_path / name)
     torch.save({'state_dict': {'epoch': 1}}, tmp_path / 'none.pth')
     with pytest.raises(UserError, match='holds no weights'):

@@ -1,20 +1,23 @@
-"""The errors a user can cause. Their text is one line: what was wrong, and what to do."""
+"""Errors that a user can cause. Their text is one line: what was wrong, and what to do."""
 
 import signal
 
-__all__ = ['CannotWrite', 'DeviceUnavailable', 'Stopped', 'UnknownDialect', 'UserError', 'first_line']
+__all__ = ['CannotWrite', 'DeviceUnavailable', 'Stopped', 'UnknownDialect', 'UserError', 'first_line', 'one_line']
 
 
 class UserError(Exception):
-    """Something the user can put right. Scripts print its text, without a traceback, and exit with 2."""
+    """An error that the user can put right. Scripts print its text without a traceback, and exit with 2."""
 
 
 class DeviceUnavailable(UserError):
-    """The device asked for is not there, or its software is incomplete."""
+    """A device that is not there, or whose software is incomplete."""
 
 
 class CannotWrite(UserError, OSError):
-    """A file can't be put where it belongs: the disk is full, or the folder refuses it."""
+    """A file that cannot be written: the disk is full, or the folder refuses it.
+
+    :mod:`.serialization` raises it, and makes its text.
+    """
 
 
 class UnknownDialect(UserError, RuntimeError):
@@ -25,7 +28,7 @@ class UnknownDialect(UserError, RuntimeError):
 
 
 class Stopped(Exception):
-    """All processes were asked to stop, and have saved what they had.
+    """A request to stop, which all processes have followed after saving their state.
 
     Attributes:
         number: The number of the signal.
@@ -37,5 +40,10 @@ class Stopped(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, short enough to be part of a UserError."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    """Return the first line of another library's message, to be quoted in a UserError."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException) -> str:
+    """Return another library's whole message in one line of at most 300 characters, to be quoted in a UserError."""
+    return ' '.join((str(error) or type(error).__name__).split())[:300]

@@ -1,13 +1,23 @@
-"""Files: written whole or not at all, checked when they are read, and never executed."""
+"""Files: written whole or not at all, checked when they are read, and never executed.
+
+Everything that this package reads from a checkpoint or a file of weights comes through :func:`read_checkpoint`, and
+everything that it writes goes through :func:`atomic_file`.
+"""
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import hashlib
+import io
+import json
 import os
+import secrets
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -15,195 +25,322 @@ from torch import Tensor
 
 from .errors import CannotWrite, UserError, first_line
 
-__all__ = ['EXTENSION', 'atomic_path', 'atomic_write', 'first_corrupt_entry', 'load_weights', 'read_checkpoint',
-           'save_weights', 'stage_checkpoint', 'write_checkpoint']
+__all__ = ['EXTENSION', 'atomic_file', 'atomic_link', 'atomic_write', 'load_weights', 'make_folder', 'read_checkpoint',
+           'read_json', 'save_weights', 'stage_checkpoint', 'write_checkpoint']
 
 EXTENSION = '.pth.tar'
+MOST_INFLATED = 20  # times the size of the file: torch stores without compression, and random numbers do not compress
+LONGEST_JSON = 64 * 2**20  # bytes
+
+_SYMLINK_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+# Writing
+
+
+class _File(io.BufferedWriter):
+    """A file that remembers why it could not be written, since torch replaces the reason by one of its own."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, whose file takes ``path``'s place at the end, and is removed after an error.
+def atomic_file(path: str | os.PathLike, remedy: str = '') -> Iterator[BinaryIO]:
+    """Yield a binary file that takes the place of ``path`` at the end of the block, and is removed after an error.
 
-    The file is on the disk before it takes the place, so not even a power failure leaves half of it.
+    It is on the disk before it takes the place, so that not even a power failure leaves half of it. It is created under
+    an unpredictable name, and no link is followed: nobody can prepare the place to have another file overwritten.
+
+    Args:
+        path: The file to write.
+        remedy: A sentence for the end of the error message.
 
     Raises:
-        OSError: The file can't be put there. What was there before still is.
+        CannotWrite: The disk is full, or the folder refuses the file. What was there before still is.
     """
-    # Always the same name, so that what a killed process left is overwritten and not kept beside the next.
-    temporary = path.with_name(f'.{path.name}.part')
+    path = Path(path)
+    with _translate_write_errors(path, remedy):
+        file, temporary = _create_temporary(path)
     try:
-        yield temporary
-        _synchronize(temporary)
-        temporary.replace(path)
-        with contextlib.suppress(OSError):  # some file systems can't do this to a folder, and need not
-            _synchronize(path.parent)
+        with _translate_write_errors(path, remedy, file):
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if not os.path.samestat(os.fstat(file.fileno()), os.lstat(temporary)):
+                raise OSError(errno.EBUSY, 'another program replaced the temporary file')
+            temporary.replace(path)
+            with contextlib.suppress(OSError):  # some file systems cannot synchronise a folder, and need not
+                _synchronize(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.close()
 
 
-def _synchronize(path: Path) -> None:
-    """Wait until the disk has the file, or the folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
+def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write ``content``, text in UTF-8, to ``path``.
+
+    Raises:
+        CannotWrite: The disk is full, or the folder refuses the file. What was there before still is.
+    """
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def atomic_link(source: Path, target: Path) -> None:
+    """Make ``target`` another name of ``source``, or a copy where the file system has no hard links.
+
+    Raises:
+        CannotWrite: The folder refuses the file. What was there before still is.
+    """
+    temporary = _temporary_path(target)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with source.open('rb') as content, atomic_file(target) as file:
+            shutil.copyfileobj(content, file)
+        return
+    try:
+        with _translate_write_errors(target):
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is still there if the target was a name of the source already
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        CannotWrite: It cannot be made.
+    """
+    with _translate_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _translate_write_errors(path: Path, remedy: str = '', file: _File | None = None) -> Iterator[None]:
+    """Turn an OSError of the block, also one that a library has hidden, into the one message for it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = (file.error if file is not None else None) or error
+        if not isinstance(cause, OSError):
+            raise
+        raise CannotWrite(f'cannot write {path}: {_reason(path, cause)}. {remedy}'.rstrip()) from error
+
+
+def _reason(path: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        full = 'the disk is full' if error.errno == errno.ENOSPC else 'the quota of the disk is used up'
+        return f'{full} (the one that holds {path.parent.absolute()}); free some space, or choose another folder'
+    if error.errno == errno.ENOENT and not path.parent.is_dir():
+        return f'there is no folder {path.parent}'
+    return error.strerror or first_line(error)
+
+
+def _temporary_path(path: Path) -> Path:
+    """Return an unpredictable name beside ``path``; what a killed process left under such names is removed."""
+    stem = f'.{path.name[:100]}.'
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(path.parent):
+            if entry.name.startswith(stem) and entry.name.endswith('.part') and entry.is_file(follow_symlinks=False):
+                _remove_if_stale(Path(entry.path))
+    return path.with_name(f'{stem}{secrets.token_hex(8)}.part')
+
+
+def _remove_if_stale(path: Path) -> None:
+    """Remove a temporary file unless a process that lives is writing it: that one holds its lock."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | _SYMLINK_SAFE)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def _create_temporary(path: Path) -> tuple[_File, Path]:
+    while True:
+        temporary = _temporary_path(path)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SYMLINK_SAFE, 0o666)
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink:  # else another writer of this file took it for stale before it was locked
+            return _File(io.FileIO(descriptor, 'wb')), temporary
+        os.close(descriptor)
+
+
+def _synchronize(folder: Path) -> None:
+    """Wait until the disk has the folder's list of names."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write ``content``, text in UTF-8, to ``path``.
-
-    Raises:
-        CannotWrite: What was there before still is.
-    """
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    except OSError as error:
-        raise CannotWrite(f'cannot write {path}: {error.strerror or error}.') from error
-
-
-def first_corrupt_entry(path: Path) -> str | None:
-    """The first entry of a zip file, such as torch writes, whose checksum is wrong, at which torch does not look.
-
-    None if all are right, or the file is no zip file.
-
-    Raises:
-        Exception: Whatever else zipfile raises for a torn file.
-    """
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
-
-
 def write_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Save ``state`` to ``path``: after a crash at any moment the file is the old one or the new one.
 
     Raises:
-        CannotWrite: The disk is full, or the folder cannot be written to. The old file is still there.
+        CannotWrite: The disk is full, or the folder refuses the file. The old file is still there.
     """
     stage_checkpoint(state, path)()
 
 
 def stage_checkpoint(state: dict[str, Any], path: Path) -> Callable[[], None]:
-    """The first half of :func:`write_checkpoint`, after which ``state`` may change: writes a file beside ``path``.
+    """Write a file beside ``path``: the first half of :func:`write_checkpoint`, after which ``state`` may change.
 
     Returns:
-        The second half, to be called from any thread: waits for the disk and puts the file in its place. It raises
+        The second half, to be called from any thread: it waits for the disk and puts the file in its place. It raises
         what ``write_checkpoint`` raises.
     """
-    with contextlib.ExitStack() as stack, _cannot_write(path):
-        torch.save(state, stack.enter_context(atomic_path(path)))
+    with contextlib.ExitStack() as stack:
+        torch.save(state, stack.enter_context(atomic_file(path, 'Earlier checkpoints are untouched.')))
         rest = stack.pop_all()
-
-    def put_in_place() -> None:
-        with _cannot_write(path):
-            rest.close()
-
-    return put_in_place
-
-
-@contextlib.contextmanager
-def _cannot_write(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save turns some OSErrors into RuntimeErrors
-        reason = getattr(error, 'strerror', None) or first_line(error)
-        raise CannotWrite(f'cannot save {path}: {reason}. Earlier checkpoints are untouched.') from error
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint file, on the CPU.
-
-    Raises:
-        UserError: The file is missing, torn, tampered with, or would run code if it were unpickled.
-    """
-    try:
-        if (damaged := first_corrupt_entry(path)) is not None:
-            raise UserError(f'{path} is damaged: the checksum of {damaged} is wrong. Take an earlier checkpoint.')
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints hold one
-            state = torch.load(path, map_location='cpu', weights_only=True)
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f'{path}: no such checkpoint.') from error
-    except Exception as error:  # torn files fail in as many ways as there are parsers
-        raise UserError(f'{path} is not a checkpoint that can be read: {first_line(error)}') from error
-    if not isinstance(state, dict):
-        raise UserError(f'{path} is not a checkpoint: it holds a {type(state).__name__}.')
-    return state
-
-
-def load_weights(path: str | os.PathLike, use_ema: bool = False) -> dict[str, Tensor]:
-    """The state dict in a .safetensors or .pth file, out of its wrappers; nothing in the file is executed.
-
-    Args:
-        path: A file as timm, Cadene, the model zoo or this package writes it.
-        use_ema: Take the averaged weights where the file has both.
-
-    Raises:
-        UserError: No such file, or a file that is not a checkpoint.
-    """
-    from timm.models import load_state_dict  # noqa: PLC0415 - the rest of this module knows only tensors
-
-    if not Path(path).is_file():
-        raise UserError(f'{path}: no such file.')
-    try:
-        damaged = _damage(Path(path))
-        state_dict = load_state_dict(str(path), use_ema=use_ema)
-    except Exception as error:  # zip, pickle, safetensors and struct errors all mean the same to the reader
-        raise UserError(f"{path} can't be read as weights: {first_line(error)}") from error
-    if damaged is not None:
-        raise UserError(f'{path} is damaged: the checksum of {damaged} is wrong.')
-    tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f'{path} holds no weights.')
-    return tensors
-
-
-def _damage(path: Path) -> str | None:
-    """What in a file has another checksum than was written with it; None if nothing, or if it has no checksums."""
-    if path.suffix != '.safetensors':
-        return first_corrupt_entry(path)
-    with safetensors.safe_open(path, 'pt') as file:
-        expected = (file.metadata() or {}).get('sha256')
-        if expected is None:
-            return None
-        found = _sha256({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
-    return None if found == expected else 'the tensors'
-
-
-def _sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """A checksum of names, types, shapes and every bit; the format has none of its own."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state_dict.items()):
-        digest.update(f'{name} {value.dtype} {tuple(value.shape)}\n'.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return rest.close
 
 
 def save_weights(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Write a state dict as .safetensors, or else as a .pth with a ``state_dict`` key; all of it, or nothing.
+    """Write a state dict as .safetensors, or else as a .pth with a ``state_dict`` key.
 
-    Both hold checksums, which :func:`load_weights` compares.
+    Both hold checksums, which :func:`load_weights` compares. The tensors are written contiguously.
 
     Raises:
-        CannotWrite: There is no such folder, or the disk is full.
+        CannotWrite: The disk is full, or the folder refuses the file. What was there before still is.
+    """
+    contiguous = {key: value.contiguous() for key, value in state_dict.items()}
+    with atomic_file(path) as file:
+        if Path(path).suffix == '.safetensors':
+            metadata = {'format': 'pt', 'sha256': _sha256(contiguous)}
+            file.write(safetensors.torch.save(contiguous, metadata))
+        else:
+            torch.save({'state_dict': contiguous}, file)
+
+
+# Reading
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Return what a file of weights or a checkpoint holds, on the CPU; nothing in it is executed.
+
+    Args:
+        path: A .safetensors file or a file of torch's, as timm, Cadene, the model zoo or this package writes it.
+
+    Returns:
+        The entries of the checkpoint. Whatever program wrote it, the weights are under ``state_dict`` and, if it has
+        averaged ones, under ``state_dict_ema``, without the prefixes of DDP and torch.compile; ``args`` is a dict.
+
+    Raises:
+        UserError: The file is missing, torn, tampered with, holds no weights, or would run code if it were unpickled.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise CannotWrite(f"{path} can't be written: there is no folder {path.parent}.")
+    if not path.is_file():
+        raise UserError(f'{path}: no such file.')
     try:
-        with atomic_path(path) as temporary:
-            if path.suffix == '.safetensors':
-                contiguous = {key: value.contiguous() for key, value in state_dict.items()}
-                metadata = {'format': 'pt', 'sha256': _sha256(contiguous)}
-                safetensors.torch.save_file(contiguous, temporary, metadata=metadata)
-            else:
-                torch.save({'state_dict': dict(state_dict)}, temporary)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch's and safetensors' for a full disk
+        content = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
+    except UserError:
+        raise
+    except Exception as error:  # torn files fail in as many ways as there are parsers
+        raise UserError(f'{path} cannot be read as a checkpoint: {first_line(error)}') from error
+    if not isinstance(content, dict):
+        raise UserError(f'{path} is not a checkpoint: it holds a {type(content).__name__}.')
+    return _with_usual_names(content, path)
+
+
+def load_weights(path: str | os.PathLike, use_ema: bool = False) -> dict[str, Tensor]:
+    """Return the state dict in a .safetensors file or a file of torch's, on the CPU.
+
+    Args:
+        path: A file that :func:`read_checkpoint` reads.
+        use_ema: Take the averaged weights where the file has both.
+
+    Raises:
+        UserError: As :func:`read_checkpoint`.
+    """
+    content = read_checkpoint(path)
+    return content.get('state_dict_ema' if use_ema else 'state_dict') or content['state_dict']
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds.
+
+    Raises:
+        UserError: The file is missing, too large, or not an object in JSON.
+    """
+    try:
+        with path.open('rb') as file:
+            content = json.loads(file.read(LONGEST_JSON))
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, 'strerror', None) or first_line(error)
-        raise CannotWrite(f"{path} can't be written: {reason}.") from error
+        raise UserError(f'{path} cannot be read as JSON: {reason}') from error
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: expected an object, not a {type(content).__name__}.')
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safetensors.safe_open(path, 'pt') as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        expected = (file.metadata() or {}).get('sha256')
+    if expected not in (None, _sha256(tensors)):
+        raise UserError(f'{path} is damaged: the checksum of the tensors is wrong. Use an earlier copy.')
+    return tensors
+
+
+def _read_pickle(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            inflated, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+            if inflated > MOST_INFLATED * size:
+                raise UserError(f'{path} is refused: its {size} bytes would inflate to {inflated}.')
+            if (corrupt := archive.testzip()) is not None:  # torch does not look at the checksums
+                raise UserError(f'{path} is damaged: the checksum of {corrupt} is wrong. Use an earlier checkpoint.')
+    with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints hold one
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def _with_usual_names(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the entries of a checkpoint under timm's names for them."""
+    weights = content.get('state_dict', content.get('model', content))
+    average = content.get('state_dict_ema') or content.get('model_ema')
+    rest = {} if weights is content else {key: value for key, value in content.items() if key not in _WEIGHTS}
+    rest['state_dict'] = _clean(weights, path)
+    if average is not None:
+        rest['state_dict_ema'] = _clean(average, path)
+    if isinstance(rest.get('args'), argparse.Namespace):
+        rest['args'] = vars(rest['args'])
+    return rest
+
+
+_WEIGHTS = ('state_dict', 'state_dict_ema', 'model', 'model_ema')
+
+
+def _clean(weights: Any, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a state dict, without the prefixes of DDP and torch.compile."""
+    from timm.models import clean_state_dict  # noqa: PLC0415 - timm's import may be what imports this package
+
+    names = weights if isinstance(weights, dict) else {}
+    tensors = {key: value for key, value in names.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f'{path} holds no weights.')
+    return clean_state_dict(tensors)
+
+
+def _sha256(state_dict: Mapping[str, Tensor]) -> str:
+    """Return a checksum of names, types, shapes and every bit; the format has none of its own."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state_dict.items()):
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)}\n'.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -49,7 +49,7 @@ from timm_npu_irv2.distributed import World, initialize, shutdown
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.ops.normalize import normalize_images
 from timm_npu_irv2.plots import Answer, draw_sheet, gradcam
-from timm_npu_irv2.serialization import atomic_write
+from timm_npu_irv2.serialization import atomic_write, make_folder
 from timm_npu_irv2.training import setup
 
 _logger = logging.getLogger('inference')
@@ -481,11 +481,8 @@ def write_results(args: Namespace, table: dict[str, list[Any]], size: int) -> No
     stem = stem.with_suffix('') if stem.suffix in EXTENSIONS.values() else stem
     for format in args.results_format:
         path = Path(args.results_dir) / f'{stem}{EXTENSIONS[format]}'
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, as_file(args, table, format))
-        except OSError as error:
-            raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
+        make_folder(path.parent)
+        atomic_write(path, as_file(args, table, format))
         _logger.info(f'Results: {path}')
 
 

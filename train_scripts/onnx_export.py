@@ -82,7 +82,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     check_image_size(OUR_MODEL, (args.input_size or [])[1:])
     check_rules([
         (args.input_size and args.img_size, '--img-size and --input-size say the same: leave one out.'),
-        (not args.output.parent.is_dir(), f'{args.output} cannot be written: there is no folder {args.output.parent}.'),
+        (not args.output.parent.is_dir(), f'cannot write {args.output}: there is no folder {args.output.parent}.'),
         (args.checkpoint and not Path(args.checkpoint).is_file(), f'--checkpoint {args.checkpoint}: no such file.'),
         (args.dynamo and args.opset < 18, f'--dynamo knows no opset below 18: leave it out, or add --opset 18 '
          f'(which ATC may not take), instead of {args.opset}.'),

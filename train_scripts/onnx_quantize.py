@@ -48,7 +48,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     wrong = [
         (not args.model.is_file(), f'{args.model}: no such file.'),
         (not args.calibration, '--calibration DIR is missing: a folder of images such as the model will see.'),
-        (not args.output.parent.is_dir(), f'{args.output} cannot be written: there is no folder {args.output.parent}.'),
+        (not args.output.parent.is_dir(), f'cannot write {args.output}: there is no folder {args.output.parent}.'),
         (args.model.resolve() == args.output.resolve(), 'the int8 file would overwrite the float32 one.'),
     ]
     for is_wrong, text in wrong:

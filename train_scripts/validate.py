@@ -439,10 +439,7 @@ def write_results(path: Path, results: Results | list[Results], format: str) -> 
         writer.writeheader()
         writer.writerows(rows)
         text = table.getvalue()
-    try:
-        atomic_write(path, text)
-    except OSError as error:
-        raise UserError(f'--results-file {path}: {error.strerror or error}.') from error
+    atomic_write(path, text)
 
 
 if __name__ == '__main__':

@@ -260,7 +260,7 @@ def accuracy_of(script: str, images: Path, checkpoint: Path, processes: int, bat
     (['--num-classes', '3'], '7 classes'),
     (['--real-labels', 'nowhere.json'], 'nowhere.json'),
     (['--valid-labels', 'nowhere.txt'], 'nowhere.txt'),
-    (['--results-file', 'no/such/folder.csv'], 'No such file'),
+    (['--results-file', 'no/such/folder.csv'], 'cannot write no/such/folder.csv: there is no folder no/such.'),
     (['--tta', '3'], 'two views'),
     (['--workers', '-1'], 'at least 0'),
     (['--model', 'inception_resnet_v2_npu', '--img-size', '74'], 'at least 75 pixels'),

@@ -209,11 +209,11 @@ def test_a_file_that_cannot_be_put_in_its_place_ends_the_run_at_the_next_one(tmp
     (tmp_path / 'last.pth.tar').mkdir()
     trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD)
     saver.save_epoch(trainer, 0, 10.0)
-    with pytest.raises(CannotWrite, match=r'cannot save .*last\.pth\.tar: .*directory'):
+    with pytest.raises(CannotWrite, match=r'cannot write .*last\.pth\.tar: .*directory'):
         saver.save_recovery(trainer)
     saver.save_epoch(trainer, 0, 10.0)
     saver.close()
-    assert 'cannot save' in caplog.text
+    assert 'cannot write' in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ['last.pth.tar']
 
 
@@ -233,23 +233,23 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path):
     """A limit on the size of files fails as a full disk does: in the middle of writing."""
     path = tmp_path / 'last.pth.tar'
-    write_checkpoint({'value': torch.zeros(3)}, path)
+    write_checkpoint({'state_dict': {'value': torch.zeros(3)}}, path)
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
     try:
-        with pytest.raises(UserError, match=r'cannot save .*last') as caught:
-            write_checkpoint({'value': torch.zeros(1_000_000)}, path)
+        with pytest.raises(UserError, match=r'cannot write .*last') as caught:
+            write_checkpoint({'state_dict': {'value': torch.zeros(1_000_000)}}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert '\n' not in str(caught.value)
-    assert torch.equal(read_checkpoint(path)['value'], torch.zeros(3))
+    assert torch.equal(read_checkpoint(path)['state_dict']['value'], torch.zeros(3))
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize('damage', ['cut', 'flip', 'empty', 'text'])
 def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, caplog, damage):
     for number, name in enumerate(('checkpoint-0', 'last')):
-        write_checkpoint({'value': torch.arange(10_000) + number}, tmp_path / f'{name}.pth.tar')
+        write_checkpoint({'state_dict': {'value': torch.arange(10_000) + number}}, tmp_path / f'{name}.pth.tar')
         os.utime(tmp_path / f'{name}.pth.tar', (number, number))
     path = tmp_path / 'last.pth.tar'
     content = bytearray(path.read_bytes())
@@ -283,12 +283,12 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, form
         torch.save({'state_dict': Payload(proof)}, path)
     else:
         path.write_bytes(pickle.dumps({'state_dict': Payload(proof)}))
-    with pytest.raises(UserError, match='not a checkpoint that can be read') as caught:
+    with pytest.raises(UserError, match='cannot be read as a checkpoint') as caught:
         read_checkpoint(path)
     assert '\n' not in str(caught.value)
     assert not proof.exists()
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(UserError, match=r'/nowhere\.pth\.tar: no such checkpoint'):
+    with pytest.raises(UserError, match=r'/nowhere\.pth\.tar: no such file'):
         read_checkpoint(Path('/nowhere.pth.tar'))

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import CannotWrite, UserError, first_line
-from ..serialization import atomic_path
+from ..errors import UserError, first_line
+from ..serialization import atomic_write
 from .network import InferenceNetwork
 
 __all__ = ['OPSET', 'SOC_VERSIONS', 'AtcCommand', 'check', 'export', 'optional', 'preprocessing', 'session', 'write']
@@ -95,11 +95,7 @@ def export(
 
 def write(model: Any, path: str | os.PathLike) -> None:
     """Write an ONNX model, whole or not at all. Raises CannotWrite."""
-    try:
-        with atomic_path(Path(path)) as temporary:
-            optional('onnx').save(model, str(temporary), format='protobuf')
-    except OSError as error:
-        raise CannotWrite(f'cannot write {path}: {error.strerror or error}.') from error
+    atomic_write(path, model.SerializeToString())
 
 
 def session(path: str | os.PathLike, threads: int = 0) -> Any:

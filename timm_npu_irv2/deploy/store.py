@@ -1,4 +1,4 @@
-"""A network that only infers as a folder of two files: ``model.safetensors`` and ``config.json``."""
+"""A network for inference as a folder of two files: ``model.safetensors`` and ``config.json``."""
 
 import json
 import os
@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from .. import device as devices
-from .. import serialization
-from ..errors import CannotWrite, UserError, first_line
-from ..serialization import atomic_write
+from ..errors import UserError, first_line
+from ..serialization import atomic_write, load_weights, make_folder, save_weights
 from .network import InferenceNetwork
 
 __all__ = ['load', 'save']
@@ -20,23 +19,20 @@ FORMAT = 'timm_npu_irv2.inference'
 
 
 def save(network: InferenceNetwork, folder: str | os.PathLike) -> Path:
-    """Write ``network``, its preprocessing and the names of its classes into ``folder``, which is made.
+    """Write ``network``, its preprocessing and the names of its classes into ``folder``, which is created.
 
     Raises:
-        CannotWrite: The folder or a file can't be made.
+        CannotWrite: The folder cannot be written to.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CannotWrite(f'cannot make the folder {folder}: {error.strerror or error}.') from error
+    make_folder(folder)
     config: dict[str, Any] = {
         'format': FORMAT,
         'dtype': str(network.conv2d_1a.weight.dtype).removeprefix('torch.'),
         'arguments': network.arguments,
         'pretrained_cfg': network.pretrained_cfg,
     }
-    serialization.save_weights(network.state_dict(), folder / WEIGHTS)
+    save_weights(network.state_dict(), folder / WEIGHTS)
     atomic_write(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + '\n')
     return folder
 
@@ -46,12 +42,12 @@ def load(
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
 ) -> InferenceNetwork:
-    """The network that :func:`save` wrote, bit for bit.
+    """Return the network that :func:`save` wrote, bit for bit.
 
     Args:
-        folder: Where it is.
-        device: Where to infer; None for the best device there is.
-        dtype: Of weights and output; None for what they were saved in.
+        folder: The folder.
+        device: The device to infer on; None for the best one.
+        dtype: The type of weights and output; None for the one that they were saved in.
 
     Raises:
         UserError: There is no such network, or it is damaged.
@@ -60,10 +56,11 @@ def load(
     try:
         config = json.loads((folder / CONFIG).read_text())
         if config['format'] != FORMAT:
-            raise UserError(f'{folder} holds no network for inference (its config.json is of another kind).')
+            raise UserError(f'{folder} is not a network for inference: its config.json is of another kind.')
         network = InferenceNetwork(**config['arguments'], device='meta')
-        state_dict = serialization.load_weights(folder / WEIGHTS)
-        device, dtype = devices.resolve_device(device and str(device)), dtype or getattr(torch, config['dtype'])
+        state_dict = load_weights(folder / WEIGHTS)
+        device = devices.resolve_device(str(device) if device else None)
+        dtype = dtype or getattr(torch, config['dtype'])
         state_dict = {key: value.to(device, dtype) for key, value in state_dict.items()}
         network.load_state_dict(state_dict, assign=True)
     except UserError:

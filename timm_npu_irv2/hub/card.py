@@ -1,4 +1,4 @@
-"""The model card of a published network: what the hub reads from it, and what a person wants to know.
+"""The model card of a published network, for the hub and for people.
 
 Its front matter is huggingface_hub's own :class:`ModelCardData`. Each block of code in the body runs as it stands.
 """
@@ -20,11 +20,13 @@ _DEPENDS_ON = {
     'clip_mode': 'clip_grad', 'remode': 'reprob', 'recount': 'reprob', 'mixup_off_epoch': 'mixup',
 }
 
-_DECAYS = {'step': ('decay_epochs', 'decay_rate'), 'multistep': ('decay_milestones', 'decay_rate')}
+_DECAYS: dict[str, tuple[str, ...]] = {
+    'step': ('decay_epochs', 'decay_rate'), 'multistep': ('decay_milestones', 'decay_rate'),
+}
 
 _NEEDS = {
-    'npu': 'It is a model of the plugin `timm-npu-irv2` for timm, which has to be installed.',
-    'timm': "It is timm's own `inception_resnet_v2`; the first way below needs nothing but timm.",
+    'npu': 'It needs the plugin `timm-npu-irv2` for timm.',
+    'timm': "It is timm's own `inception_resnet_v2`; the first way below needs only timm.",
 }
 
 _BODY = '''\
@@ -94,18 +96,18 @@ def write(
         dtype: str,
         curves: str | None,
 ) -> str:
-    """The text of the card.
+    """Return the text of the card.
 
     Args:
-        name: The model's name, that of the folder; until :func:`address` changes it, the code loads ``local-dir:`` it.
-        config: What config.json holds.
+        name: The name of the model and of its folder; until :func:`address` changes it, the code loads that folder.
+        config: The contents of config.json.
         target: 'npu' or 'timm'.
-        license: The hub's name of a license.
-        datasets: The hub's names of the data sets.
-        recipe: The options of the training; only those that make the result are told.
-        figures: report.json's entries about these weights; empty, or without top1, if nothing is known.
-        averaged: Whether the weights are the moving average.
-        dtype: What the weights were rounded to.
+        license: The name of the license on the hub.
+        datasets: The names of the data sets on the hub.
+        recipe: The options of the training; only those that influence the result are published.
+        figures: The entries of report.json about these weights; empty, or without top1, if nothing is known.
+        averaged: True if the weights are the moving average.
+        dtype: The type that the weights were rounded to.
         curves: The name of the picture of the training.
     """
     size = config['pretrained_cfg']['input_size']
@@ -120,7 +122,7 @@ def write(
 
 
 def address(text: str, model_id: str) -> str:
-    """The card with ``model_id``, 'hf-hub:owner/name', wherever it loads a folder."""
+    """Return the card with ``model_id``, 'hf-hub:owner/name', wherever it loads a folder."""
     return re.sub(r'local-dir:[\w.\-]+', model_id, text)
 
 
@@ -146,7 +148,7 @@ def _header(
 
 
 def _eval_results(datasets: Sequence[str], recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> list[EvalResult]:
-    """Top-1 and top-5 in the hub's model-index form, in percent."""
+    """Return top-1 and top-5 in percent, in the hub's form of a model index."""
     dataset = datasets[0] if datasets else 'imagefolder'
     return [
         EvalResult(
@@ -170,9 +172,9 @@ def _results(figures: Mapping[str, Any], averaged: bool, dtype: str) -> str:
 
 
 def _training(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    told = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items() if key in RECIPE}
-    told = {key: told[key] for key in RECIPE if key in told and _matters(key, told)}
-    if not told:
+    known = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items() if key in RECIPE}
+    published = {key: known[key] for key in RECIPE if key in known and _matters(key, known)}
+    if not published:
         return ''
     lines = ['## How it was trained\n']
     device, versions = figures.get('device') or {}, figures.get('versions') or {}
@@ -180,19 +182,19 @@ def _training(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         lines += [f'{figures["epochs"]} epochs in {figures["seconds"] / 3600:.1f} hours on {figures["world_size"]} × '
                   f'{device["type"]} ({device["name"]}), {figures["precision"]}; '
                   f'{", ".join(f"{package} {version}" for package, version in versions.items())}.\n']
-    recipe_text = yaml.safe_dump(told, sort_keys=False, default_flow_style=None, width=110)
+    recipe_text = yaml.safe_dump(published, sort_keys=False, default_flow_style=None, width=110)
     return '\n'.join([*lines, 'The recipe, which `train.py -c` reads:\n', f'```yaml\n{recipe_text}```', ''])
 
 
 def _matters(key: str, recipe: Mapping[str, Any]) -> bool:
-    """Whether an option has any effect. A 0 has: it says that something that is usual was not done."""
+    """Return True if an option has an effect. A 0 has one: it says that something usual was not done."""
     value = recipe[key]
     if value is None or value is False or value in ('', [], {}):
         return False
     if key in ('lr_base', 'lr_base_size'):
         return recipe.get('lr') is None
     if key.startswith('decay_'):
-        return key in _DECAYS.get(recipe.get('sched'), ())
+        return key in _DECAYS.get(str(recipe.get('sched')), ())
     return key not in _DEPENDS_ON or bool(recipe.get(_DEPENDS_ON[key]))
 
 

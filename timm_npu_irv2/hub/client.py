@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from . import card
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     'check_folder',
     'download',
     'find_outage',
-    'one_line',
     'prepare',
     'push',
     'split_revision',
@@ -51,7 +50,7 @@ REQUIRED, OPTIONAL = (CONFIG, WEIGHTS), (CARD, CURVES)
 
 
 def prepare(repo: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Make sure that ``repo`` exists and can be written to; for the beginning of what ends in :func:`push`.
+    """Create ``repo`` unless it exists, and check that it can be written to, before work that ends in :func:`push`.
 
     Returns:
         The repository's full name: the hub puts the owner of the token before a bare one.
@@ -76,20 +75,20 @@ def push(
         revision: str | None = None,
         message: str = 'Add Inception-ResNet-v2',
 ) -> str:
-    """Upload a folder of :func:`export`'s as one commit; only the four files it writes.
+    """Upload what :func:`.export` wrote into a folder as one commit, and nothing else that is there.
 
     Args:
         folder: The folder.
-        repo: 'owner/name'; it is made if it is not there.
-        private: Make a new one private.
-        revision: The branch to commit to, made if it is not there; 'main' by default.
-        message: The commit's.
+        repo: 'owner/name'; created unless it exists.
+        private: Make a new repository private.
+        revision: The branch to commit to, created unless it exists; 'main' by default.
+        message: The message of the commit.
 
     Returns:
         The address of the commit.
 
     Raises:
-        UserError: The folder is not complete, or one of :func:`prepare`'s reasons, or the connection broke.
+        UserError: A file is missing, the hub refuses (see :func:`prepare`), or the connection broke.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -107,7 +106,11 @@ def push(
 
 
 def download(repo: str, revision: str | None = None) -> Path:
-    """The folder in the cache with a repository's files, all of one commit, their hashes checked."""
+    """Download a repository's files of one commit, check their hashes, and return their folder in the cache.
+
+    Raises:
+        UserError: No such repository, no permission, no network, or a damaged file.
+    """
     with translate_hub_errors(repo):
         unreachable = find_outage(repo, revision, CONFIG)
         folder = Path()
@@ -125,9 +128,9 @@ def download(repo: str, revision: str | None = None) -> Path:
 
 
 def find_outage(repo: str, revision: str | None, name: str) -> Exception | None:
-    """Why the hub can't be asked about a file, in which case the cache will have to do.
+    """Return why the hub cannot be asked about a file, so that only the cache can have it; None if it can be.
 
-    One question without retries: hf_hub_download alone takes half a minute to find out that there is no network.
+    It asks once. hf_hub_download alone takes half a minute to find out that there is no network.
     """
     try:
         get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
@@ -139,7 +142,7 @@ def find_outage(repo: str, revision: str | None, name: str) -> Exception | None:
 
 
 def _check_hash(path: Path, repo: str, commit: str) -> None:
-    """Compare a file of the cache with the hash that the hub gave for it; huggingface_hub looks at sizes alone."""
+    """Compare a file of the cache with the hash that the hub gave for it; huggingface_hub compares sizes only."""
     blob = path.resolve()
     expected = blob.name if path.is_symlink() else (  # the cache names its blobs by their hashes
         get_hf_file_metadata(hf_hub_url(repo, path.name, revision=commit)).etag)
@@ -151,20 +154,21 @@ def _check_hash(path: Path, repo: str, commit: str) -> None:
     if actual != expected:
         path.unlink()
         blob.unlink(missing_ok=True)
-        raise UserError(f'{repo}: {path.name} is damaged: its hash is {actual[:12]}…, not {str(expected)[:12]}…. It is '
-                        'out of the cache again; try once more, and if it stays so, the hub or mirror has it damaged.')
+        raise UserError(f'{repo}: {path.name} is damaged: its hash is {actual[:12]}…, not {str(expected)[:12]}…. It '
+                        'was removed from the cache. Try again; if it fails again, the file on the hub is damaged.')
 
 
 def check_folder(folder: Path) -> None:
+    """Raise UserError unless the folder has the files of an exported model."""
     missing = [name for name in REQUIRED if not (folder / name).is_file()]
     if missing:
-        raise UserError(f'{folder} is no exported model: it has no {" and no ".join(missing)}. '
+        raise UserError(f'{folder} is not an exported model: missing {", ".join(missing)}. '
                         '`python -m timm_npu_irv2.hub export CHECKPOINT FOLDER` writes one.')
 
 
 @contextlib.contextmanager
 def translate_hub_errors(what: str) -> Iterator[None]:
-    """Turn whatever huggingface_hub raises into a UserError of one line.
+    """Turn an error of huggingface_hub into a UserError of one line.
 
     Args:
         what: The name of the repository or model, for the message.
@@ -179,12 +183,13 @@ def translate_hub_errors(what: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     where = hub_constants.ENDPOINT
-    chain = [error]
-    while (error := error.__cause__ or error.__context__) is not None and error not in chain:
-        chain.append(error)
+    chain, behind = [error], error.__cause__ or error.__context__
+    while behind is not None and behind not in chain:
+        chain.append(behind)
+        behind = behind.__cause__ or behind.__context__
     status = next((each.response.status_code for each in chain if isinstance(each, HfHubHTTPError)), None)
     kinds: list[tuple[Any, str]] = [
-        (GatedRepoError, 'its owner must grant access first: ask for it on its page, then `hf auth login`.'),
+        (GatedRepoError, 'its owner must grant access first: request it on its page, then run `hf auth login`.'),
         (RepositoryNotFoundError, f'{where} has no such repository, or it is private: check the name, and log in with '
                                   '`hf auth login` or HF_TOKEN.'),
         (RevisionNotFoundError, 'it has no such branch, tag or commit: check the revision.'),
@@ -197,10 +202,10 @@ def _reason(error: BaseException) -> str:
         return (f'{where} refuses ({status}): log in with `hf auth login`, or set HF_TOKEN to a token that may '
                 'read and write here.')
     if isinstance(chain[0], EntryNotFoundError) and not isinstance(chain[0], LocalEntryNotFoundError):
-        return (f'it has no {WEIGHTS} and {CONFIG} in that revision; other formats than safetensors, which can run '
-                'code when they are read, are not taken.')
+        return (f'it has no {WEIGHTS} or no {CONFIG} in that revision; other formats are not read, since reading them '
+                'can run code.')
     if status is not None:
-        return f'{where} answers {status}: {one_line(chain[0])}'
+        return f'{where} answered {status}: {one_line(chain[0])}'
     broken = next((each for each in chain if isinstance(each, HTTPError | LocalEntryNotFoundError)), None)
     if broken is not None:
         return (f'{where} cannot be reached, and it is not in the cache ({one_line(broken)}): check the network, '
@@ -208,10 +213,7 @@ def _reason(error: BaseException) -> str:
     return one_line(chain[0])
 
 
-def one_line(error: BaseException) -> str:
-    return ' '.join((str(error) or type(error).__name__).split())[:300]
-
-
 def split_revision(repo: str) -> tuple[str, str | None]:
+    """Split 'owner/name@revision'; the revision may be missing."""
     name, _, revision = repo.partition('@')
     return name, revision or None

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import (
-    try_to_load_from_cache,
-)
+from huggingface_hub import try_to_load_from_cache
 from timm.models import get_pretrained_cfg
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
-from .. import weights
-from ..errors import UserError
-from ..serialization import atomic_path
+from ..errors import UserError, one_line
+from ..serialization import atomic_file, load_weights, make_folder
+from .checkpoint import ARCHITECTURES, OURS, PREPROCESSING, read
 from .client import (
     OPTIONAL,
     REQUIRED,
@@ -23,27 +21,25 @@ from .client import (
     check_folder,
     download,
     find_outage,
-    one_line,
     split_revision,
     translate_hub_errors,
 )
-from .export import ARCHITECTURES, OURS, PREPROCESSING, names_in, read_checkpoint
 
 __all__ = ['create', 'create_model', 'from_pretrained', 'pull']
 
 
 def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> nn.Module:
-    """This package's network with the weights of a repository or folder in timm's format, ours or stock timm's.
+    """Return this package's network with the weights of a repository or folder in timm's format, ours or stock timm's.
 
     Args:
         name: 'owner/name', 'owner/name@revision' (with or without 'hf-hub:'), or a folder (or 'local-dir:FOLDER').
-        kwargs: As for ``timm.create_model``; ``num_classes`` and ``in_chans`` adapt the weights.
+        kwargs: Arguments of ``timm.create_model``; ``num_classes`` and ``in_chans`` adapt the weights.
 
     Returns:
         The network; ``pretrained_cfg`` has its preprocessing and, if they were published, ``label_names``.
 
     Raises:
-        UserError: It cannot be had (see :func:`pull`), or it is another network.
+        UserError: It cannot be downloaded (see :func:`pull`), or it is another network.
     """
     name = os.fspath(name)
     source, _, rest = name.partition(':')
@@ -64,22 +60,22 @@ def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> nn.Module:
         raise UserError(f'{name} cannot be loaded: {one_line(error)}') from error
 
 
-def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """``timm.create_model`` for scripts: of the hub it reads no pickle, checks what it reads, and fails in a line.
+def create_model(name: str, pretrained: bool = False, checkpoint_path: str = '', **kwargs: Any) -> nn.Module:
+    """Call ``timm.create_model`` for a script: no pickle of the hub is read, and errors are one line.
 
     Args:
         name: The name of any model of timm's, 'hf-hub:owner/name' or 'local-dir:FOLDER'.
         pretrained: Load its weights.
-        kwargs: timm's.
+        checkpoint_path: A file of weights to load instead, averaged ones first.
+        kwargs: Further arguments of ``timm.create_model``.
 
     Raises:
-        UserError: There is no such model, or its weights cannot be had.
+        UserError: There is no such model, or its weights cannot be read or do not fit.
     """
     source, _, repo = name.partition(':')
-    with translate_hub_errors(name):
+    with translate_hub_errors(checkpoint_path or name):
         if source == 'hf-hub':
-            folder = download(*split_revision(repo))
-            return timm.create_model(f'local-dir:{folder}', pretrained=pretrained, **kwargs)
+            name = f'local-dir:{download(*split_revision(repo))}'
         cfg = get_pretrained_cfg(name, allow_unregistered=True) if pretrained and not repo else None
         if cfg is not None and cfg.hf_hub_id and 'pretrained_cfg' not in kwargs:
             # timm asks for both formats again and again before it gives up: a minute without a network.
@@ -87,19 +83,24 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
             if unreachable is not None and not isinstance(try_to_load_from_cache(cfg.hf_hub_id, WEIGHTS), str):
                 raise unreachable
             kwargs = {'pretrained_cfg_overlay': {'hf_hub_filename': WEIGHTS}, **kwargs}
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        if Path(checkpoint_path).suffix in ('.npz', '.npy'):  # arrays of JAX, which some models of timm's can read
+            return timm.create_model(name, checkpoint_path=checkpoint_path, **kwargs)
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        if checkpoint_path:
+            model.load_state_dict(load_weights(checkpoint_path, use_ema=True))
+        return model
 
 
 def create(pretrained: bool | str | os.PathLike = False, **kwargs: Any) -> nn.Module:
-    """The network for ``hubconf.py``: timm's ``create_model`` where ``pretrained`` may say where the weights are.
+    """Return the network for ``hubconf.py``; ``pretrained`` may say where the weights are.
 
     Args:
         pretrained: False for random weights; True, or a tag such as 'tf_in1k', for published ones; 'hf-hub:owner/name'
             or 'local-dir:FOLDER'; or the path of a checkpoint in any dialect, averaged weights first.
-        kwargs: As for ``timm.create_model``.
+        kwargs: Arguments of ``timm.create_model``.
 
     Raises:
-        UserError: There are no such weights, or they cannot be had.
+        UserError: There are no such weights, or they cannot be downloaded or read.
     """
     if isinstance(pretrained, bool):
         return create_model(OURS, pretrained=pretrained, **kwargs)
@@ -116,46 +117,43 @@ def create(pretrained: bool | str | os.PathLike = False, **kwargs: Any) -> nn.Mo
 
 
 def _from_file(path: Path, **kwargs: Any) -> nn.Module:
-    content = read_checkpoint(path, None)
-    state_dict = weights.convert(content.state_dict, to='timm')
-    cfg = get_pretrained_cfg(OURS).to_dict()
+    content = read(path, None)
+    arguments = content.model_arguments
+    registered: Any = get_pretrained_cfg(OURS)
+    cfg: dict[str, Any] = registered.to_dict()
     cfg |= {key: content.args[key] for key in PREPROCESSING if key in cfg and content.args.get(key)}
-    channels, size = state_dict['conv2d_1a.conv.weight'].shape[1], content.args.get('img_size')
-    cfg['input_size'] = (channels, *([size, size] if size else cfg['input_size'][1:]))
-    cfg |= {'num_classes': len(state_dict.get('classif.weight', ())), 'state_dict': state_dict}
-    cfg['label_names'] = names_in(content, cfg['num_classes'])
-    arguments = {'num_classes': cfg['num_classes'], 'in_chans': channels, 'global_pool': content.args.get('gp'),
-                 **(content.args.get('model_kwargs') or {}), **kwargs}
+    size = content.args.get('img_size')
+    cfg['input_size'] = (arguments['in_chans'], *([size, size] if size else cfg['input_size'][1:]))
+    cfg |= {'num_classes': arguments['num_classes'], 'state_dict': content.state_dict,
+            'label_names': content.label_names()}
     try:
-        model = timm.create_model(OURS, pretrained=True, pretrained_cfg=cfg, **arguments)
-    except (RuntimeError, TypeError) as error:
+        model: Any = timm.create_model(OURS, pretrained=True, pretrained_cfg=cfg, **{**arguments, **kwargs})
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f'{path} does not fit {OURS}: {one_line(error)}') from error
-    model.pretrained_cfg.pop('state_dict', None)  # or the weights would be in memory twice
+    del model.pretrained_cfg['state_dict']  # or the weights would be in memory twice
     return model
 
 
 def pull(repo: str, folder: str | os.PathLike | None = None, *, revision: str | None = None) -> Path:
     """Download a repository, check it, and put it into ``folder`` (by default one of its name, here).
 
-    The files go through huggingface_hub's cache, so that a second pull needs no download, or no network at all.
+    The files go through huggingface_hub's cache, so that a second pull needs no download, and no network.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: No such repository, no permission, no network; a file is not what its hash says; the weights are not
-            those of this network, or not as its config says.
+        UserError: No such repository, no permission, no network; a file does not match its hash; the weights are not
+            those of this network, or do not fit its config.
+        CannotWrite: The folder cannot be written to.
     """
     source = download(repo, revision)
     folder = Path(folder or repo.rpartition('/')[2])
     check_folder(source)
     from_pretrained(source)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (*REQUIRED, *OPTIONAL):
-            if (source / name).is_file():
-                with atomic_path(folder / name) as temporary:
-                    shutil.copyfile(source / name, temporary)
-    except OSError as error:
-        raise UserError(f'{folder} cannot be written: {error.strerror or error}.') from error
+    make_folder(folder)
+    for name in (*REQUIRED, *OPTIONAL):
+        if (source / name).is_file():
+            with (source / name).open('rb') as content, atomic_file(folder / name) as file:
+                shutil.copyfileobj(content, file)
     return folder

@@ -18,7 +18,6 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .. import device as devices
-from .. import serialization
 from ..distributed import World, gather_objects
 from ..errors import UserError
 from ..serialization import read_checkpoint
@@ -152,7 +151,7 @@ def resume(trainer: Trainer, path: Path, args: argparse.Namespace) -> _State:
     Raises:
         UserError: The file cannot be read, or is of another architecture or number of classes.
     """
-    checkpoint = _read_any(path)
+    checkpoint = read_checkpoint(path)
     _check_fits(checkpoint, path, args)
     _load_weights(trainer, checkpoint, path)
     training = checkpoint.get('training')
@@ -163,15 +162,6 @@ def resume(trainer: Trainer, path: Path, args: argparse.Namespace) -> _State:
     if training is not None and not args.no_resume_opt and args.start_epoch is None:
         _load_exactly(trainer, training)
     _logger.info(f'Resumed from {path}: epoch {trainer.position.epoch}, batch {trainer.position.batch}.')
-    return checkpoint
-
-
-def _read_any(path: Path) -> _State:
-    """A checkpoint; of a file that holds only weights, a checkpoint with nothing else in it."""
-    checkpoint = read_checkpoint(path) if path.suffix != '.safetensors' else {}
-    if 'state_dict' not in checkpoint:
-        checkpoint = {key: value for key, value in checkpoint.items() if key in ('epoch', 'optimizer', 'version')}
-        checkpoint['state_dict'] = serialization.load_weights(path)
     return checkpoint
 
 

@@ -24,7 +24,7 @@ from ..distributed import StopRequest, World, sum_over_ranks
 from ..errors import Stopped, UserError
 from ..layers import frozen_statistics
 from ..precision import Precision
-from ..serialization import atomic_path
+from ..serialization import atomic_file
 
 __all__ = ['Diverged', 'Meter', 'Position', 'Throughput', 'TrainSettings', 'Trainer', 'evaluate']
 
@@ -352,8 +352,8 @@ class Trainer:
         folder = self.images_folder
         if folder is not None and self.world.is_primary:
             path = folder / f'train-batch-{self.position.batch - 1}.jpg'
-            with atomic_path(path) as temporary:
-                torchvision.utils.save_image(images.float(), temporary, format='JPEG', padding=0, normalize=True)
+            with atomic_file(path) as file:
+                torchvision.utils.save_image(images.float(), file, format='JPEG', padding=0, normalize=True)
 
     def _update_ema(self) -> None:
         ema = self.task.get_trainable_module(ema=True)

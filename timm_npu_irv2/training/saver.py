@@ -4,8 +4,6 @@ import argparse
 import logging
 import math
 import operator
-import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 
 from ..distributed import World, barrier
 from ..errors import CannotWrite, UserError
-from ..serialization import EXTENSION, atomic_path, read_checkpoint, stage_checkpoint
+from ..serialization import EXTENSION, atomic_link, read_checkpoint, stage_checkpoint
 from .checkpoint import training_state
 from .engine import Trainer
 
@@ -111,9 +109,9 @@ class CheckpointSaver:
         """Give an epoch's checkpoint its further names. Done again on resuming, since a kill may have come between."""
         name = f'checkpoint-{epoch}{EXTENSION}'
         if any(name == kept for kept, _ in self._history):
-            _duplicate(last, self.folder / name)
+            atomic_link(last, self.folder / name)
         if self.best_epoch == epoch:
-            _duplicate(last, self.folder / f'model_best{EXTENSION}')
+            atomic_link(last, self.folder / f'model_best{EXTENSION}')
         for dropped in self._dropped:
             (self.folder / dropped).unlink(missing_ok=True)
 
@@ -186,16 +184,3 @@ def _is_finite(state_dict: State) -> bool:
     sums = [value.sum(dtype=torch.float32) for value in values]
     # A finite sum has finite terms, and to sum takes an eighth of the time of looking at each.
     return not sums or bool(torch.stack(sums).isfinite().all()) or all(value.isfinite().all() for value in values)
-
-
-def _duplicate(source: Path, target: Path) -> None:
-    """``target`` becomes another name of ``source``, or a copy where the file system has no hard links."""
-    try:
-        with atomic_path(target) as temporary:
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(source, temporary)
-            except OSError:
-                shutil.copyfile(source, temporary)
-    except OSError as error:
-        raise CannotWrite(f'cannot write {target}: {error.strerror or error}.') from error
