@@ -26,15 +26,16 @@ from timm_npu_irv2.distributed import (
     device_name,
     gather_objects,
     initialize,
+    is_launched,
     launch,
-    launches,
     shutdown,
     sum_over_ranks,
 )
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.precision import create_precision
 from timm_npu_irv2.training import setup
-from timm_npu_irv2.training.engine import Trainer, TrainSettings, evaluate
+from timm_npu_irv2.training.engine import Trainer, TrainSettings
+from timm_npu_irv2.training.evaluation import evaluate
 from timm_npu_irv2.training.options import parse_args
 
 
@@ -166,8 +167,10 @@ def trainer_of(world: World, batches: Batches, args: argparse.Namespace, accumul
     precision = create_precision(world.device, amp=args.amp, opt_level=args.opt_level)
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=1.0)
     task.trainable_module, optimizer = precision.prepare(task.trainable_module, optimizer)
-    setup.setup_ema(task, precision, args)
-    setup.compile_and_distribute(task, optimizer, args, world)
+    if args.model_ema:
+        setup.setup_ema(task, precision, decay=args.model_ema_decay)
+    setup.compile_and_distribute(
+        task, optimizer, world, sync_buffers=not args.no_ddp_bb, grad_compress=args.grad_compress)
     return Trainer(task, batches, optimizer, precision, world, settings=TrainSettings(grad_accum_steps=accumulate))
 
 
@@ -181,7 +184,7 @@ def _train(words: list[str], count: int, world: World) -> dict:
     args = parse_args(['--model', 'test_resnet', '--num-classes', '4', *words])
     trainer = trainer_of(world, Batches(half_batches(count)[world.rank::world.size]), args, 1)
     metrics = trainer.train_one_epoch()
-    setup.distribute_batch_norm(trainer.task, args, world)
+    setup.distribute_batch_norm(trainer.task, world, args.dist_bn)
     ema = trainer.task.get_trainable_module(ema=True)
     return {'weights': trainer.precision.model_state_dict(trainer.task.get_trainable_module()), 'loss': metrics['loss'],
             'ema': ema.module.state_dict() if ema is not None else {}}
@@ -294,19 +297,17 @@ def test_an_evaluation_is_the_same_number_for_one_two_and_three_processes(two, t
 
 
 def test_a_list_of_one_card_names_the_device():
-    assert device_name(parse_args(['--device', 'cuda', '--device-list', '3'])) == 'cuda:3'
-    assert device_name(parse_args(['--device', 'cuda:1'])) == 'cuda:1'
-    assert device_name(parse_args([])) is None
+    assert device_name('cuda', '3') == 'cuda:3'
+    assert device_name('cuda:1', None) == 'cuda:1'
+    assert device_name(None, None) is None
 
 
-def test_the_launcher_starts_processes_only_where_nobody_else_has(monkeypatch):
-    args = parse_args(['--multiprocessing-distributed'])
+def test_a_process_knows_if_a_launcher_has_started_it(monkeypatch):
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         monkeypatch.delenv(name, raising=False)
-    assert launches(args)
-    assert not launches(parse_args([]))
+    assert not is_launched()
     monkeypatch.setenv('LOCAL_RANK', '0')
-    assert not launches(args)
+    assert is_launched()
 
 
 def test_a_port_in_use_is_named():
@@ -314,10 +315,8 @@ def test_a_port_in_use_is_named():
         other.bind(('', 0))
         other.listen()
         port = other.getsockname()[1]
-        args = parse_args(['--multiprocessing-distributed', '--device', 'cpu', '--device-list', '0,1', '--dist-url',
-                           f'tcp://127.0.0.1:{port}'])
         with pytest.raises(UserError, match=f'port {port} is in use'):
-            launch(args, 'train.py', [])
+            launch('train.py', [], device='cpu', device_list='0,1', dist_url=f'tcp://127.0.0.1:{port}')
 
 
 def test_processes_that_cannot_meet_say_so(monkeypatch):

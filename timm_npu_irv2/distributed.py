@@ -1,8 +1,8 @@
-"""The processes of a run: who this one is, how they are started, and how they agree with one another.
+"""The processes of a run: launching them, joining them, and collectives of host data.
 
-Gradients travel over the device's collectives, inside DistributedDataParallel. What the processes tell one another
-besides (metrics, random states, the wish to stop) is host data and goes over a gloo group of its own, so that it never
-waits for the device.
+Gradients travel over the device's collectives, inside DistributedDataParallel. Everything else that processes exchange
+(metrics, random states, stop requests) is host data and goes over a gloo group of its own, so that it never waits for
+the device.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,7 +31,7 @@ from . import device as devices
 from .errors import UserError
 
 __all__ = ['StopRequest', 'World', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
-           'is_lost_peer', 'launch', 'launches', 'may_restart', 'restarted', 'shutdown', 'sum_over_ranks']
+           'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'restarted', 'shutdown', 'sum_over_ranks']
 
 _logger = logging.getLogger(__name__)
 T = TypeVar('T')
@@ -43,11 +42,11 @@ class World:
     """This process among those of the run.
 
     Attributes:
-        rank: Its index among all processes.
-        local_rank: Its index among those of this machine.
-        size: The number of all processes.
-        device: The device it computes on.
-        control: The group for host data; None for a single process, and after :func:`shutdown`.
+        rank: Index of this process among all.
+        local_rank: Index of this process among those of this machine.
+        size: Number of all processes.
+        device: Device that this process computes on.
+        control: Process group for host data; None for a single process, and after :func:`shutdown`.
     """
 
     rank: int = 0
@@ -58,12 +57,12 @@ class World:
 
     @property
     def is_primary(self) -> bool:
-        """Whether this process writes the log and the files."""
+        """True for the process that writes the log and the files, rank 0."""
         return self.rank == 0
 
     @property
     def distributed(self) -> bool:
-        """Whether there are others."""
+        """True if there are several processes."""
         return self.size > 1
 
 
@@ -79,17 +78,17 @@ def initialize(
 ) -> World:
     """Find the device and join the other processes.
 
-    Who they are is read from the environment that torchrun, MPI or SLURM sets; without one, from ``world_size`` and
-    ``rank``; without those, there is one process.
+    Their number and this one's rank are read from the environment that torchrun, MPI or SLURM sets; without one, from
+    ``world_size`` and ``rank``; without those, there is one process.
 
     Args:
-        device_name: 'npu', 'cuda', 'cpu', with or without an index; None takes the best there is.
-        dist_url: Where the processes meet, 'tcp://host:port' or 'env://' (the default).
-        backend: torch.distributed's backend; None takes the device's.
+        device_name: 'npu', 'cuda' or 'cpu', with or without an index; None for the best there is.
+        dist_url: Meeting point of the processes, 'tcp://host:port' or 'env://' (the default).
+        backend: Backend of torch.distributed; None for the device's.
         world_size: Number of processes, where the environment does not say.
-        rank: Index of this one, where the environment does not say.
+        rank: Index of this process, where the environment does not say.
         addr: Address of rank 0's machine, where the environment does not say.
-        timeout: How long a collective may take; None leaves torch's choice.
+        timeout: Time limit of a collective; None for torch's default.
 
     Raises:
         DeviceUnavailable: The device does not exist.
@@ -101,7 +100,7 @@ def initialize(
     if size == 1:
         return World(device=devices.resolve_device(device_name))
     kind = _kind(device_name)
-    if env_size <= 1:  # nobody counted the processes of this machine
+    if env_size <= 1:  # no launcher has counted the processes of this machine
         local_rank = index % max(1, devices.device_count(kind))
     device = devices.resolve_device(kind, local_rank)
     os.environ.setdefault('MASTER_ADDR', addr or '127.0.0.1')
@@ -119,33 +118,33 @@ def initialize(
 
 
 def _fresh_store(url: str, rank: int, size: int) -> dist.Store:
-    """Where restarted processes meet: torchrun's own store still has the addresses of those that are gone."""
+    """Return a store for restarted processes; torchrun's own still has the addresses of those that are gone."""
     store, _, _ = next(dist.rendezvous(url, rank, size))
     return dist.PrefixStore(f'attempt {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
 
 
 def shutdown(world: World) -> None:
-    """Leave the others. For the end of the program, whatever its reason."""
+    """Leave the other processes, at the end of the program."""
     if not world.distributed:
         return
     if dist.is_initialized():
         dist.destroy_process_group()
-    # gloo's threads end with the last references to their groups: this one, and those of networks nobody needs any
-    # more. A thread that is just letting go of a tensor when the interpreter ends would abort the process.
+    # gloo's threads end with the last references to their groups: this one, and those of unused networks. A thread
+    # that releases a tensor while the interpreter ends would abort the process.
     world.control = None
     gc.collect()
 
 
 def barrier(world: World) -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this."""
     if world.distributed:
         dist.barrier(group=world.control)
 
 
 def sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
-    """The element-wise sum of every process's ``tensor``; a new tensor on the CPU.
+    """Return the element-wise sum of every process's ``tensor``, as a new tensor on the CPU.
 
-    Sums of integers are exact. A tensor on the device is waited for.
+    Sums of integers are exact. This waits for the device of ``tensor``.
     """
     total = tensor.detach().cpu().clone()
     if world.distributed:
@@ -154,7 +153,7 @@ def sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
-    """Every process's ``value`` in the order of ranks, on rank 0; an empty list on the others."""
+    """Return every process's ``value`` in the order of ranks on rank 0, and an empty list on the others."""
     if not world.distributed:
         return [value]
     gathered: list[Any] = [None] * world.size if world.is_primary else []
@@ -163,7 +162,7 @@ def gather_objects(value: Any, world: World) -> list[Any]:
 
 
 def from_primary(value: T, world: World) -> T:
-    """Rank 0's ``value``, on every process."""
+    """Return rank 0's ``value`` on every process."""
     values = [value]
     if world.distributed:
         dist.broadcast_object_list(values, src=0, group=world.control)
@@ -171,25 +170,25 @@ def from_primary(value: T, world: World) -> T:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error says that another process has gone."""
+    """Return True if an error says that another process has ended."""
     return isinstance(error, dist.DistError) or 'gloo' in str(error)
 
 
 def may_restart() -> bool:
-    """Whether torchrun would start the processes again if one fails (--max-restarts)."""
+    """Return True if torchrun will start the processes again when one fails (--max-restarts)."""
     return int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0')) > 0
 
 
 def restarted() -> bool:
-    """Whether torchrun has done so."""
+    """Return True if torchrun has started the processes again after a failure."""
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a wish that all processes act on after the same step.
+    """A handler of SIGTERM and SIGINT that stops all processes after the same step.
 
-    Each process tells the others at every step whether it was asked to stop, and acts on what they told it one step
-    before. That exchange has then had a whole step's time, so nothing waits for it.
+    Each process tells the others at every step if it was asked to stop, and acts on the answers of the step before.
+    That exchange has then had the time of a whole step, so nothing waits for it.
 
     A second SIGINT, at least a second after the first (torchrun sends two), is a plain KeyboardInterrupt.
     """
@@ -213,7 +212,7 @@ class StopRequest:
         self._finish_exchange()
 
     def _finish_exchange(self) -> None:
-        """Let go of the last exchange while the interpreter is whole: its thread aborts the process otherwise."""
+        """End the last exchange before the interpreter does: its thread would abort the process otherwise."""
         if self._pending is None:
             return
         _, work = self._pending
@@ -231,7 +230,7 @@ class StopRequest:
                 os.write(2, f'\n{signal.Signals(number).name}: finishing this step and saving it.\n'.encode())
 
     def poll(self) -> int:
-        """The number of the signal to stop for, the same in every process, or 0. Called once in every step."""
+        """Return the number of the signal to stop for, the same in every process, or 0, once in every step."""
         if not self._world.distributed:
             return self._received
         told = 0
@@ -244,41 +243,55 @@ class StopRequest:
         return told
 
 
-def device_name(args: Namespace) -> str | None:
-    """--device, with the index that a --device-list of one card names."""
-    if not args.device_list or args.multiprocessing_distributed:
-        return args.device
-    return f'{_kind(args.device)}:{int(args.device_list.strip(", "))}'
+def device_name(device: str | None, device_list: str | None) -> str | None:
+    """Return ``device`` with the index that a list of one card names."""
+    if not device_list:
+        return device
+    return f'{_kind(device)}:{int(device_list.strip(", "))}'
 
 
 def _kind(name: str | None) -> str:
-    """The type of a device without its index; that of the best device there is for None."""
+    """Return the type of a device without its index; that of the best device there is for None."""
     return (name or devices.default_device()).split(':')[0]
 
 
-def launches(args: Namespace) -> bool:
-    """Whether this process is to start the others instead of training itself."""
-    return args.multiprocessing_distributed and world_info_from_env()[2] <= 1 and 'LOCAL_RANK' not in os.environ
+def is_launched() -> bool:
+    """Return True if a launcher (torchrun, MPI, SLURM) has started this process as one of several."""
+    return world_info_from_env()[2] > 1 or 'LOCAL_RANK' in os.environ
 
 
-def launch(args: Namespace, script: str, argv: Sequence[str]) -> int:
-    """Run ``script`` once per card of ``args.device_list``, as torchrun would; the exit code.
+def launch(
+        script: str,
+        argv: Sequence[str],
+        *,
+        device: str | None = None,
+        device_list: str | None = None,
+        nodes: int = 1,
+        node_rank: int = 0,
+        addr: str | None = None,
+        dist_url: str | None = None,
+) -> int:
+    """Run ``script`` once per card, as torchrun would, and return the exit code.
 
     Args:
-        args: The options: device, device_list, and for several machines world_size, rank and addr or dist_url.
-        script: The program.
-        argv: Its command line.
+        script: Path of the program.
+        argv: Command line of the program.
+        device: Type of the devices; None for the best there is.
+        device_list: Indices of the cards, such as '0,1'; None for all.
+        nodes: Number of machines.
+        node_rank: Index of this machine.
+        addr: Address of the machine of rank 0.
+        dist_url: Meeting point of the machines, 'tcp://host:port'.
 
     Raises:
-        UserError: There are fewer cards than were asked for, or the port is taken.
+        UserError: There are fewer cards than were asked for, or the port is in use.
     """
-    kind = _kind(args.device)
-    count = _select_cards(kind, args.device_list)
+    count = _select_cards(_kind(device), device_list)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // count)))
     config = LaunchConfig(
-        min_nodes=args.world_size or 1, max_nodes=args.world_size or 1, nproc_per_node=count, max_restarts=0,
-        run_id='train', **_meeting_point(args))
-    logging.disable(logging.ERROR)  # the launcher's own lines: those of the processes say what happened
+        min_nodes=nodes, max_nodes=nodes, nproc_per_node=count, max_restarts=0, run_id='train',
+        **_meeting_point(nodes, node_rank, addr, dist_url))
+    logging.disable(logging.ERROR)  # the launcher's own lines; those of the processes say what happened
     try:
         elastic_launch(config, sys.executable)('-u', script, *argv)
     except ChildFailedError as error:
@@ -292,7 +305,7 @@ def launch(args: Namespace, script: str, argv: Sequence[str]) -> int:
 
 
 def _select_cards(kind: str, device_list: str | None) -> int:
-    """Let the children see the cards of a list such as '0,1' only; their number."""
+    """Make only the cards of a list such as '0,1' visible to the children, and return their number."""
     available = devices.device_count(kind)
     cards = [int(card) for card in device_list.split(',') if card.strip()] if device_list else list(range(available))
     visible = devices.backend(kind).visible
@@ -305,17 +318,16 @@ def _select_cards(kind: str, device_list: str | None) -> int:
     return len(cards)
 
 
-def _meeting_point(args: Namespace) -> dict[str, Any]:
-    """Where the machines meet: on one machine a free port, else what the options say."""
-    url = args.dist_url.removeprefix('tcp://') if (args.dist_url or '').startswith('tcp://') else None
-    if (args.world_size or 1) == 1 and url is None:
+def _meeting_point(nodes: int, node_rank: int, addr: str | None, dist_url: str | None) -> dict[str, Any]:
+    """Return where the machines meet: on one machine a free port, else the address that was given."""
+    url = dist_url.removeprefix('tcp://') if dist_url and dist_url.startswith('tcp://') else None
+    if nodes == 1 and url is None:
         return {'rdzv_backend': 'c10d', 'rdzv_endpoint': 'localhost:0'}
-    endpoint = url or f"{args.addr or '127.0.0.1'}:{os.environ.get('MASTER_PORT', '29500')}"
+    endpoint = url or f"{addr or '127.0.0.1'}:{os.environ.get('MASTER_PORT', '29500')}"
     host, _, port = endpoint.rpartition(':')
-    if (args.rank or 0) == 0 and not _is_free(int(port)):
-        raise UserError(f'port {port} is in use: name another one, --dist-url tcp://{host}:PORT.')
-    return {
-        'rdzv_backend': 'static', 'rdzv_endpoint': endpoint, 'rdzv_configs': {'rank': args.rank or 0, 'timeout': 900}}
+    if node_rank == 0 and not _is_free(int(port)):
+        raise UserError(f'port {port} is in use: choose another one with --dist-url tcp://{host}:PORT.')
+    return {'rdzv_backend': 'static', 'rdzv_endpoint': endpoint, 'rdzv_configs': {'rank': node_rank, 'timeout': 900}}
 
 
 def _is_free(port: int) -> bool:

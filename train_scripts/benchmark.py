@@ -15,6 +15,7 @@ from pathlib import Path
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2.benchmarks import inference, operators, report, step, table, training
+from timm_npu_irv2.plots import draw_bar_chart
 
 COMMANDS = {'step': step, 'train': training, 'infer': inference, 'ops': operators, 'table': table}
 
@@ -48,7 +49,7 @@ def main() -> int:
         if args.json:
             report.write_json(args.json, result)
         if args.chart:
-            report.bar_chart(args.chart, result['title'], result['columns'], result['rows'])
+            draw_bar_chart(args.chart, result['title'], result['columns'], result['rows'])
     except UserError as error:
         print(f'benchmark.py: error: {error}', file=sys.stderr)
         return 2

@@ -48,7 +48,7 @@ from timm_npu_irv2.data.decode import to_pil_mode
 from timm_npu_irv2.distributed import World, initialize, shutdown
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.ops.normalize import normalize_images
-from timm_npu_irv2.plots import Answer, draw_sheet, gradcam
+from timm_npu_irv2.plots import Prediction, draw_contact_sheet, gradcam
 from timm_npu_irv2.serialization import atomic_write, make_folder
 from timm_npu_irv2.training import setup
 
@@ -162,7 +162,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 def main(argv: Sequence[str]) -> int:
     """Read the options, go through the images, tell and draw the answers."""
     args = parse(argv)
-    setup.global_options(args)
+    setup.set_global_options(args)
     world = initialize(args.device)
     try:
         start_log(world.is_primary)
@@ -182,7 +182,8 @@ def infer(args: Namespace, world: World) -> None:
         model, pooled = apply_test_time_pool(model, config)
         config['crop_pct'] = 1.0 if pooled else config['crop_pct']
     dtype = precision_of(args, world)
-    model = setup.place_model(model.to(dtype).eval(), Namespace(**vars(args), split_bn=False, sync_bn=False), world)
+    model = setup.place_model(
+        model.to(dtype).eval(), world, channels_last=args.channels_last, torchscript=args.torchscript)
     compiled = model
     if args.torchcompile:
         compiled = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
@@ -428,13 +429,13 @@ def draw(
         parts = zip(shown.split(8), classes[:, 0].to(place.device).split(8), strict=True)
         heat = [each.numpy() for images, wanted in parts for each in gradcam(model, place(images), wanted)]
     cells = [
-        Answer(image.permute(1, 2, 0).squeeze(-1).numpy(), name, [(labels or str)(index) for index in row.tolist()],
-               values.tolist(), each)
+        Prediction(image.permute(1, 2, 0).squeeze(-1).numpy(), [(labels or str)(index) for index in row.tolist()],
+                   values.tolist(), title=name, heat=each)
         for image, name, row, values, each in zip(
             shown, answers.names[:len(shown)], classes, probabilities, heat, strict=True)
     ]
     count = f'{len(shown)} of {len(answers.names)}' if len(answers.names) > len(shown) else str(len(shown))
-    if draw_sheet(path, cells, f'{Path(args.checkpoint).name or args.model} · {count} images'):
+    if draw_contact_sheet(path, cells, f'{Path(args.checkpoint).name or args.model} · {count} images'):
         _logger.info(f'Picture: {path}')
 
 

@@ -10,6 +10,7 @@ The options are those of timm's train.py, the parameters of Ascend ModelZoo's sc
 
 import contextlib
 import logging
+import math
 import sys
 import time
 from argparse import Namespace
@@ -33,19 +34,22 @@ from timm_npu_irv2.distributed import (
     from_primary,
     gather_objects,
     initialize,
+    is_launched,
     launch,
-    launches,
     may_restart,
     restarted,
     shutdown,
 )
 from timm_npu_irv2.errors import Stopped, UserError
 from timm_npu_irv2.serialization import atomic_write
-from timm_npu_irv2.training import checkpoint, setup
-from timm_npu_irv2.training.engine import Position, Trainer, evaluate
+from timm_npu_irv2.training import setup
+from timm_npu_irv2.training.checkpoint import RunInfo
+from timm_npu_irv2.training.checkpoint import resume as resume_checkpoint
+from timm_npu_irv2.training.engine import Position, Trainer
+from timm_npu_irv2.training.evaluation import evaluate
 from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader
 from timm_npu_irv2.training.options import parse_args
-from timm_npu_irv2.training.output_dir import output_dir
+from timm_npu_irv2.training.output_dir import default_name, output_dir
 from timm_npu_irv2.training.report import Progress, Report
 from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
 
@@ -54,115 +58,145 @@ _logger = logging.getLogger('train')
 
 @dataclass
 class Run:
-    """What the functions below share."""
+    """Everything that the functions below share.
+
+    Attributes:
+        args: Options as they were given.
+        info: Facts about the run that go into each checkpoint.
+        world: This process among all.
+        trainer: Everything that a training step needs.
+        eval_loader: Batches of the validation set; None for no validation.
+        epochs: Number of epochs with warm-up and cool-down.
+        image_size: Width of the images in pixels.
+        parameters: Number of parameters of the model.
+        lr: Learning rate of the schedule.
+        metric: Metric that chooses the best checkpoint.
+        started: Time on the monotonic clock at which this process began.
+        seconds_before: Duration of the run before it was interrupted.
+        bad_images_before: Unreadable images met before it was interrupted, with the reasons.
+    """
 
     args: Namespace
+    info: RunInfo
     world: World
     trainer: Trainer
     eval_loader: Any
     epochs: int
     image_size: int
     parameters: int
-    metric: str  # what the best checkpoint is chosen by
+    lr: float
+    metric: str
     started: float
-    seconds_before: float = 0.0  # what the run took before it was interrupted
-    bad_images_before: dict[str, str] = field(default_factory=dict)  # and met
+    seconds_before: float = 0.0
+    bad_images_before: dict[str, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
-        """Since the beginning of the run, interruptions not counted."""
+        """Duration of the run so far, without interruptions."""
         return self.seconds_before + time.monotonic() - self.started
 
     @property
     def loaders(self) -> list[Any]:
-        """Of training and, if there is one, of validation."""
+        """Loaders of training and, if there is one, of validation."""
         return [self.trainer.loader, *([self.eval_loader] if self.eval_loader is not None else [])]
-
-    def bad_images(self) -> dict[str, str]:
-        """The images that could not be read, with the reasons; rank 0 learns of all. Called by every process."""
-        own = {name: reason for loader in self.loaders for name, reason in loader.bad_images.items()}
-        every = [self.bad_images_before, *gather_objects(own, self.world)]
-        return {name: reason for met in every for name, reason in met.items()}
-
-    def to_go_on(self) -> dict[str, Any]:
-        """What a checkpoint holds of the run besides the trainer's state. Called by every process."""
-        return {'seconds': self.seconds, 'bad_images': self.bad_images()}
 
     @property
     def batch_size(self) -> int:
         """Images in an update, of all processes together."""
-        return round(self.trainer.loader.average_batch_size * self.world.size * self.args.grad_accum_steps)
+        loader: Any = self.trainer.loader
+        return round(loader.average_batch_size * self.world.size * self.args.grad_accum_steps)
+
+    def bad_images(self) -> dict[str, str]:
+        """Return the unreadable images of all processes, with the reasons, on rank 0. Every process must call this."""
+        own = {name: reason for loader in self.loaders for name, reason in loader.bad_images.items()}
+        every = [self.bad_images_before, *gather_objects(own, self.world)]
+        return {name: reason for met in every for name, reason in met.items()}
+
+    def checkpoint_entries(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides the trainer's state. Every process must call this."""
+        return {'seconds': self.seconds, 'bad_images': self.bad_images()}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Read the options, become one process of the run (or start them all), and train."""
+    """Read the options, start one process per card if asked to, and train."""
     started = time.monotonic()
     args = parse_args(argv)
-    if launches(args):
-        return launch(args, __file__, argv)
-    options = as_yaml(args)  # as given, before anything is worked out from them
+    if args.multiprocessing_distributed and not is_launched():
+        return launch(
+            __file__, argv, device=args.device, device_list=args.device_list, nodes=args.world_size or 1,
+            node_rank=args.rank or 0, addr=args.addr, dist_url=args.dist_url)
     if may_restart() and not args.experiment:
-        raise UserError('--max-restarts needs --experiment, which names the folder that a restart goes on in.')
-    setup.global_options(args)
+        raise UserError('--max-restarts needs --experiment: a restart continues in the folder that it names.')
+    setup.set_global_options(args)
     world = initialize(
-        device_name(args), dist_url=args.dist_url, backend=args.dist_backend, addr=args.addr, rank=args.rank,
+        device_name(args.device, None if args.multiprocessing_distributed else args.device_list),
+        dist_url=args.dist_url, backend=args.dist_backend, addr=args.addr, rank=args.rank,
         world_size=None if args.multiprocessing_distributed else args.world_size)
     try:
-        run_in(world, args, options, started)
+        run_in(world, args, started)
     finally:
         shutdown(world)
     return 0
 
 
-def run_in(world: World, args: Namespace, options: str, started: float) -> None:
-    """The run, or this process's part of it. When this returns, nothing of it is left but its files."""
+def run_in(world: World, args: Namespace, started: float) -> None:
+    """Run this process's part of the training. At the end nothing of it is left but its files."""
     start_log(world.is_primary)
     devices.configure(world.device, args.allow_internal_format or None, args.jit_compile)
-    stopping = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
-    advice = '--resume auto goes on from the newest checkpoint.'
-    translations = setup.translate_out_of_memory(args, world), setup.translate_lost_process_errors(world, advice)
-    with translations[0], translations[1], stopping as stop:
-        run = assemble(args, world, stop, started)
-        with output_dir(args, run.image_size, world) as folder, closing_all(run.loaders):
-            train(run, folder, options)
+    stop_request = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
+    out_of_memory = setup.translate_out_of_memory(world, args.batch_size, args.grad_accum_steps)
+    lost_process = setup.translate_lost_process_errors(world, '--resume auto continues from the newest checkpoint.')
+    with out_of_memory, lost_process, stop_request as stop:
+        run = build_run(args, world, stop, started)
+        folder = Path(args.output or './output/train') / (args.experiment or default_name(args.model, run.image_size))
+        with output_dir(folder, world, resume=args.resume), closing(run.loaders):
+            train(run, folder)
 
 
-def assemble(args: Namespace, world: World, stop: StopRequest | None, started: float) -> Run:
-    """Make everything that training needs, in the only order that works."""
-    args.batch_size = setup.per_process_batch_size(args, world)
+def build_run(args: Namespace, world: World, stop: StopRequest | None, started: float) -> Run:
+    """Build everything that training needs, in the only order that works."""
+    batch_size = setup.per_process_batch_size(args, world)
     random_seed(args.seed)  # the same initial weights in every process
     model = setup.build_model(args)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, num_classes = sum(p.numel() for p in model.parameters()), model.num_classes
     data_config = resolve_data_config(vars(args), model=model)
-    model = setup.place_model(model, args, world)
+    model = setup.place_model(
+        model, world, channels_last=args.channels_last, torchscript=args.torchscript, sync_bn=args.sync_bn,
+        bn_splits=max(args.aug_splits, 2) if args.split_bn else 0)
     precision = setup.build_precision(args, world)
 
-    common = dict(num_classes=args.num_classes, dtype=precision.input_dtype)
-    train_loader = build_train_loader(args, data_config, world, batch_size=args.batch_size, **common)
+    train_loader = build_train_loader(
+        args, data_config, world, num_classes=num_classes, batch_size=batch_size, dtype=precision.input_dtype)
     eval_loader = None
     if args.val_split:
         eval_loader = build_eval_loader(
-            args, data_config, world, split=args.val_split, num_samples=args.val_num_samples,
-            batch_size=args.validation_batch_size or args.batch_size, train_loader=train_loader, **common)
+            args, data_config, world, split=args.val_split, num_samples=args.val_num_samples, num_classes=num_classes,
+            batch_size=args.validation_batch_size or batch_size, train_loader=train_loader, dtype=precision.input_dtype)
     metric = args.eval_metric if eval_loader is not None else 'loss'
 
     task = setup.build_task(model, args, world)
     module = task.get_trainable_module()
-    optimizer = setup.build_optimizer(module, args, world, train_loader.average_batch_size)
+    average_batch_size = train_loader.average_batch_size
+    lr = setup.learning_rate(args, average_batch_size * world.size * args.grad_accum_steps)
+    optimizer = setup.build_optimizer(module, args, lr)
     task.trainable_module, optimizer = precision.prepare(module, optimizer)
-    setup.setup_ema(task, precision, args)
+    if args.model_ema:
+        setup.setup_ema(task, precision, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
+                        on_cpu=args.model_ema_force_cpu)
     updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
     scheduler, epochs = setup.build_scheduler(optimizer, args, updates_per_epoch, metric == 'loss')
     random_seed(args.seed, world.rank)  # different dropout in every process
 
-    settings = setup.train_settings(args, train_loader.average_batch_size)
+    settings = setup.train_settings(args, average_batch_size)
     trainer = Trainer(task, train_loader, optimizer, precision, world, scheduler, settings, stop)
-    return Run(args, world, trainer, eval_loader, epochs, data_config['input_size'][-1], parameters, metric, started)
+    info = RunInfo(args.model, num_classes, vars(args))
+    return Run(args, info, world, trainer, eval_loader, epochs, data_config['input_size'][-1], parameters, lr, metric,
+               started)
 
 
 @contextlib.contextmanager
-def closing_all(loaders: Sequence[Any]) -> Iterator[None]:
-    """End the loaders' workers at the end of the block, whatever its reason."""
+def closing(loaders: Sequence[Any]) -> Iterator[None]:
+    """Close the loaders at the end of the block, so that their worker processes end."""
     try:
         yield
     finally:
@@ -170,112 +204,126 @@ def closing_all(loaders: Sequence[Any]) -> Iterator[None]:
             loader.close()
 
 
-def train(run: Run, folder: Path, options: str) -> None:
-    """Resume if asked to, train epoch by epoch, report."""
+def train(run: Run, folder: Path) -> None:
+    """Resume if asked to, train epoch by epoch, write the report."""
     args, world, trainer = run.args, run.world, run.trainer
     if args.push_to_hub and world.is_primary:
-        hub.prepare(args.push_to_hub)  # what is wrong with the token is better known before the training than after it
-    saver = CheckpointSaver(folder, args, world, decreasing=run.metric == 'loss')
+        hub.prepare(args.push_to_hub)  # an invalid token is an error now, and not after the training
+    saver = CheckpointSaver(folder, world, run.info, keep=args.checkpoint_hist, decreasing=run.metric == 'loss')
     resume(run, saver)
-    setup.compile_and_distribute(trainer.task, trainer.optimizer, args, world)
+    setup.compile_and_distribute(
+        trainer.task, trainer.optimizer, world, backend=args.torchcompile, mode=args.torchcompile_mode,
+        sync_buffers=not args.no_ddp_bb, grad_compress=args.grad_compress)
     report = Report(folder, trainer.position.epoch, run.metric)
     log_wandb = setup.start_wandb(args, folder.name) if world.is_primary else None
     if world.is_primary:
-        atomic_write(folder / 'args.yaml', options)
-    describe(run, folder)
+        atomic_write(folder / 'args.yaml', as_yaml(args))
+    log_summary(run, folder)
     with contextlib.closing(Progress(run.epochs)) as progress, contextlib.closing(saver):
         if world.is_primary:
             trainer.on_log = progress.update
-        trainer.on_recovery = lambda trainer: saver.save_recovery(trainer, run.to_go_on())
+        trainer.on_recovery = lambda trainer: saver.save_recovery(trainer, run.checkpoint_entries())
         trainer.last_good = saver.last_good
         trainer.images_folder = folder if args.save_images else None
         for epoch in range(trainer.position.epoch, run.epochs):
             trained = trainer.train_one_epoch()
-            setup.distribute_batch_norm(trainer.task, args, world)
-            due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.epochs
-            validated = validate(run) if due else None
-            if world.is_primary:
+            setup.distribute_batch_norm(
+                trainer.task, world, '' if args.sync_bn else args.dist_bn, include_ema=not args.model_ema_force_cpu)
+            is_due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.epochs
+            validated = validate(run) if is_due else None
+            if log_wandb is not None:
                 row = report.add_epoch(epoch, trained, validated)
                 progress.epoch_done(row)
                 log_wandb(row)
-            end_epoch(run, saver, epoch, (validated or trained)[run.metric] if due else None)
+            end_epoch(run, saver, epoch, (validated or trained)[run.metric] if is_due else None)
         saver.wait()
-    finish(run, folder, report, saver, validate(run) if args.epochs == 0 else None)
+    write_report(run, folder, report, saver, validate(run) if args.epochs == 0 else None)
 
 
 def resume(run: Run, saver: CheckpointSaver) -> None:
-    """Go to where --resume or --start-epoch says; to the beginning if '--resume auto' finds nothing."""
+    """Bring the trainer to the state that --resume and --start-epoch ask for."""
     args, trainer = run.args, run.trainer
-    path = checkpoint_to_resume(run, saver.folder)
+    path, is_restart = find_checkpoint(run, saver.folder)
+    # A restart repeats the command line, whose --start-epoch and --no-resume-opt the first start has carried out.
+    start_epoch = None if is_restart else args.start_epoch
     if path is not None:
-        state = checkpoint.resume(trainer, path, args)
+        state = resume_checkpoint(
+            trainer, path, run.info, load_optimizer=is_restart or not args.no_resume_opt, start_epoch=start_epoch)
         run.seconds_before = state.get('seconds', 0.0)
         run.bad_images_before = state.get('bad_images', {})
         saver.load_state_dict(state.get('saver', {}), path)
-    if args.start_epoch is not None:
-        trainer.position = Position(args.start_epoch, 0, args.start_epoch * trainer.updates_per_epoch)
+    elif start_epoch is not None:
+        trainer.position = Position(start_epoch, 0, start_epoch * trainer.updates_per_epoch)
     setup.fast_forward(trainer.scheduler, trainer.position)
 
 
-def checkpoint_to_resume(run: Run, folder: Path) -> Path | None:
-    """--resume's file, or for 'auto' and after a restart the newest in the folder, as rank 0 sees it."""
+def find_checkpoint(run: Run, folder: Path) -> tuple[Path | None, bool]:
+    """Return the checkpoint to resume from, or None, and True if the run continues after a restart by torchrun.
+
+    It is the file of --resume; for 'auto' and after a restart, the newest in the folder, as rank 0 sees it.
+    """
     args = run.args
     named = Path(args.resume) if args.resume and args.resume != 'auto' else None
     if args.resume != 'auto' and not restarted():
-        return named
+        return named, False
     newest = from_primary(find_newest(folder) if run.world.is_primary else None, run.world)
-    if restarted() and newest is not None:  # what these options meant is done
-        args.start_epoch, args.no_resume_opt = None, False
-    _logger.info(f"Resuming by itself: {newest or named or 'there is no checkpoint, so this is a new run'}.")
-    return newest or named
+    _logger.info(f'Resuming automatically: {newest or named or "there is no checkpoint, so this is a new run"}.')
+    return newest or named, restarted() and newest is not None
 
 
 def end_epoch(run: Run, saver: CheckpointSaver, epoch: int, metric: float | None) -> None:
-    """The next epoch's learning rate, a checkpoint if one is due, and the question whether to stop here."""
+    """Set the next epoch's learning rate, save a checkpoint if one is due, and stop if asked to."""
     trainer = run.trainer
     if trainer.scheduler is not None:
         trainer.scheduler.step(epoch + 1, metric)
     if metric is not None:
-        saver.save_epoch(trainer, epoch, metric, run.to_go_on())
-    if (number := trainer.stop.poll()) and epoch + 1 < run.epochs:
+        saver.save_epoch(trainer, epoch, metric, run.checkpoint_entries())
+    signal_number = trainer.stop.poll() if trainer.stop is not None else 0
+    if signal_number and epoch + 1 < run.epochs:
         if metric is None:
             trainer.on_recovery(trainer)
-        raise Stopped(number, saver.last_good())
+        raise Stopped(signal_number, saver.last_good())
 
 
 def validate(run: Run) -> dict[str, float] | None:
-    """Evaluate the weights, and their moving average where there is one, whose figures then count."""
+    """Evaluate the weights, and their moving average if there is one, and return the figures of the latter.
+
+    Raises:
+        Diverged: The loss is NaN or infinite.
+    """
     if run.eval_loader is None:
         return None
     task, precision, args = run.trainer.task, run.trainer.precision, run.args
-    measured = None
+    measured: list[dict[str, float]] = []
     for ema in (False, True) if task.has_ema() and not args.model_ema_force_cpu else (False,):
-        before, measured = measured, evaluate(
-            task.get_eval_model(ema=ema), run.eval_loader, run.world, autocast=precision.autocast, tta=args.tta)
-        if before is not None:
-            _logger.info(f'Validation of the weights themselves: top-1 {before["top1"]:.2f} %; of their average: '
-                         f'{measured["top1"]:.2f} %.')
-    return measured
+        measured.append(evaluate(
+            task.get_eval_model(ema=ema), run.eval_loader, run.world, autocast=precision.autocast, tta=args.tta))
+        if not math.isfinite(measured[-1]['loss']):
+            raise run.trainer.diverged(f'the validation loss is {measured[-1]["loss"]}')
+    if len(measured) > 1:
+        _logger.info(f'Validation of the weights: top-1 {measured[0]["top1"]:.2f} %; of their moving average: '
+                     f'{measured[1]["top1"]:.2f} %.')
+    return measured[-1]
 
 
-def describe(run: Run, folder: Path) -> None:
-    """One line about what is about to happen."""
+def log_summary(run: Run, folder: Path) -> None:
+    """Write one line to the log about the run that begins."""
     trainer, where = run.trainer, f'{run.world.size} × {run.world.device.type}'
     _logger.info(
-        f'{run.args.model}: {run.parameters / 1e6:.2f} M parameters, {run.args.num_classes} classes, '
+        f'{run.args.model}: {run.parameters / 1e6:.2f} M parameters, {run.info.num_classes} classes, '
         f'{run.image_size} px; {where}, {trainer.precision.description}; batch {run.batch_size}, '
-        f'{type(trainer.optimizer).__name__}, learning rate {run.args.lr:.4g}; '
+        f'{type(trainer.optimizer).__name__}, learning rate {run.lr:.4g}; '
         f'epoch {trainer.position.epoch} of {run.epochs}; output in {folder}')
 
 
-def finish(
+def write_report(
         run: Run,
         folder: Path,
         report: Report,
         saver: CheckpointSaver,
         evaluation: dict[str, float] | None,
 ) -> None:
-    """report.json, the curves, where the weights are, and the three lines that the zoo's scripts end with."""
+    """Write report.json and the curves, log where the weights are, and print the zoo's three last lines."""
     bad_images = run.bad_images()
     if not run.world.is_primary:
         return
@@ -286,7 +334,7 @@ def finish(
         _logger.info(f'Best {run.metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}. Weights: '
                      f'{folder / "model_best.pth.tar"} (best), {folder / "last.pth.tar"} (last).')
     report.finish(
-        model=run.args.model, num_classes=run.args.num_classes, parameters=run.parameters, device=run.world.device,
+        model=run.args.model, num_classes=run.info.num_classes, parameters=run.parameters, device=run.world.device,
         world_size=run.world.size, precision=trainer.precision.description, batch_size=run.batch_size,
         seconds=run.seconds, images_per_second=trainer.throughput.images_per_second, evaluation=evaluation,
         skipped_steps=trainer.precision.skipped_steps, bad_image_count=len(bad_images), bad_images=sorted(bad_images))
@@ -295,7 +343,7 @@ def finish(
 
 
 def publish(run: Run, folder: Path) -> None:
-    """Export the best weights into the run's folder, and upload them."""
+    """Export the best weights into the run's folder and upload them."""
     best, args = folder / 'model_best.pth.tar', run.args
     exported = hub.export(
         best if best.is_file() else folder / 'last.pth.tar', folder / args.push_to_hub.rpartition('/')[2],
@@ -303,8 +351,8 @@ def publish(run: Run, folder: Path) -> None:
     try:
         _logger.info(f'Published: {hub.push(exported, args.push_to_hub)}')
     except UserError as error:
-        raise UserError(f'{error} The training is complete; later, `python -m timm_npu_irv2.hub push {exported} '
-                        f'{args.push_to_hub}` publishes it.') from error
+        raise UserError(f'{error} The training is complete; `python -m timm_npu_irv2.hub push {exported} '
+                        f'{args.push_to_hub}` publishes it later.') from error
 
 
 if __name__ == '__main__':

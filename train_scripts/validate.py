@@ -37,10 +37,10 @@ from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.data.loader import DeviceLoader
 from timm_npu_irv2.distributed import World, gather_objects, initialize, shutdown
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.plots import Prediction, choose, draw_predictions
+from timm_npu_irv2.plots import Prediction, draw_prediction_grid, select_predictions
 from timm_npu_irv2.serialization import atomic_write
 from timm_npu_irv2.training import setup
-from timm_npu_irv2.training.engine import evaluate
+from timm_npu_irv2.training.evaluation import evaluate
 from timm_npu_irv2.training.loaders import build_eval_loader
 
 _logger = logging.getLogger('validate')
@@ -160,7 +160,7 @@ def expand(args: Namespace) -> list[tuple[str, str]]:
 def main(argv: Sequence[str]) -> int:
     """Read the options, validate each model, write and print the results."""
     args = parse(argv)
-    setup.global_options(args)
+    setup.set_global_options(args)
     world = initialize(args.device, dist_url=args.dist_url, backend=args.dist_backend)
     try:
         start_log(world.is_primary)
@@ -279,8 +279,8 @@ def classes_in(state_dict: dict[str, Tensor], name: str) -> int | None:
 
 def prepare(model: nn.Module, args: Namespace, world: World, dtype: torch.dtype) -> nn.Module:
     """The model on its device, compiled if asked, with the columns of --valid-labels."""
-    placing = Namespace(**vars(args), split_bn=False, sync_bn=False)
-    model = setup.place_model(model.to(dtype).eval(), placing, world)
+    model = setup.place_model(
+        model.to(dtype).eval(), world, channels_last=args.channels_last, torchscript=args.torchscript)
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     if not args.valid_labels:
@@ -409,9 +409,9 @@ def draw_answers(args: Namespace, loader: Any, answers: Sequence[tuple]) -> None
     every = sorted((index, answered[0], target) for process in answers
                    for index, answered, target in zip(*process, strict=True))
     right = sum(answer == target for _, answer, target in every)
-    draw_predictions(Path(args.picture), [
-        Prediction(loader.samples[index][0], str(names.get(target, target)), str(names.get(answer, answer)))
-        for index, answer, target in choose(every)
+    draw_prediction_grid(Path(args.picture), [
+        Prediction(loader.samples[index][0], [str(names.get(answer, answer))], target=str(names.get(target, target)))
+        for index, answer, target in select_predictions(every)
     ], title=f'{right} of {len(every)} right ({100 * right / max(len(every), 1):.2f} %)')
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_npu_irv2.plots import COLUMNS, ROWS, Prediction, choose, draw_predictions
+from timm_npu_irv2.plots import GRID_SIZE, Prediction, draw_prediction_grid, select_predictions
 
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 
@@ -83,16 +83,16 @@ def test_quickstart_keeps_its_folders(quickstart, option):
 
 def test_wrong_answers_are_shown_first():
     answers = [(index, index % 10 == 3, 0) for index in range(100)]
-    chosen = choose(answers)
-    assert len(chosen) == COLUMNS * ROWS and [index for index, _, _ in chosen[:3]] == [3, 13, 23]
+    chosen = select_predictions(answers)
+    assert len(chosen) == GRID_SIZE and [index for index, _, _ in chosen[:3]] == [3, 13, 23]
     assert [answer for _, answer, _ in chosen] == [True] * 10 + [False] * 30
-    assert choose(answers[:3]) == answers[:3] and choose([]) == []
-    assert len(choose([(index, 1, 0) for index in range(100)])) == COLUMNS * ROWS // 2
+    assert select_predictions(answers[:3]) == answers[:3] and select_predictions([]) == []
+    assert len(select_predictions([(index, 1, 0) for index in range(100)])) == GRID_SIZE // 2
 
 
 @pytest.mark.parametrize('count', [0, 1, 13, 40])
 def test_a_picture_holds_up_to_forty_images(tmp_path, count):
-    predictions = [Prediction(Image.new('RGB', (9, 5 + index)), 'a long name of a class', str(index))
+    predictions = [Prediction(Image.new('RGB', (9, 5 + index)), [str(index)], target='a long name of a class')
                    for index in range(count)]
-    assert draw_predictions(tmp_path / 'picture.png', predictions, 'title')
+    assert draw_prediction_grid(tmp_path / 'picture.png', predictions, 'title')
     assert (tmp_path / 'picture.png').stat().st_size > 1000

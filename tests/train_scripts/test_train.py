@@ -355,12 +355,20 @@ def test_a_bad_image_stops_the_run_unless_told_otherwise(train, damaged, capsys)
     assert f"error: image {damaged / 'train' / 'class1' / '3.png'} cannot be read" in capsys.readouterr().err
 
 
-def test_lack_of_memory_names_the_batch_size_to_try(train, capsys, monkeypatch):
-    def exhausted(*_):
+class Exhausting(torch.nn.Linear):
+    def forward(self, features):
         raise torch.OutOfMemoryError('device out of memory. Tried to allocate 20.00 GiB')
 
-    monkeypatch.setattr(train_script.Trainer, '_forward_backward', exhausted)
-    train(code=2)
+
+@register_model
+def too_large_model(pretrained=False, **kwargs):
+    model = timm.create_model('test_resnet', **kwargs)
+    model.fc = Exhausting(1, 3)
+    return model
+
+
+def test_lack_of_memory_names_the_batch_size_to_try(train, capsys):
+    train('--model', 'too_large_model', code=2)
     assert '--batch-size 4. Try --batch-size 2 --grad-accum-steps 2' in capsys.readouterr().err
 
 
@@ -485,7 +493,7 @@ def test_a_job_of_which_a_rank_is_killed_restarts_and_goes_on_by_itself(images, 
     os.kill(max(child for child in children(process.pid) if 'train.py' in cmdline(child)), signal.SIGKILL)
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
-    assert re.search(r'Resuming by itself: \S+\.pth\.tar', out) and 'Final Performance' in out
+    assert re.search(r'Resuming automatically: \S+\.pth\.tar', out) and 'Final Performance' in out
     assert [row[0] for row in rows(tmp_path / 'run')] == ['epoch', *map(str, range(6))]
 
 

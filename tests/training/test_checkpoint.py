@@ -20,7 +20,7 @@ from timm_npu_irv2.errors import CannotWrite, UserError
 from timm_npu_irv2.precision import create_precision
 from timm_npu_irv2.serialization import read_checkpoint, write_checkpoint
 from timm_npu_irv2.training import setup
-from timm_npu_irv2.training.checkpoint import resume, training_state
+from timm_npu_irv2.training.checkpoint import RunInfo, resume, training_state
 from timm_npu_irv2.training.engine import Diverged, Position, Trainer, TrainSettings
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
@@ -31,9 +31,15 @@ WORLD = World()
 
 def options(*words: str) -> argparse.Namespace:
     usual = '--model test_resnet --num-classes 3 --drop 0.3 --checkpoint-hist 2'.split()
-    args = parse_args([*usual, *words])
-    args.num_classes = args.num_classes or 3
-    return args
+    return parse_args([*usual, *words])
+
+
+def info_of(args: argparse.Namespace) -> RunInfo:
+    return RunInfo(args.model, args.num_classes, vars(args))
+
+
+def saver_in(folder: Path, args: argparse.Namespace, decreasing: bool = False) -> CheckpointSaver:
+    return CheckpointSaver(folder, WORLD, info_of(args), keep=args.checkpoint_hist, decreasing=decreasing)
 
 
 def trainer_of(args: argparse.Namespace, seed: int = 0, **settings) -> Trainer:
@@ -47,7 +53,8 @@ def trainer_of(args: argparse.Namespace, seed: int = 0, **settings) -> Trainer:
     precision = create_precision(WORLD.device, amp=args.amp, opt_level=args.opt_level)
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.01, momentum=0.9)
     task.trainable_module, optimizer = precision.prepare(task.trainable_module, optimizer)
-    setup.setup_ema(task, precision, args)
+    if args.model_ema:
+        setup.setup_ema(task, precision, decay=args.model_ema_decay)
     generator = torch.Generator().manual_seed(1)
     loader = Batches((torch.randn(2, 3, 32, 32, generator=generator), torch.tensor([0, 1])) for _ in range(4))
     return Trainer(task, loader, optimizer, precision, WORLD, settings=TrainSettings(**settings))
@@ -73,17 +80,17 @@ def assert_same(one, other) -> None:
 ])
 def test_a_run_resumed_in_mid_epoch_ends_in_the_same_bits(tmp_path, words):
     args = options(*words.split())
-    saver = CheckpointSaver(tmp_path, args, WORLD)
+    saver = saver_in(tmp_path, args)
     undisturbed = trainer_of(args, recovery_interval=2)
     undisturbed.on_recovery = saver.save_recovery
     expected = undisturbed.train_one_epoch()
     saver.wait()
     resumed = trainer_of(args, seed=5)
-    resume(resumed, tmp_path / 'recovery-0-2.pth.tar', args)
+    resume(resumed, tmp_path / 'recovery-0-2.pth.tar', info_of(args))
     assert resumed.position == Position(0, 2, 2)
     metrics = resumed.train_one_epoch()
     assert {key: metrics[key] for key in ('loss', 'top1')} == {key: expected[key] for key in ('loss', 'top1')}
-    one, other = training_state(resumed, args), training_state(undisturbed, args)
+    one, other = training_state(resumed, info_of(args)), training_state(undisturbed, info_of(args))
     for state in (one, other):
         del state['training']['throughput']
     assert_same(one, other)
@@ -93,7 +100,7 @@ def test_timm_reads_our_checkpoints(tmp_path):
     args = options('--model-ema')
     trainer = trainer_of(args)
     trainer.train_one_epoch()
-    saver = CheckpointSaver(tmp_path, args, WORLD)
+    saver = saver_in(tmp_path, args)
     saver.save_epoch(trainer, 0, 50.0)
     saver.wait()
     model = timm.create_model('test_resnet', num_classes=3)
@@ -112,7 +119,7 @@ def test_a_checkpoint_of_timm_continues_with_its_optimizer_and_epoch(tmp_path):
     TimmSaver(theirs.task.trainable_module, theirs.optimizer, args, checkpoint_dir=str(tmp_path),
               task=theirs.task).save_checkpoint(4, metric=1.0)
     ours = trainer_of(args, seed=1)
-    resume(ours, tmp_path / 'last.pth.tar', args)
+    resume(ours, tmp_path / 'last.pth.tar', info_of(args))
     assert ours.position == Position(5, 0, 20)
     assert_same(ours.optimizer.state_dict()['state'], theirs.optimizer.state_dict()['state'])
     assert_same(dict(ours.task.trainable_module.state_dict()), dict(theirs.task.trainable_module.state_dict()))
@@ -124,18 +131,18 @@ def test_a_file_of_weights_alone_starts_at_the_beginning(tmp_path, name):
     state_dict = trainer_of(args, seed=3).task.trainable_module.state_dict()
     serialization.save_weights(state_dict, tmp_path / name)
     trainer = trainer_of(args)
-    resume(trainer, tmp_path / name, args)
+    resume(trainer, tmp_path / name, info_of(args))
     assert trainer.position == Position()
     assert_same(dict(trainer.task.trainable_module.state_dict()), dict(state_dict))
 
 
-def test_no_resume_opt_takes_the_weights_only(tmp_path):
-    args = options('--no-resume-opt')
+def test_without_the_optimizer_come_the_weights_only(tmp_path):
+    args = options()
     trainer = trainer_of(args)
     trainer.train_one_epoch()
-    write_checkpoint(training_state(trainer, args), tmp_path / 'a.pth.tar')
+    write_checkpoint(training_state(trainer, info_of(args)), tmp_path / 'a.pth.tar')
     fresh = trainer_of(args, seed=1)
-    resume(fresh, tmp_path / 'a.pth.tar', args)
+    resume(fresh, tmp_path / 'a.pth.tar', info_of(args), load_optimizer=False)
     assert not fresh.optimizer.state_dict()['state']
     assert fresh.position == Position(1, 0, 4)
     assert_same(dict(fresh.task.trainable_module.state_dict()), dict(trainer.task.trainable_module.state_dict()))
@@ -145,7 +152,7 @@ def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
     other = trainer_of(options('--model', 'test_efficientnet')).task.trainable_module
     write_checkpoint({'state_dict': other.state_dict()}, tmp_path / 'a.pth.tar')
     with pytest.raises(UserError, match=r'a\.pth\.tar does not fit the model') as caught:
-        resume(trainer_of(options()), tmp_path / 'a.pth.tar', options())
+        resume(trainer_of(options()), tmp_path / 'a.pth.tar', info_of(options()))
     assert '\n' not in str(caught.value)
 
 
@@ -154,7 +161,7 @@ def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
 
 def test_the_best_the_last_and_two_recoveries_are_kept(tmp_path):
     args = options()
-    trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD)
+    trainer, saver = trainer_of(args), saver_in(tmp_path, args)
     for epoch, metric in enumerate([10.0, 30.0, float('nan'), 20.0]):
         saver.save_epoch(trainer, epoch, metric)
         trainer.position = Position(epoch, 1, epoch + 1)
@@ -170,11 +177,11 @@ def test_the_best_the_last_and_two_recoveries_are_kept(tmp_path):
 
 def test_the_smaller_loss_is_the_better_one_and_the_history_goes_on_after_a_resume(tmp_path):
     args = options()
-    trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD, decreasing=True)
+    trainer, saver = trainer_of(args), saver_in(tmp_path, args, decreasing=True)
     saver.save_epoch(trainer, 0, 1.0)
     saver.save_epoch(trainer, 1, 2.0)
     saver.wait()
-    again = CheckpointSaver(tmp_path, args, WORLD, decreasing=True)
+    again = saver_in(tmp_path, args, decreasing=True)
     again.load_state_dict(read_checkpoint(tmp_path / 'last.pth.tar')['saver'], tmp_path / 'last.pth.tar')
     again.save_epoch(trainer, 2, 1.5)
     again.wait()
@@ -187,7 +194,7 @@ def test_the_smaller_loss_is_the_better_one_and_the_history_goes_on_after_a_resu
 def test_a_kill_between_the_names_of_a_checkpoint_loses_none(tmp_path, lost):
     """last.pth.tar comes first; the rest is made up for when the run goes on."""
     args = options('--checkpoint-hist', '1')
-    trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD)
+    trainer, saver = trainer_of(args), saver_in(tmp_path, args)
     saver.save_epoch(trainer, 0, 10.0)
     saver.wait()
     left = {name: (tmp_path / f'{name}.pth.tar').read_bytes() for name in ('checkpoint-0', 'model_best')}
@@ -198,7 +205,7 @@ def test_a_kill_between_the_names_of_a_checkpoint_loses_none(tmp_path, lost):
     for name in ('checkpoint-0', lost):  # as they were before the kill
         if name in left:
             (tmp_path / f'{name}.pth.tar').write_bytes(left[name])
-    CheckpointSaver(tmp_path, args, WORLD).load_state_dict(
+    saver_in(tmp_path, args).load_state_dict(
         read_checkpoint(tmp_path / 'last.pth.tar')['saver'], tmp_path / 'last.pth.tar')
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected
 
@@ -207,7 +214,7 @@ def test_a_file_that_cannot_be_put_in_its_place_ends_the_run_at_the_next_one(tmp
     """The training has gone on meanwhile."""
     args = options()
     (tmp_path / 'last.pth.tar').mkdir()
-    trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD)
+    trainer, saver = trainer_of(args), saver_in(tmp_path, args)
     saver.save_epoch(trainer, 0, 10.0)
     with pytest.raises(CannotWrite, match=r'cannot write .*last\.pth\.tar: .*directory'):
         saver.save_recovery(trainer)
@@ -219,7 +226,7 @@ def test_a_file_that_cannot_be_put_in_its_place_ends_the_run_at_the_next_one(tmp
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     args = options()
-    trainer, saver = trainer_of(args), CheckpointSaver(tmp_path, args, WORLD)
+    trainer, saver = trainer_of(args), saver_in(tmp_path, args)
     saver.save_recovery(trainer)
     next(trainer.task.trainable_module.parameters()).data.view(-1)[0] = float('inf')
     for save in (lambda: saver.save_recovery(trainer), lambda: saver.save_epoch(trainer, 0, 1.0)):

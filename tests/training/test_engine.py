@@ -13,7 +13,9 @@ from tests.data.batches import Batches
 from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import Stopped
 from timm_npu_irv2.precision import create_precision
-from timm_npu_irv2.training.engine import Diverged, Meter, Position, Throughput, Trainer, TrainSettings, evaluate
+from timm_npu_irv2.training.engine import Diverged, Position, Trainer, TrainSettings
+from timm_npu_irv2.training.evaluation import evaluate
+from timm_npu_irv2.training.metrics import Meter, Throughput
 
 WORLD = World()
 
@@ -206,7 +208,7 @@ def test_saving_is_not_counted_as_training(monkeypatch):
         now[0] += 1
         return now[0]
 
-    monkeypatch.setattr('timm_npu_irv2.training.engine.time.perf_counter', tick)
+    monkeypatch.setattr('timm_npu_irv2.training.metrics.time.perf_counter', tick)
 
     def save(trainer: Trainer) -> None:
         now[0] += 1000
@@ -239,7 +241,7 @@ def test_an_epoch_that_starts_in_the_middle_trains_on_the_rest():
 
 def test_throughput_leaves_out_the_first_lap_and_what_is_skipped(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr('timm_npu_irv2.training.engine.time.perf_counter', lambda: now[0])
+    monkeypatch.setattr('timm_npu_irv2.training.metrics.time.perf_counter', lambda: now[0])
     throughput = Throughput(World(size=2))
     throughput.start_epoch()
 

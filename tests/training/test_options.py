@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from timm_npu_irv2.cli.flags import REFUSED, TRAIN_FLAGS
 from timm_npu_irv2.cli.parser import as_yaml
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.cli.flags import REFUSED, TRAIN_FLAGS
 from timm_npu_irv2.training.options import parse_args
 
 # The options of timm 1.0.31's train.py.

@@ -1,6 +1,5 @@
 """The output folder: one run at a time, never two runs' files, and a lock that no killed run leaves behind."""
 
-import argparse
 import os
 import signal
 import subprocess
@@ -11,15 +10,15 @@ import pytest
 
 from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.training.output_dir import output_dir
+from timm_npu_irv2.training.output_dir import default_name, output_dir
 
 # A run that holds its folder and has forked a worker; both wait.
 HOLDER = """
-import argparse, os, sys, time
-from timm_npu_irv2.training.distributed import World
-from timm_npu_irv2.training.folder import output_dir
-args = argparse.Namespace(output=sys.argv[1], experiment='run', model='m', resume='auto')
-with output_dir(args, 75, World()):
+import os, sys, time
+from pathlib import Path
+from timm_npu_irv2.distributed import World
+from timm_npu_irv2.training.output_dir import output_dir
+with output_dir(Path(sys.argv[1]), World(), resume='auto'):
     worker = os.fork()
     if worker:
         print(worker, flush=True)
@@ -27,31 +26,27 @@ with output_dir(args, 75, World()):
 """
 
 
-def options(output: Path, resume: str = '', experiment: str = 'run') -> argparse.Namespace:
-    return argparse.Namespace(output=str(output), experiment=experiment, model='a.b', resume=resume)
-
-
-def enter(args: argparse.Namespace, world: World | None = None) -> Path:
-    with output_dir(args, 75, world or World()) as folder:
+def enter(folder: Path, resume: str = '', world: World | None = None) -> Path:
+    with output_dir(folder, world or World(), resume=resume):
         return folder
 
 
-def refusal(args: argparse.Namespace) -> str:
+def refusal(folder: Path, resume: str = '') -> str:
     with pytest.raises(UserError) as caught:
-        enter(args)
+        enter(folder, resume)
     assert '\n' not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_second_run_is_refused_until_the_first_is_killed_even_if_its_workers_live_on(tmp_path):
-    process = subprocess.Popen([sys.executable, '-c', HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, '-c', HOLDER, str(tmp_path / 'run')], stdout=subprocess.PIPE, text=True)
     worker = int(process.stdout.readline())
     try:
-        said = refusal(options(tmp_path, 'auto'))
+        said = refusal(tmp_path / 'run', 'auto')
         assert f"another run writes to the output folder '{tmp_path}/run' (process {process.pid} on " in said
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert enter(options(tmp_path, 'auto')) == tmp_path / 'run'
+        assert enter(tmp_path / 'run', 'auto') == tmp_path / 'run'
         os.kill(worker, 0)  # it is there all the time
     finally:
         process.kill()
@@ -63,10 +58,10 @@ def test_the_checkpoints_of_another_run_are_not_mixed_with_ours(tmp_path, name):
     path = tmp_path / 'run' / name
     path.parent.mkdir()
     path.touch()
-    assert f'checkpoints of another run ({name})' in refusal(options(tmp_path))
-    assert 'another run' in refusal(options(tmp_path, resume=str(tmp_path / 'other' / 'last.pth.tar')))
+    assert f'checkpoints of another run ({name})' in refusal(tmp_path / 'run')
+    assert 'another run' in refusal(tmp_path / 'run', str(tmp_path / 'other' / 'last.pth.tar'))
     for resume in 'auto', str(path):
-        assert enter(options(tmp_path, resume)) == tmp_path / 'run'
+        assert enter(tmp_path / 'run', resume) == tmp_path / 'run'
     assert path.exists()
 
 
@@ -74,26 +69,26 @@ def test_a_restart_by_torchrun_goes_on_in_its_folder(tmp_path, monkeypatch):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'last.pth.tar').touch()
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
-    assert enter(options(tmp_path)) == tmp_path / 'run'
+    assert enter(tmp_path / 'run') == tmp_path / 'run'
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / '.recovery-0-3.pth.tar.part').write_text('half')
-    assert [path.name for path in enter(options(tmp_path)).iterdir()] == ['.lock']
+    assert [path.name for path in enter(tmp_path / 'run').iterdir()] == ['.lock']
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / 'file').touch()
-    said = refusal(options(tmp_path / 'file'))
+    said = refusal(tmp_path / 'file' / 'run')
     assert said == f"cannot write to the output folder '{tmp_path}/file/run': Not a directory; choose --output."
-    assert "cannot write to the output folder '/proc/run'" in refusal(options(Path('/proc')))
+    assert "cannot write to the output folder '/proc/run'" in refusal(Path('/proc/run'))
 
 
 def test_only_rank_0_touches_the_folder(tmp_path):
-    assert enter(options(tmp_path), World(rank=1, size=2)) == tmp_path / 'run'
+    assert enter(tmp_path / 'run', world=World(rank=1, size=2)) == tmp_path / 'run'
     assert not (tmp_path / 'run').exists()
 
 
-def test_without_a_name_it_is_the_date_the_model_and_the_image_size(tmp_path):
-    assert enter(options(tmp_path, experiment='')).name.endswith('-a_b-75')
+def test_without_a_name_it_is_the_date_the_model_and_the_image_size():
+    assert default_name('a.b', 75).endswith('-a_b-75')

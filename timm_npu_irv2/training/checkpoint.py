@@ -1,13 +1,13 @@
-"""Checkpoints: everything a run needs to go on, in files that timm can read.
+"""Checkpoints: everything that a run needs to continue, in files that timm can read.
 
 A file is timm's training checkpoint (``state_dict``, ``state_dict_ema``, ``optimizer``, ``epoch``, ``metric``, ...)
-with one more entry, ``training``: where in the epoch the run is, and what each process has for itself (random states,
-running statistics, sums of the metrics).
+with one more entry, ``training``: the position in the epoch, and the state of each process (random states, running
+statistics, sums of the metrics).
 """
 
-import argparse
 import logging
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +23,53 @@ from ..errors import UserError
 from ..serialization import read_checkpoint
 from .engine import Position, Trainer
 
-__all__ = ['resume', 'training_state']
+__all__ = ['RunInfo', 'resume', 'training_state']
 
 _logger = logging.getLogger(__name__)
 _State = dict[str, Any]
 
 
-# What is in them
+@dataclass(frozen=True)
+class RunInfo:
+    """Facts about a run that its checkpoints tell.
+
+    Attributes:
+        model: timm's name of the model.
+        num_classes: Number of classes of the model.
+        options: Options of train.py as they were given.
+    """
+
+    model: str
+    num_classes: int
+    options: dict[str, Any]
 
 
-def training_state(trainer: Trainer, args: argparse.Namespace, extra: _State | None = None) -> _State | None:
-    """All that :func:`resume` needs. Called by every process; the result is rank 0's, None elsewhere."""
+# Saving
+
+
+def training_state(trainer: Trainer, info: RunInfo, extra: _State | None = None) -> _State | None:
+    """Return the content of a checkpoint on rank 0, None elsewhere. Every process must call this.
+
+    Args:
+        trainer: Trainer between two steps.
+        info: Facts about the run.
+        extra: Further entries of the checkpoint.
+    """
     processes = gather_objects(_process_state(trainer), trainer.world)
     if not trainer.world.is_primary:
         return None
     return {
         'epoch': max(0, trainer.position.epoch - (trainer.position.batch == 0)),  # timm's: the epoch last trained in
         'version': 2,
-        'arch': args.model,
-        'args': vars(args),
+        'arch': info.model,
+        'args': info.options,
         'optimizer': trainer.optimizer.state_dict(),
         'amp_scaler': trainer.precision.state_dict(),
         **_model_entries(trainer),
         'training': {
             'position': vars(trainer.position),
-            'num_classes': args.num_classes,
-            'class_to_idx': getattr(trainer.loader, 'class_to_idx', None),  # names, for hub.py
+            'num_classes': info.num_classes,
+            'class_to_idx': getattr(trainer.loader, 'class_to_idx', None),  # for the hub
             'scheduler': _scheduler_state(trainer),
             'throughput': (trainer.throughput.images, trainer.throughput.seconds),
             'skipped': (trainer.precision.skipped_steps, trainer.precision.skipped_in_a_row),
@@ -59,10 +80,10 @@ def training_state(trainer: Trainer, args: argparse.Namespace, extra: _State | N
 
 
 def _model_entries(trainer: Trainer) -> _State:
-    """timm's entries: the student's weights (in float32), and what a distillation task trains besides."""
-    module = trainer.task.get_trainable_module()
+    """Return timm's entries: the student's weights in float32, and the projection that a distillation task trains."""
+    module = trainer.module
     entries = _split(trainer.precision.model_state_dict(module), '')
-    ema = trainer.task.get_trainable_module(ema=True)
+    ema = trainer.ema
     if ema is not None:
         entries.update(_split(unwrap_model(ema).state_dict(), '_ema'))
     return entries
@@ -81,7 +102,7 @@ def _split(state_dict: _State, suffix: str) -> _State:
 
 
 def _join(checkpoint: _State, suffix: str, module: nn.Module) -> _State:
-    """The inverse of :func:`_split`, for a module that may wrap the student."""
+    """Return the inverse of :func:`_split`, for a module that may wrap the student."""
     state_dict = clean_state_dict(checkpoint['state_dict' + suffix])
     if not hasattr(module, 'student'):
         return state_dict
@@ -91,7 +112,7 @@ def _join(checkpoint: _State, suffix: str, module: nn.Module) -> _State:
 
 
 def _process_state(trainer: Trainer) -> _State:
-    """What differs from process to process."""
+    """Return the state that differs from process to process."""
     state = {'random': _random_state(trainer.world), 'meter': trainer.meter.state_dict()}
     if not trainer.world.is_primary:  # rank 0's are in the state dicts
         state['buffers'] = _buffers(trainer)
@@ -99,14 +120,15 @@ def _process_state(trainer: Trainer) -> _State:
 
 
 def _buffers(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """BatchNorm's running statistics, which each process has of its own until the end of the epoch."""
-    modules = {'model': trainer.task.get_trainable_module(), 'ema': trainer.task.get_trainable_module(ema=True)}
+    """Return BatchNorm's running statistics, which processes do not share before the end of the epoch."""
+    modules = {'model': trainer.module, 'ema': trainer.ema}
     return {name: {key: value.cpu() for key, value in unwrap_model(module).named_buffers()}
             for name, module in modules.items() if module is not None}
 
 
 def _random_state(world: World) -> _State:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = numpy_state
     return {
         'torch': torch.get_rng_state(),
         'device': devices.get_rng_state(world.device),
@@ -125,58 +147,70 @@ def _set_random_state(state: _State, world: World) -> None:
 
 
 def _scheduler_state(trainer: Trainer) -> _State | None:
-    """timm's schedulers are functions of the epoch; only plateau's has a memory, in torch's scheduler inside it."""
+    """Return the state of plateau's inner torch scheduler; timm's other schedulers are functions of the epoch."""
     inner = getattr(trainer.scheduler, 'lr_scheduler', None)
     return inner.state_dict() if inner is not None else None
 
 
-# Going on
+# Resuming
 
 
-def resume(trainer: Trainer, path: Path, args: argparse.Namespace) -> _State:
-    """Bring ``trainer`` to where the run of a checkpoint was.
+def resume(
+        trainer: Trainer,
+        path: Path,
+        info: RunInfo,
+        *,
+        load_optimizer: bool = True,
+        start_epoch: int | None = None,
+) -> _State:
+    """Bring ``trainer`` to the state of a checkpoint.
 
-    A checkpoint of ours continues exactly. From any other (timm's, the model zoo's) come the weights, the epoch, and
-    the optimizer's state if it fits.
+    A run continues exactly from a checkpoint of this package. From any other (timm's, the model zoo's) come the
+    weights, the epoch, and the optimizer's state if it fits.
 
     Args:
-        trainer: As for a new run, with its EMA set up, before torch.compile and DDP wrap anything.
-        path: The file.
-        args: The options; ``no_resume_opt`` leaves out optimizer, loss scale and random states, ``start_epoch``
-            overrides the epoch.
+        trainer: Trainer of a new run with its EMA set up, before torch.compile and DDP wrap anything.
+        path: Checkpoint, or file of weights.
+        info: Facts about this run.
+        load_optimizer: False leaves out optimizer, loss scale and random states.
+        start_epoch: Epoch in place of the checkpoint's.
 
     Returns:
-        The checkpoint.
+        The content of the checkpoint.
 
     Raises:
         UserError: The file cannot be read, or is of another architecture or number of classes.
     """
     checkpoint = read_checkpoint(path)
-    _check_fits(checkpoint, path, args)
+    _check_fits(checkpoint, path, info)
     _load_weights(trainer, checkpoint, path)
-    training = checkpoint.get('training')
-    if not args.no_resume_opt:
+    if load_optimizer:
         _load_optimizer(trainer, checkpoint, path)
-    if args.start_epoch is None:
+    if start_epoch is not None:
+        trainer.position = Position(start_epoch, 0, start_epoch * trainer.updates_per_epoch)
+    else:
         trainer.position = _position(trainer, checkpoint)
-    if training is not None and not args.no_resume_opt and args.start_epoch is None:
-        _load_exactly(trainer, training)
+        if load_optimizer and checkpoint.get('training') is not None:
+            _load_exactly(trainer, checkpoint['training'])
     _logger.info(f'Resumed from {path}: epoch {trainer.position.epoch}, batch {trainer.position.batch}.')
     return checkpoint
 
 
-def _check_fits(checkpoint: _State, path: Path, args: argparse.Namespace) -> None:
-    found = checkpoint.get('training', {}).get('num_classes', args.num_classes)
-    if checkpoint.get('training') is not None and checkpoint['arch'] != args.model:
-        raise UserError(f"{path} is a checkpoint of --model {checkpoint['arch']}, not of {args.model}.")
-    if found != args.num_classes:
-        raise UserError(f'{path} is a checkpoint with {found} classes, not {args.num_classes}: use --num-classes '
+def _check_fits(checkpoint: _State, path: Path, info: RunInfo) -> None:
+    training = checkpoint.get('training')
+    if training is None:
+        return
+    if checkpoint['arch'] != info.model:
+        raise UserError(f"{path} is a checkpoint of --model {checkpoint['arch']}, not of {info.model}.")
+    found = training.get('num_classes', info.num_classes)
+    if found != info.num_classes:
+        raise UserError(f'{path} is a checkpoint with {found} classes, not {info.num_classes}: use --num-classes '
                         f'{found}, or --pretrained-path to start a new run from its weights.')
 
 
 def _load_weights(trainer: Trainer, checkpoint: _State, path: Path) -> None:
-    module = trainer.task.get_trainable_module()
-    ema = trainer.task.get_trainable_module(ema=True)
+    module = trainer.module
+    ema = trainer.ema
     try:
         trainer.precision.load_model_state_dict(module, _join(checkpoint, '', unwrap_model(module)))
         if ema is None:
@@ -194,7 +228,7 @@ def _load_optimizer(trainer: Trainer, checkpoint: _State, path: Path) -> None:
     state = checkpoint.get('optimizer')
     own = [len(group['params']) for group in trainer.optimizer.state_dict()['param_groups']]
     if state is None or [len(group['params']) for group in state['param_groups']] != own:
-        _logger.warning(f'{path} holds no optimizer state that fits this network: momenta start from zero.')
+        _logger.warning(f'{path} has no optimizer state that fits this network: the optimizer starts anew.')
         return
     trainer.optimizer.load_state_dict(state)
     if checkpoint.get('amp_scaler'):
@@ -215,8 +249,8 @@ def _load_exactly(trainer: Trainer, training: _State) -> None:
     if training['scheduler'] is not None and hasattr(trainer.scheduler, 'lr_scheduler'):
         trainer.scheduler.lr_scheduler.load_state_dict(training['scheduler'])
     if len(processes) != world.size:
-        _logger.warning(f'The checkpoint is of {len(processes)} process(es), this run has {world.size}: it goes on, '
-                        'but not exactly as it would have.')
+        _logger.warning(f'The checkpoint is of {len(processes)} process(es), this run has {world.size}: it continues, '
+                        'but not with the same bits.')
         if trainer.position.batch:
             trainer.position = Position(trainer.position.epoch, 0, trainer.position.epoch * trainer.updates_per_epoch)
         return
@@ -224,6 +258,6 @@ def _load_exactly(trainer: Trainer, training: _State) -> None:
     trainer.meter.load_state_dict(own['meter'])
     _set_random_state(own['random'], world)
     for name, buffers in own.get('buffers', {}).items():
-        module = trainer.task.get_trainable_module(ema=name == 'ema')
+        module = trainer.ema if name == 'ema' else trainer.module
         for key, buffer in unwrap_model(module).named_buffers() if module is not None else ():
             buffer.copy_(buffers[key])

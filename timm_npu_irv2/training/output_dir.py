@@ -1,11 +1,10 @@
-"""The output folder of a run: made if need be, held by one run at a time, never with the files of two runs in it."""
+"""The output folder of a run: locked by one run at a time, never with the files of two runs in it."""
 
 import contextlib
 import fcntl
 import logging
 import os
 import socket
-from argparse import Namespace
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -16,36 +15,48 @@ from ..distributed import World, restarted
 from ..errors import UserError
 from .saver import checkpoints_in
 
-__all__ = ['output_dir']
+__all__ = ['default_name', 'output_dir']
 
 _logger = logging.getLogger(__name__)
 
 
+def default_name(model: str, image_size: int) -> str:
+    """Return the name of a run that was given none: date, model and image size."""
+    return '-'.join((datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(model), str(image_size)))
+
+
 @contextlib.contextmanager
-def output_dir(args: Namespace, image_size: int, world: World) -> Iterator[Path]:
-    """<--output>/<--experiment>, which rank 0 makes and holds while the block runs.
+def output_dir(folder: Path, world: World, *, resume: str = '') -> Iterator[None]:
+    """Create ``folder`` and lock it while the block runs. Rank 0 does this, the others do nothing.
+
+    Args:
+        folder: Output folder of the run.
+        world: This process among all.
+        resume: Checkpoint that the run continues from, 'auto', or '' for a new run.
 
     Raises:
-        UserError: It cannot be made or written to, another run holds it, or it has the checkpoints of another run.
+        UserError: It cannot be created or written to, another run has locked it, or it holds the checkpoints of
+            another run.
     """
-    name = args.experiment or '-'.join(
-        (datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)))
-    folder = Path(args.output or './output/train') / name
     if not world.is_primary:
-        yield folder
+        yield
         return
-    with _held(folder):
-        _check_no_other_run(folder, args)
+    with _locked(folder):
+        continues_here = resume == 'auto' or restarted() or (
+            resume and Path(resume).resolve().parent == folder.resolve())
+        if not continues_here and (found := checkpoints_in(folder)):
+            raise UserError(f"the output folder '{folder}' has the checkpoints of another run ({found[0].name}): "
+                            'continue it with --resume auto, or choose another --experiment.')
         for leftover in folder.glob('.*.part'):  # of a process that was killed while it wrote
             leftover.unlink()
-        yield folder
+        yield
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock that ends with the process, however that ends.
 
-    It is one of POSIX's, which forked workers do not inherit: those may outlive a killed run by seconds.
+    It is a POSIX lock, which forked workers do not inherit: those may outlive a killed run by seconds.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,11 +81,3 @@ def _held(folder: Path) -> Iterator[None]:
             file.write(f'process {os.getpid()} on {socket.gethostname()}')
             file.flush()
         yield
-
-
-def _check_no_other_run(folder: Path, args: Namespace) -> None:
-    goes_on_here = args.resume == 'auto' or restarted() or (
-        args.resume and Path(args.resume).resolve().parent == folder.resolve())
-    if not goes_on_here and (found := checkpoints_in(folder)):
-        raise UserError(f"the output folder '{folder}' has the checkpoints of another run ({found[0].name}): go on "
-                        'with it by --resume auto, or choose another --experiment.')

@@ -1,4 +1,4 @@
-"""What a run tells: its progress on the console, summary.csv, report.json, curves.png, and the zoo's three last lines.
+"""The output of a run: progress on the console, summary.csv, report.json, curves.png, and the zoo's three last lines.
 
 Epochs are counted from 0, as in the names of the checkpoints. Percentages are percentages: 79.14, not 0.7914.
 """
@@ -34,12 +34,12 @@ class Report:
     """The results of a run in its output folder.
 
     Args:
-        folder: Where the files go.
-        first_epoch: The epoch the run starts with; rows of earlier epochs are kept, later ones are dropped.
-        metric: What the best epoch is chosen by: 'top1', 'top5' or 'loss'.
+        folder: Output folder.
+        first_epoch: Epoch that the run starts with; rows of earlier epochs are kept, later ones are dropped.
+        metric: Metric that chooses the best epoch: 'top1', 'top5' or 'loss'.
 
     Attributes:
-        rows: One for each epoch, with the columns of summary.csv; None where an epoch was not evaluated.
+        rows: Row of each epoch, with the columns of summary.csv; None where an epoch was not evaluated.
     """
 
     def __init__(self, folder: Path | str, first_epoch: int = 0, metric: str = 'top1'):
@@ -50,9 +50,12 @@ class Report:
         """Add an epoch to summary.csv.
 
         Args:
-            epoch: From 0.
-            train: 'loss', 'top1', 'lr' and 'images_per_second' (0 if it was not measured) of the epoch.
-            evaluation: 'loss', 'top1' and 'top5' after it, if it was evaluated.
+            epoch: Index of the epoch, from 0.
+            train: 'loss', 'top1', 'lr' and 'images_per_second' (0 if not measured) of the epoch.
+            evaluation: 'loss', 'top1' and 'top5' after the epoch; None if it was not evaluated.
+
+        Returns:
+            The row of summary.csv.
         """
         values = {f'train_{key}': train.get(key) for key in ('loss', 'top1')}
         values |= {'lr': train.get('lr'), 'images_per_second': train.get('images_per_second') or None}
@@ -64,7 +67,7 @@ class Report:
 
     @property
     def best(self) -> Row | None:
-        """The row of the best epoch: by the validation set, or by the training set where there is none."""
+        """Row of the best epoch, by the validation set, or by the training set where there is none."""
         sign = -1 if self.metric == 'loss' else 1
         for column in (f'eval_{self.metric}', f'train_{self.metric}', 'train_top1'):
             known = [row for row in self.rows if row.get(column) is not None]
@@ -90,23 +93,24 @@ class Report:
         """Write report.json and curves.png, and print the three last lines.
 
         Args:
-            model: Its name.
-            num_classes: Its logits.
-            parameters: How many it has.
-            device: Where it was trained.
-            world_size: How many processes trained it.
-            precision: What it was computed in.
+            model: Name of the model.
+            num_classes: Number of classes of the model.
+            parameters: Number of parameters of the model.
+            device: Device of the training.
+            world_size: Number of processes.
+            precision: Description of the precision.
             batch_size: Images in a step of all processes together.
-            seconds: How long the run took, all in all.
-            images_per_second: How fast it trained, all processes together.
-            evaluation: What an evaluation without training found; otherwise the best epoch's is reported.
-            further: More entries.
+            seconds: Duration of the whole run.
+            images_per_second: Mean training throughput of all processes together.
+            evaluation: Figures of an evaluation without training; None reports those of the best epoch.
+            further: Further entries.
 
         Returns:
-            What was written to report.json.
+            The content of report.json.
         """
         best = self.best
-        results = evaluation or {key: (best or {}).get(f'eval_{key}') for key in ('top1', 'top5', 'loss')}
+        results: Mapping[str, float | None] = evaluation or {
+            key: (best or {}).get(f'eval_{key}') for key in ('top1', 'top5', 'loss')}
         report = {
             'model': model,
             'top1': results.get('top1'),
@@ -145,7 +149,7 @@ class Report:
 
 
 def final_lines(images_per_second: float, top1: float | None, seconds: float) -> str:
-    """The three lines that Ascend ModelZoo's scripts end with, which other people's scripts read."""
+    """Return the three lines that Ascend ModelZoo's scripts end with, which other people's scripts read."""
     return (
         f'Final Performance images/sec : {images_per_second:.3f}\n'
         f'Final Train Accuracy : {math.nan if top1 is None else top1:.2f}\n'
@@ -169,11 +173,11 @@ def _number(cell: str | None) -> float | None:
 
 
 class Progress:
-    """Tells how far a run is: a bar on a terminal, a line of the log each time where there is none.
+    """The progress of a run: a bar on a terminal, lines of the log elsewhere.
 
     Args:
-        epochs: How many the run has.
-        stream: Where the bar goes.
+        epochs: Number of epochs of the run.
+        stream: Stream of the bar; None for stderr.
     """
 
     def __init__(self, epochs: int, stream: TextIO | None = None):
@@ -181,7 +185,7 @@ class Progress:
         self.bar: tqdm | None = None
 
     def update(self, figures: Mapping[str, Any]) -> None:
-        """Tell 'epoch', 'batch' of 'batches', and 'loss', 'top1', 'lr' and 'images_per_second' of the last batches."""
+        """Show 'epoch', 'batch' of 'batches', and 'loss', 'top1', 'lr' and 'images_per_second' of the last batches."""
         if not self.stream.isatty():
             _logger.info(_step_line(figures))
             return
@@ -193,12 +197,12 @@ class Progress:
         self.bar.refresh()
 
     def epoch_done(self, row: Row) -> None:
-        """Tell the results of an epoch, a row of summary.csv."""
+        """Show the results of an epoch, a row of summary.csv."""
         self.close()
         _logger.info(f'Epoch {row["epoch"]} ({row["epoch"] + 1} of {self.epochs}): {_epoch_figures(row)}')
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

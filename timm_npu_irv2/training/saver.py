@@ -1,6 +1,5 @@
-"""The checkpoints in a run's folder: which are kept, under which names, and which is the newest one that is whole."""
+"""The checkpoints in a run's folder: their names, the ones that are kept, and the newest one that is intact."""
 
-import argparse
 import logging
 import math
 import operator
@@ -14,7 +13,7 @@ import torch
 from ..distributed import World, barrier
 from ..errors import CannotWrite, UserError
 from ..serialization import EXTENSION, atomic_link, read_checkpoint, stage_checkpoint
-from .checkpoint import training_state
+from .checkpoint import RunInfo, training_state
 from .engine import Trainer
 
 __all__ = ['CheckpointSaver', 'checkpoints_in', 'find_newest']
@@ -24,13 +23,13 @@ State = dict[str, Any]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """What a run can go on from, the newest first."""
+    """Return the checkpoints that a run can continue from, the newest first."""
     names = {path for pattern in ('last', 'recovery-*', 'checkpoint-*') for path in folder.glob(pattern + EXTENSION)}
     return sorted(names, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
 def find_newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``; None if there is none. Damaged ones are named in the log."""
+    """Return the newest intact checkpoint in ``folder``, or None. Damaged ones are named in the log."""
     seen: set[int] = set()
     for path in checkpoints_in(folder):
         if path.stat().st_ino in seen:
@@ -40,35 +39,45 @@ def find_newest(folder: Path) -> Path | None:
             read_checkpoint(path)
             return path
         except UserError as error:
-            _logger.warning(f'{error} Taking the one before.')
+            _logger.warning(f'{error} Falling back to the previous checkpoint.')
     return None
 
 
 class CheckpointSaver:
-    """Writes ``last``, ``model_best``, the best ``checkpoint-N`` and the two newest ``recovery-N-M``; timm's names.
+    """A writer of ``last``, ``model_best``, the best ``checkpoint-N`` and two ``recovery-N-M``; the names are timm's.
 
-    Every process calls its methods, rank 0 writes. The training goes on while a thread waits for the disk and puts the
-    file in its place; :meth:`wait` waits for that, as does whatever needs the file.
+    Every process calls its methods, rank 0 writes. The training continues while a thread waits for the disk and puts
+    the file in its place; :meth:`wait` waits for that, as does every method that needs the file.
+
+    Args:
+        folder: Output folder of the run.
+        world: This process among all.
+        info: Facts about the run that go into each checkpoint.
+        keep: Number of best checkpoints to keep.
+        decreasing: True if a smaller metric is better.
 
     Attributes:
-        best_metric, best_epoch: The best so far; None before there is one.
+        best_metric: Best metric so far; None before there is one.
+        best_epoch: Epoch of the best metric; None before there is one.
     """
 
     def __init__(
             self,
             folder: Path,
-            args: argparse.Namespace,
             world: World,
+            info: RunInfo,
             *,
+            keep: int = 10,
             decreasing: bool = False,
     ) -> None:
         self.folder = folder
-        self._args = args
         self._world = world
+        self._info = info
+        self._keep = keep
         self._better = operator.lt if decreasing else operator.gt
         self._decreasing = decreasing
         self._history: list[tuple[str, float]] = []  # (file name, metric), the best one first
-        self._dropped: list[str] = []  # what the latest epoch has put out of the history
+        self._dropped: list[str] = []  # removed from the history by the latest epoch
         self._newest = ''
         self._disk = ThreadPoolExecutor(1, 'checkpoint')
         self._pending: Future[None] | None = None
@@ -76,37 +85,42 @@ class CheckpointSaver:
         self.best_epoch: int | None = None
 
     def last_good(self) -> str:
-        """The newest checkpoint written or resumed from, for messages."""
+        """Return the name of the newest checkpoint written or resumed from, for messages."""
         self.wait()
         return self._newest or 'none was saved'
 
     def save_epoch(self, trainer: Trainer, epoch: int, metric: float, extra: State | None = None) -> None:
-        """Save the state after ``epoch``, whose metric decides whether it is kept.
+        """Save the state after ``epoch``.
+
+        Args:
+            trainer: Trainer at the end of the epoch.
+            epoch: Index of the epoch.
+            metric: Metric that decides whether the checkpoint is among the best.
+            extra: Further entries of the checkpoint.
 
         Raises:
             Diverged: The weights are no longer finite. Nothing is saved.
-            CannotWrite: The disk is full, now or when the one before was put in its place.
+            CannotWrite: The disk is full, now or when the previous checkpoint was put in its place.
         """
         self.wait()
         if not math.isnan(metric) and (self.best_metric is None or self._better(metric, self.best_metric)):
             self.best_metric, self.best_epoch = metric, epoch
-        self._enter(f'checkpoint-{epoch}{EXTENSION}', metric)
+        self._add_to_history(f'checkpoint-{epoch}{EXTENSION}', metric)
         saver = {**self.state_dict(), 'epoch': epoch}
-        state = training_state(trainer, self._args, {**(extra or {}), 'metric': metric, 'saver': saver})
+        state = training_state(trainer, self._info, {**(extra or {}), 'metric': metric, 'saver': saver})
         if state is not None:
             last = self.folder / f'last{EXTENSION}'
             self._write(state, last, trainer, lambda: self._publish(last, epoch))
         barrier(self._world)
 
-    def _enter(self, name: str, metric: float) -> None:
-        """Take a file into the history of the best ones, and out what has no place in it any more."""
+    def _add_to_history(self, name: str, metric: float) -> None:
+        """Add a file to the history of the best ones, and remove those that are no longer among them."""
         entries = [entry for entry in self._history if entry[0] != name] + [(name, metric)]
-        entries.sort(key=lambda entry: self._rank(entry[1]))
-        keep = self._args.checkpoint_hist
-        self._history, self._dropped = entries[:keep], [name for name, _ in entries[keep:]]
+        entries.sort(key=lambda entry: self._sort_key(entry[1]))
+        self._history, self._dropped = entries[:self._keep], [name for name, _ in entries[self._keep:]]
 
     def _publish(self, last: Path, epoch: int) -> None:
-        """Give an epoch's checkpoint its further names. Done again on resuming, since a kill may have come between."""
+        """Give an epoch's checkpoint its further names. A resumed run repeats this, as a kill may have come between."""
         name = f'checkpoint-{epoch}{EXTENSION}'
         if any(name == kept for kept, _ in self._history):
             atomic_link(last, self.folder / name)
@@ -116,9 +130,9 @@ class CheckpointSaver:
             (self.folder / dropped).unlink(missing_ok=True)
 
     def save_recovery(self, trainer: Trainer, extra: State | None = None) -> None:
-        """Save the state in mid-epoch. Raises as :meth:`save_epoch` does."""
+        """Save the state in mid-epoch. It raises what :meth:`save_epoch` raises."""
         self.wait()
-        state = training_state(trainer, self._args, {**(extra or {}), 'saver': self.state_dict()})
+        state = training_state(trainer, self._info, {**(extra or {}), 'saver': self.state_dict()})
         if state is not None:
             path = self.folder / f'recovery-{trainer.position.epoch}-{trainer.position.batch}{EXTENSION}'
             self._write(state, path, trainer, self._drop_recoveries)
@@ -142,32 +156,32 @@ class CheckpointSaver:
         self._pending = self._disk.submit(complete)
 
     def wait(self) -> None:
-        """Return when the file that was saved last is in its place; raise CannotWrite if it can't be."""
+        """Wait until the file that was saved last is in its place; raise CannotWrite if that fails."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Wait where something else has ended the run; the log then tells what can't be put in its place."""
+        """Wait as :meth:`wait` does after another error has ended the run, and log a failure instead of raising it."""
         try:
             self.wait()
         except CannotWrite as error:
             _logger.error(str(error))
         self._disk.shutdown()
 
-    def _rank(self, metric: float) -> float:
-        """A key that sorts the best first and NaN last."""
+    def _sort_key(self, metric: float) -> float:
+        """Return a key that sorts the best first and NaN last."""
         if math.isnan(metric):
             return math.inf
         return metric if self._decreasing else -metric
 
     def state_dict(self) -> State:
-        """timm's bookkeeping of the files there are, and which one is to go."""
+        """Return timm's record of the files there are, and the names of those to be removed."""
         return {'checkpoint_files': list(self._history), 'dropped': list(self._dropped),
                 'best_epoch': self.best_epoch, 'best_metric': self.best_metric}
 
     def load_state_dict(self, state: State, path: Path) -> None:
-        """Go on with the files of an earlier run in the same folder, resumed from ``path``."""
+        """Continue with the files of an earlier run, resumed from ``path``."""
         self._newest = str(path)
         self.best_metric, self.best_epoch = state.get('best_metric'), state.get('best_epoch')
         self._history = [(Path(name).name, metric) for name, metric in state.get('checkpoint_files', ())
@@ -179,8 +193,8 @@ class CheckpointSaver:
 
 
 def _is_finite(state_dict: State) -> bool:
-    """Whether all weights and statistics are; waits for the device once."""
+    """Return True if all weights and statistics are finite. This waits for the device once."""
     values = [value for value in state_dict.values() if value.is_floating_point()]
     sums = [value.sum(dtype=torch.float32) for value in values]
-    # A finite sum has finite terms, and to sum takes an eighth of the time of looking at each.
+    # A finite sum has finite terms, and summing takes an eighth of the time of looking at each.
     return not sums or bool(torch.stack(sums).isfinite().all()) or all(value.isfinite().all() for value in values)

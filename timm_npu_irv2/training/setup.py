@@ -1,4 +1,4 @@
-"""From the options to the things a run is made of: model, task, optimizer, schedule, output folder."""
+"""From the options to the objects of a run: model, task, optimizer, scheduler."""
 
 import contextlib
 import difflib
@@ -8,7 +8,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
@@ -46,9 +46,10 @@ __all__ = [
     'compile_and_distribute',
     'distribute_batch_norm',
     'fast_forward',
-    'global_options',
+    'learning_rate',
     'per_process_batch_size',
     'place_model',
+    'set_global_options',
     'setup_ema',
     'start_wandb',
     'train_settings',
@@ -59,8 +60,12 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 
-def global_options(args: Namespace) -> None:
-    """Switches of whole libraries, and modules that register themselves."""
+def set_global_options(args: Namespace) -> None:
+    """Import --device-modules, and set the switches of whole libraries (--fuser, --fast-norm).
+
+    Raises:
+        UserError: A module cannot be imported.
+    """
     for module in args.device_modules or ():
         try:
             importlib.import_module(module)
@@ -73,7 +78,9 @@ def global_options(args: Namespace) -> None:
 
 
 def per_process_batch_size(args: Namespace, world: World) -> int:
-    """The images of a step that are this process's: --batch-size, which the zoo's launcher divides among all cards.
+    """Return the images of a step in this process.
+
+    With --multiprocessing-distributed, --batch-size is that of all cards together, as in the zoo's script.
 
     Raises:
         UserError: It does not divide evenly.
@@ -87,14 +94,14 @@ def per_process_batch_size(args: Namespace, world: World) -> int:
 
 
 def build_model(args: Namespace) -> nn.Module:
-    """The network on its device and in the device's layout; ``args.num_classes`` becomes its number of classes.
+    """Return timm's model with its initial weights, on the CPU.
 
     Raises:
-        UserError: There is no such model, it does not take an option, or its weights cannot be had.
+        UserError: There is no such model, it does not take an option, or its weights are not available.
     """
     if ':' not in args.model and not is_model(args.model.split('.')[0]):
         close = difflib.get_close_matches(args.model, list_models(), n=3)
-        hint = f' It has {", ".join(close)}.' if close else ''
+        hint = f' Did you mean {" or ".join(close)}?' if close else ''
         raise UserError(f'--model {args.model}: timm has no such model.{hint}')
     given = {'--initial-checkpoint': args.initial_checkpoint, '--pretrained-path': args.pretrained_path}
     for option, path in given.items():
@@ -105,9 +112,8 @@ def build_model(args: Namespace) -> nn.Module:
     except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
         if devices.is_out_of_memory(error):
             raise
-        raise UserError(f'--model {args.model}: {" ".join(str(error).split())[:300]}') from error
-    args.num_classes = args.num_classes or model.num_classes
-    _initialise_head(model, args)
+        raise UserError(f'--model {args.model}: {_one_line(error)}') from error
+    _initialize_head(model, args)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = module.momentum if args.bn_momentum is None else args.bn_momentum
@@ -117,7 +123,11 @@ def build_model(args: Namespace) -> nn.Module:
     return model
 
 
-def _recompute(model: nn.Module, args: Namespace) -> None:
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:300]
+
+
+def _recompute(model: Any, args: Namespace) -> None:
     if args.recompute and not hasattr(model, 'recompute'):
         raise UserError(f'--recompute is for inception_resnet_v2_npu, not {args.model}: use --grad-checkpointing.')
     model.set_grad_checkpointing(args.recompute or True)
@@ -141,7 +151,7 @@ def _create(args: Namespace) -> nn.Module:
 
 
 @torch.no_grad()
-def _initialise_head(model: nn.Module, args: Namespace) -> None:
+def _initialize_head(model: Any, args: Namespace) -> None:
     head = model.get_classifier()
     if args.head_init_scale is not None:
         head.weight.mul_(args.head_init_scale)
@@ -150,24 +160,43 @@ def _initialise_head(model: nn.Module, args: Namespace) -> None:
         head.bias.fill_(args.head_init_bias)
 
 
-def place_model(model: nn.Module, args: Namespace, world: World) -> nn.Module:
-    """Convert the BatchNorm layers as asked, move the network to its device, and script it if asked."""
-    if args.split_bn:
-        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+def place_model(
+        model: nn.Module,
+        world: World,
+        *,
+        channels_last: bool = False,
+        torchscript: bool = False,
+        bn_splits: int = 0,
+        sync_bn: bool = False,
+) -> nn.Module:
+    """Return the model on its device, in the device's layout.
+
+    Args:
+        model: Model on the CPU.
+        world: This process among all, and its device.
+        channels_last: The layout that was asked for. The device's own is used in any case, with a note in the log.
+        torchscript: Compile the model with ``torch.jit.script``.
+        bn_splits: Number of augmentation splits with statistics of their own (--split-bn); 0 for none.
+        sync_bn: Compute the statistics of BatchNorm over all processes.
+
+    Raises:
+        UserError: The device has no synchronized BatchNorm.
+    """
+    if bn_splits:
+        model = convert_splitbn_model(model, bn_splits)
     layout = devices.memory_format(world.device)
-    if args.channels_last and layout != torch.channels_last:
-        _logger.info(f'--channels-last: a {world.device.type} chooses its own layouts, so it has no effect there.')
-    model = model.to(world.device, memory_format=layout)
-    if args.sync_bn and world.distributed:
+    if channels_last and layout != torch.channels_last:
+        _logger.info(f'--channels-last has no effect: a {world.device.type} chooses its own layouts.')
+    model = model.to(world.device, memory_format=layout)  # type: ignore[call-overload]  # torch's stubs lack this form
+    if sync_bn and world.distributed:
         if world.device.type == 'cpu':
-            raise UserError('--sync-bn needs NPUs or GPUs: torch has no synchronised BatchNorm on a CPU.')
-        args.dist_bn = ''  # the statistics are the same everywhere
+            raise UserError('--sync-bn needs NPUs or GPUs: torch has no synchronized BatchNorm on a CPU.')
         model = convert_sync_batchnorm(model)
-    return torch.jit.script(model) if args.torchscript else model
+    return torch.jit.script(model) if torchscript else model
 
 
 def build_precision(args: Namespace, world: World) -> Precision:
-    """What --amp, --amp-dtype, --amp-impl, --opt-level, --loss-scale and --model-dtype say."""
+    """Return the precision of --amp, --amp-dtype, --amp-impl, --opt-level, --loss-scale and --model-dtype."""
     return create_precision(
         world.device,
         amp=args.amp,
@@ -180,17 +209,18 @@ def build_precision(args: Namespace, world: World) -> Precision:
 
 
 def build_task(model: nn.Module, args: Namespace, world: World) -> TrainingTask:
-    """timm's task: the training loss, and a teacher if there is one.
+    """Return timm's task: the model with the training loss, and with a teacher for --kd-model-name.
 
     Raises:
-        UserError: The model cannot be distilled in the way that was asked for, or there is no such teacher.
+        UserError: The model cannot be distilled with --kd-distill-type, or there is no such teacher.
     """
-    common = {'criterion': _training_loss(args), 'device': world.device, 'verbose': world.is_primary}
+    common: dict[str, Any] = {'criterion': _training_loss(args), 'device': world.device, 'verbose': world.is_primary}
     if args.kd_model_name is None:
         return ClassificationTask(model, **common)
     common |= {
         'student_model': model, 'teacher_model': args.kd_model_name,
         'distill_loss_weight': args.distill_loss_weight, 'task_loss_weight': args.task_loss_weight}
+    task: TrainingTask
     try:
         if args.kd_distill_type == 'feature':
             task = FeatureDistillationTask(
@@ -204,20 +234,20 @@ def build_task(model: nn.Module, args: Namespace, world: World) -> TrainingTask:
             task = TokenDistillationTask(
                 **common, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature)
     except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f'--kd-model-name {args.kd_model_name}: {" ".join(str(error).split())[:300]}') from error
-    for parameter in task.teacher.parameters():
+        raise UserError(f'--kd-model-name {args.kd_model_name}: {_one_line(error)}') from error
+    teacher: Any = task.teacher
+    for parameter in teacher.parameters():
         parameter.requires_grad = False
-    _settle_teachers_normalization(task)
+    _fix_teacher_normalization(teacher, task.student_mean, task.student_std)
     return task
 
 
-def _settle_teachers_normalization(task: TrainingTask) -> None:
-    """Decide now whether the teacher wants other images than the student; timm asks the device in every step."""
-    teacher, student = task.teacher, (task.student_mean, task.student_std)
-    alike = all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(student, (teacher.mean_kd, teacher.std_kd), strict=True))
+def _fix_teacher_normalization(teacher: Any, mean: Any, std: Any) -> None:
+    """Decide once if the teacher needs other images than the student; timm asks the device in every step."""
+    pairs = (mean, teacher.mean_kd), (std, teacher.std_kd)
+    alike = all(torch.equal(student.cpu(), own.cpu()) for student, own in pairs)
 
     def normalize_input(images: torch.Tensor, *_: Any) -> torch.Tensor:
-        mean, std = student
         return images if alike else (images * std + mean - teacher.mean_kd) / teacher.std_kd
 
     teacher.normalize_input = normalize_input
@@ -234,36 +264,50 @@ def _training_loss(args: Namespace) -> nn.Module:
     return create_classification_loss('ce', smoothing=args.smoothing, soft_targets=soft)
 
 
-def build_optimizer(model: nn.Module, args: Namespace, world: World, batch_size: float) -> torch.optim.Optimizer:
-    """timm's optimizer for --opt; ``args.lr`` is worked out from --lr-base if it is not given.
+def learning_rate(args: Namespace, batch_size: float) -> float:
+    """Return --lr, or the rate that --lr-base gives for ``batch_size`` images in an update."""
+    if args.lr is not None:
+        return args.lr
+    ratio = batch_size / args.lr_base_size
+    is_adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+    scale = args.lr_base_scale or ('sqrt' if is_adaptive else 'linear')
+    lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+    _logger.info(f'Learning rate {lr:.4g}: {args.lr_base:g} for {args.lr_base_size} images, {scale} scaling.')
+    return lr
 
-    Args:
-        model: The module whose parameters are trained.
-        args: The options.
-        world: This process among all.
-        batch_size: The (mean) batch size of a process.
+
+def build_optimizer(model: nn.Module, args: Namespace, lr: float) -> torch.optim.Optimizer:
+    """Return timm's optimizer for --opt and the options around it.
 
     Raises:
         UserError: There is no such optimizer, or it does not take an option.
     """
-    if not args.lr:
-        ratio = batch_size * world.size * args.grad_accum_steps / args.lr_base_size
-        adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
-        scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
-        args.lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
-        _logger.info(f'Learning rate {args.lr:.4g}: {args.lr_base:g} for {args.lr_base_size} images, {scale} scaling.')
-    return create_optimizer(model, args, **args.opt_kwargs)
+    return create_optimizer(model, args, lr=lr, **args.opt_kwargs)
 
 
-def setup_ema(task: TrainingTask, precision: Precision, args: Namespace) -> None:
-    """Give the task the moving average that --model-ema asks for: of the weights that the optimizer updates."""
-    if args.model_ema:
-        task.trainable_module_ema = ModelEmaV3(
-            precision.float32_model(task.get_trainable_module()),
-            decay=args.model_ema_decay,
-            use_warmup=args.model_ema_warmup,
-            device=torch.device('cpu') if args.model_ema_force_cpu else None,
-        )
+def setup_ema(
+        task: TrainingTask,
+        precision: Precision,
+        *,
+        decay: float,
+        use_warmup: bool = False,
+        on_cpu: bool = False,
+) -> None:
+    """Give the task a moving average of the weights that the optimizer updates.
+
+    Args:
+        task: Task with the module that ``precision.prepare`` returned.
+        precision: Precision of the run, which knows the float32 weights.
+        decay: Decay per update.
+        use_warmup: Let the decay grow at the beginning.
+        on_cpu: Keep the average in host memory.
+    """
+    task.trainable_module_ema = ModelEmaV3(
+        precision.float32_model(cast(nn.Module, task.get_trainable_module())),
+        decay=decay,
+        use_warmup=use_warmup,
+        device=torch.device('cpu') if on_cpu else None,
+    )
 
 
 _COMPRESSIONS = {'fp16': default_hooks.fp16_compress_hook, 'bf16': default_hooks.bf16_compress_hook}
@@ -272,23 +316,38 @@ _COMPRESSIONS = {'fp16': default_hooks.fp16_compress_hook, 'bf16': default_hooks
 def compile_and_distribute(
         task: TrainingTask,
         optimizer: torch.optim.Optimizer,
-        args: Namespace,
         world: World,
+        *,
+        backend: str | None = None,
+        mode: str | None = None,
+        sync_buffers: bool = True,
+        grad_compress: str | None = None,
 ) -> None:
-    """torch.compile, then DistributedDataParallel around it, so that DDP stays out of the compiled graph."""
-    if args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
-    if world.distributed:
-        # torch 2.14 renamed the argument.
-        renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
-        task.prepare_distributed(
-            device_ids=None if world.device.type == 'cpu' else [world.device],
-            gradient_as_bucket_view=not combines_gradients(optimizer),
-            **{'forward_sync_buffers' if renamed else 'broadcast_buffers': not args.no_ddp_bb},
-        )
-        if args.grad_compress:
-            task.trainable_module.register_comm_hook(None, _COMPRESSIONS[args.grad_compress])
+    """Compile the task's model, then wrap it in DistributedDataParallel, so that DDP stays out of the compiled graph.
+
+    Args:
+        task: Task to compile and to distribute.
+        optimizer: Optimizer of the run.
+        world: This process among all. A single one is not wrapped.
+        backend: Backend of torch.compile; None does not compile.
+        mode: Mode of torch.compile.
+        sync_buffers: Broadcast rank 0's buffers before each forward pass.
+        grad_compress: Type in which float32 gradients are sent, 'fp16' or 'bf16'; None sends them as they are.
+    """
+    if backend:
+        task.compile(backend=backend, mode=mode)
+        task.compile_ema(backend=backend, mode=mode)
+    if not world.distributed:
+        return
+    # torch 2.14 renamed the argument.
+    is_renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
+    task.prepare_distributed(
+        device_ids=None if world.device.type == 'cpu' else [world.device],
+        gradient_as_bucket_view=not combines_gradients(optimizer),
+        **{'forward_sync_buffers' if is_renamed else 'broadcast_buffers': sync_buffers},
+    )
+    if grad_compress:
+        cast(DistributedDataParallel, task.trainable_module).register_comm_hook(None, _COMPRESSIONS[grad_compress])
 
 
 def build_scheduler(
@@ -297,10 +356,10 @@ def build_scheduler(
         updates_per_epoch: int,
         decreasing_metric: bool,
 ) -> tuple[Any, int]:
-    """timm's scheduler (None for --sched none), and the number of epochs including warm-up and cool-down.
+    """Return timm's scheduler (None for --sched none), and the number of epochs with warm-up and cool-down.
 
     Raises:
-        UserError: The lengths of its phases do not fit into the run.
+        UserError: The phases of the schedule do not fit into the run.
     """
     if args.epochs == 0:
         return None, 0
@@ -312,40 +371,46 @@ def build_scheduler(
 
 
 def fast_forward(scheduler: Any, position: Position) -> None:
-    """Set the learning rate that timm's scheduler has at ``position``; plateau's follows from what it remembers."""
+    """Set the learning rate of timm's scheduler at ``position``. Plateau's is part of its state instead."""
     if scheduler is None or hasattr(scheduler, 'lr_scheduler') or not position.updates:
         return
     scheduler.step(position.epoch)
     scheduler.step_update(position.updates)
 
 
-def distribute_batch_norm(task: TrainingTask, args: Namespace, world: World) -> None:
-    """Give all processes the same running statistics of BatchNorm, as --dist-bn says."""
-    if not world.distributed or not args.dist_bn:
+def distribute_batch_norm(task: TrainingTask, world: World, mode: str, *, include_ema: bool = True) -> None:
+    """Give all processes the same running statistics of BatchNorm.
+
+    Args:
+        task: Task whose modules have the statistics.
+        world: This process among all.
+        mode: 'reduce' for the mean over the processes, 'broadcast' for rank 0's; '' leaves them as they are.
+        include_ema: Do the same to the moving average.
+    """
+    if not world.distributed or not mode:
         return
-    reduce = args.dist_bn == 'reduce'
-    distribute_bn(task.get_trainable_module(), world.size, reduce)
-    if task.has_ema() and not args.model_ema_force_cpu:
-        distribute_bn(task.get_trainable_module(ema=True), world.size, reduce)
+    distribute_bn(task.get_trainable_module(), world.size, mode == 'reduce')
+    if include_ema and task.has_ema():
+        distribute_bn(task.get_trainable_module(ema=True), world.size, mode == 'reduce')
 
 
 @contextlib.contextmanager
-def translate_out_of_memory(args: Namespace, world: World) -> Iterator[None]:
-    """Turn the device's lack of memory into advice."""
+def translate_out_of_memory(world: World, batch_size: int, grad_accum_steps: int) -> Iterator[None]:
+    """Translate the device's lack of memory into a UserError that names a smaller --batch-size."""
     try:
         yield
     except RuntimeError as error:
         if not devices.is_out_of_memory(error):
             raise
-        half, steps = max(1, args.batch_size // 2), args.grad_accum_steps
         raise UserError(
-            f'{world.device}: out of memory with --batch-size {args.batch_size}. Try --batch-size {half} '
-            f'--grad-accum-steps {2 * steps}, which updates alike, or --grad-checkpointing.') from error
+            f'{world.device}: out of memory with --batch-size {batch_size}. Try --batch-size '
+            f'{max(1, batch_size // 2)} --grad-accum-steps {2 * grad_accum_steps}, which makes the same updates, or '
+            '--grad-checkpointing.') from error
 
 
 @contextlib.contextmanager
 def translate_lost_process_errors(world: World, advice: str) -> Iterator[None]:
-    """Turn the end of another process into one line: of one that loads images, or of another rank."""
+    """Translate the loss of a loading process or of another rank into a UserError that ends with ``advice``."""
     try:
         yield
     except RuntimeError as error:
@@ -359,7 +424,12 @@ def translate_lost_process_errors(world: World, advice: str) -> Iterator[None]:
 
 
 def train_settings(args: Namespace, batch_size_reference: float) -> TrainSettings:
-    """The options that a training step needs."""
+    """Return the options of a training step.
+
+    Args:
+        args: Options of train.py.
+        batch_size_reference: Batch size whose loss has weight 1.
+    """
     return TrainSettings(
         grad_accum_steps=args.grad_accum_steps,
         clip_grad=args.clip_grad,
@@ -373,10 +443,12 @@ def train_settings(args: Namespace, batch_size_reference: float) -> TrainSetting
 
 
 def start_wandb(args: Namespace, name: str) -> Callable[[dict[str, Any]], None]:
-    """Begin a run of Weights & Biases; what logs a row of figures to it (nothing without --log-wandb).
+    """Start a run of Weights & Biases and return the function that logs a row of figures to it.
+
+    Without --log-wandb the function does nothing.
 
     Raises:
-        UserError: It is not installed.
+        UserError: The package wandb is not installed.
     """
     if not args.log_wandb:
         return lambda row: None
