@@ -509,7 +509,7 @@ def test_a_disk_that_is_full_stops_the_run_and_spoils_nothing(images, tmp_path):
     process = command(images, tmp_path, '--epochs', '4', '--resume', 'auto', preexec_fn=small_files)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and 'Traceback' not in out, out
-    assert re.search(r'train.py: error: cannot write \S+last\.pth\.tar: .*Earlier checkpoints are untouched\.', out), out
+    assert re.search(r'error: cannot write \S+last\.pth\.tar: .*Earlier checkpoints are untouched\.', out), out
     after = {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir() if path.name.endswith('.pth.tar')}
     assert after == before
     assert_no_file_is_half_written(tmp_path / 'run')
