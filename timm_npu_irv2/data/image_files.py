@@ -1,0 +1,164 @@
+"""Images to classify, by name: files, folders and data sets, decoded by threads."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils import natural_key
+from torch import Tensor
+
+from ..errors import UserError
+from .decode import to_pil_mode
+
+__all__ = ['DatasetImages', 'ImageFiles', 'NamedImages', 'decode_batches', 'find_files']
+
+_logger = logging.getLogger(__name__)
+
+
+class NamedImages(Protocol):
+    """Images with an index and a name.
+
+    Attributes:
+        max_threads: Number of threads that may read images at a time; None for any.
+    """
+
+    max_threads: int | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    def name(self, index: int, full: bool = False) -> str:
+        """Return the name of an image, or its path if ``full``."""
+        ...
+
+
+class ImageFiles:
+    """Image files.
+
+    Args:
+        paths: Paths of the files.
+        mode: PIL mode of the images, such as 'RGB'.
+    """
+
+    max_threads: int | None = None
+
+    def __init__(self, paths: Iterable[Path], mode: str):
+        self.paths, self.mode = list(paths), mode
+        self._ambiguous = len({path.name for path in self.paths}) < len(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        with Image.open(self.paths[index]) as image:
+            return to_pil_mode(image, self.mode)
+
+    def name(self, index: int, full: bool = False) -> str:
+        """Return the name of a file, or its path if ``full`` or if several files have the same name."""
+        path = self.paths[index]
+        return path.as_posix() if full or self._ambiguous else path.name
+
+
+class DatasetImages:
+    """Images of a data set of timm or torchvision with an index; their labels are ignored."""
+
+    max_threads: int | None = 1  # timm's readers may share a file between samples
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self.dataset[index][0]
+
+    def name(self, index: int, full: bool = False) -> str:
+        """Return the name of a sample, or its index if it has none."""
+        return str(self.dataset.filename(index, basename=not full) if hasattr(self.dataset, 'filename') else index)
+
+
+def find_files(places: Iterable[str], mode: str) -> ImageFiles:
+    """Return the image files that are named, and those in the folders that are named, in natural order.
+
+    Args:
+        places: Files and folders; folders are searched to any depth.
+        mode: PIL mode of the images.
+
+    Raises:
+        UserError: No such file or folder, or a folder without images.
+    """
+    extensions = get_img_extensions(as_set=True)
+    paths: list[Path] = []
+    for place in map(Path, places):
+        if not place.exists():
+            raise UserError(f'{place}: no such file or folder.')
+        if not place.is_dir():
+            paths.append(place)
+            continue
+        found = [path for path in place.rglob('*') if path.suffix.lower() in extensions]
+        if not found:
+            raise UserError(f'{place}: no images in this folder.')
+        paths += sorted(found, key=lambda path: natural_key(path.as_posix()))
+    return ImageFiles(paths, mode)
+
+
+def decode_batches(
+        images: NamedImages,
+        transform: Callable[[Image.Image], np.ndarray],
+        *,
+        batch_size: int,
+        num_threads: int,
+        on_bad_image: str = 'stop',
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield batches of indices and uint8 images (N, C, H, W), decoded up to two batches ahead.
+
+    Args:
+        images: Images to decode.
+        transform: Function from an image to uint8 (C, H, W).
+        batch_size: Largest number of images in a batch.
+        num_threads: Number of threads that decode.
+        on_bad_image: 'stop' or 'skip' at an image that cannot be read.
+
+    Raises:
+        UserError: An image cannot be read, and ``on_bad_image`` is 'stop'.
+    """
+    indices = iter(range(len(images)))
+    queue: deque[tuple[int, Future[np.ndarray]]] = deque()
+    with ThreadPoolExecutor(max(1, min(num_threads, images.max_threads or num_threads))) as pool:
+        def refill() -> None:
+            for index in islice(indices, 2 * batch_size - len(queue)):
+                queue.append((index, pool.submit(lambda index=index: transform(images[index]))))
+
+        try:
+            refill()
+            while queue:
+                batch = {}
+                for index, future in [queue.popleft() for _ in range(min(batch_size, len(queue)))]:
+                    try:
+                        batch[index] = future.result()
+                    except Exception as error:  # as many types as there are image formats
+                        _handle_bad_image(images.name(index, full=True), error, on_bad_image)
+                refill()
+                if batch:
+                    yield list(batch), torch.from_numpy(np.stack(list(batch.values())))
+        finally:
+            for _, future in queue:
+                future.cancel()
+
+
+def _handle_bad_image(name: str, error: Exception, on_bad_image: str) -> None:
+    reason = ' '.join((str(error) or type(error).__name__).split())[:200]
+    if on_bad_image == 'stop':
+        raise UserError(
+            f'image {name} cannot be read: {reason}; --on-bad-image skip leaves such images out.') from error
+    _logger.warning(f'Skipped image {name}, which cannot be read: {reason}')
