@@ -193,9 +193,10 @@ def test_a_config_of_a_training_run_is_read(results, images, checkpoint, tmp_pat
 def test_checkpoints_of_any_dialect(reference_state_dict, tmp_path, dialect):
     state_dict = {f'module.{key}': value for key, value in weights.convert(reference_state_dict, dialect).items()}
     torch.save({'state_dict': state_dict}, tmp_path / 'model.pth.tar')
-    args = validate.parse(['--checkpoint', str(tmp_path / 'model.pth.tar')])
-    loaded = validate.load_model(args).state_dict()
-    assert args.num_classes == 1000
+    path = str(tmp_path / 'model.pth.tar')
+    model = validate.load_model(validate.parse(['--checkpoint', path]), validate.Candidate('inception_resnet_v2_npu', path))
+    assert model.num_classes == 1000
+    loaded = model.state_dict()
     for key, value in weights.convert(reference_state_dict, 'npu').items():
         assert torch.equal(loaded[key], value)
 
@@ -278,9 +279,9 @@ def test_errors_are_one_line(images, checkpoint, tmp_path, capfd, words, message
 def test_out_of_memory_is_one_line_and_retried_if_asked(results, monkeypatch):
     sizes = []
 
-    def measure(args, world):
-        sizes.append(args.batch_size)
-        if args.batch_size > 10:
+    def measure(args, world, candidate, batch_size):
+        sizes.append(batch_size)
+        if batch_size > 10:
             raise torch.OutOfMemoryError('out of memory')
         return {'top1': 1.0}
 

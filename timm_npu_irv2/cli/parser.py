@@ -107,7 +107,7 @@ def parse_flags(
     args = parser.parse_args(arguments, args)
     del args.config
     for flag in _flags(groups):
-        if flag.rest.get('nargs') == '*':
+        if flag.type is key_values:
             setattr(args, flag.dest, dict(getattr(args, flag.dest) or {}))
         _check_range(flag, getattr(args, flag.dest))
     return args
@@ -132,7 +132,8 @@ def _build_parser(groups: Iterable[Group], prog: str, description: str) -> _Pars
     parser = _Parser(
         prog=prog, description=description, usage='%(prog)s [DIR] [-c FILE] [options]', allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; options on the command line take precedence')
+    parser.add_argument('-c', '--config', metavar='FILE',
+                        help='YAML file of options; options on the command line take precedence')
     for group in groups:
         section = parser.add_argument_group(group.title)
         for flag in group.flags:
