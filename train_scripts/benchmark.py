@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measure this network beside its peers.
+"""Compare this network with others: cost, speed, memory.
 
-    python train_scripts/benchmark.py step            # what a training step costs: calls, bytes, memory (counted)
-    python train_scripts/benchmark.py train --amp     # images/s of training, alternated with timm's network
-    python train_scripts/benchmark.py infer           # images/s and latency of inference, alternated with others
-    python train_scripts/benchmark.py ops             # each fused operator against plain operations
-    python train_scripts/benchmark.py table report.json …     # rows for the README from runs of train.py
+    python train_scripts/benchmark.py step            # cost of a training step: calls, bytes, memory (counted)
+    python train_scripts/benchmark.py train --amp     # images/s of training, in turn with timm's network
+    python train_scripts/benchmark.py infer           # images/s and latency of inference, in turn with others
+    python train_scripts/benchmark.py ops             # each fused operator against unfused ones
+    python train_scripts/benchmark.py table report.json …     # rows for the README from reports of train.py
 """
 
 import argparse
@@ -21,12 +21,12 @@ COMMANDS = {'step': step, 'train': training, 'infer': inference, 'ops': operator
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the options."""
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument('--device', default=None, help='npu, cuda or cpu (default: the best there is)')
-    shared.add_argument('--img-size', type=int, default=299, help='height and width of an image (default: 299)')
-    shared.add_argument('--json', type=Path, metavar='FILE', help='write all figures there')
-    shared.add_argument('--chart', type=Path, metavar='FILE', help='draw them there (.png, .svg or .pdf)')
+    shared.add_argument('--device', default=None, help='npu, cuda or cpu (default: the best one available)')
+    shared.add_argument('--img-size', type=int, default=299, help='height and width of the images (default: 299)')
+    shared.add_argument('--json', type=Path, metavar='FILE', help='JSON file to write all figures to')
+    shared.add_argument('--chart', type=Path, metavar='FILE', help='file to draw the figures into (.png, .svg or .pdf)')
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
     for name, module in COMMANDS.items():
@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, print, write; the exit code."""
+    """Run the benchmark, write its figures, and return the exit code."""
     args = parse_args()
     try:
         result = COMMANDS[args.command].run(args)
@@ -55,7 +55,7 @@ def main() -> int:
         return 2
     except Exception as error:
         if devices.is_out_of_memory(error):
-            print('benchmark.py: error: the memory of the device is exhausted: use a smaller --batch-size.',
+            print('benchmark.py: error: out of memory: use a smaller --batch-size.',
                   file=sys.stderr)
             return 2
         raise

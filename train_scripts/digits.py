@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""scikit-learn's handwritten digits as a folder of images: 1437 to train on, the last 360 held out.
+"""Write scikit-learn's handwritten digits as a folder of images: 1437 for training, the last 360 for validation.
 
     python train_scripts/digits.py DIR
 """
@@ -15,7 +15,7 @@ SIDE = 64  # pixels; the digits have 8 x 8
 
 
 def write_digits(folder: Path) -> None:
-    """Write ``folder``/train/<digit>/<number>.png and ``folder``/val/…; images that are there are not written again."""
+    """Write ``folder``/train/<digit>/<number>.png and ``folder``/val/…; existing images are kept."""
     digits = load_digits()
     first_held_out = len(digits.images) - HELD_OUT
     for number, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):

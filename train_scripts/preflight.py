@@ -1,35 +1,35 @@
-"""What can be known to be wrong before any process starts, in one line. Called by the launchers.
+"""Check options, data, devices and port before any process starts. Called by the launchers.
 
-    python train_scripts/preflight.py LAUNCHER train.py|validate.py PROCESSES [options of the script]
+Usage: python train_scripts/preflight.py LAUNCHER train.py|validate.py PROCESSES [options of the script]
 """
 
 import os
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2.cli.script import run_script
+from timm_npu_irv2.data.dataset import find_root
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.training.options import parse_args
 
 
 def main(argv: Sequence[str]) -> int:
-    """Raise UserError for wrong options, missing data or devices, and a port that is taken."""
+    """Raise UserError for wrong options, missing data or devices, or a port in use."""
     script, processes, options = argv[0], int(argv[1]), argv[2:]
     if script == 'validate.py':
         import validate  # noqa: PLC0415 (beside this file)
 
         args = validate.parse(options)
+        splits = [args.split]
     else:
         args = parse_args(options)
         check_restarts(args.experiment)
+        splits = [split for split in (args.train_split, args.val_split) if split]
     check_devices(args.device, processes)
-    if not args.dataset and not args.data_dir:
-        raise UserError('no data: name the folder that holds train/ and val/ with --data-dir.')
-    if not args.dataset and not Path(args.data_dir).exists():
-        raise UserError(f"data folder '{args.data_dir}' does not exist: check --data-dir.")
+    for split in splits:
+        find_root(args.dataset, args.data_dir, split)
     check_port()
     return 0
 
@@ -37,28 +37,23 @@ def main(argv: Sequence[str]) -> int:
 def check_devices(name: str | None, processes: int) -> None:
     """Raise UserError unless there is a device for each process."""
     devices.load_backends()
-    kind = (name or devices.default_device()).split(':')[0]
-    if kind == 'cpu':
-        return
-    devices.resolve_device(kind)  # says what is missing if there is none
-    available = devices.device_count(kind)
-    if processes > available:
-        raise UserError(f'{processes} processes need as many devices; this machine has {available} {kind} device(s).')
+    kind = (name or devices.default_device()).partition(':')[0]
+    devices.resolve_device(kind, local_rank=processes - 1)
 
 
 def check_restarts(experiment: str) -> None:
-    """Raise UserError if a restart would not find the folder to go on in."""
+    """Raise UserError if a restart would not find the folder of the run."""
     if os.environ.get('MAX_RESTARTS', '0') != '0' and not experiment:
-        raise UserError('MAX_RESTARTS needs --experiment, which names the folder that a restart goes on in.')
+        raise UserError('MAX_RESTARTS needs --experiment, the folder that a restart continues in.')
 
 
 def check_port() -> None:
-    """Raise UserError if this machine is to be the meeting point and its port is taken."""
+    """Raise UserError if this machine is the meeting point and its port is in use."""
     port = os.environ.get('MASTER_PORT')
     if port is None or os.environ.get('NODE_RANK', '0') != '0':
         return
     if not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"MASTER_PORT '{port}' is no port: use a number below 65536.")
+        raise UserError(f"MASTER_PORT '{port}' is not a port: use a number below 65536.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

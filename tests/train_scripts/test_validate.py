@@ -194,7 +194,8 @@ def test_checkpoints_of_any_dialect(reference_state_dict, tmp_path, dialect):
     state_dict = {f'module.{key}': value for key, value in weights.convert(reference_state_dict, dialect).items()}
     torch.save({'state_dict': state_dict}, tmp_path / 'model.pth.tar')
     path = str(tmp_path / 'model.pth.tar')
-    model = validate.load_model(validate.parse(['--checkpoint', path]), validate.Candidate('inception_resnet_v2_npu', path))
+    args, candidate = validate.parse(['--checkpoint', path]), validate.Candidate('inception_resnet_v2_npu', path)
+    model = validate.load_model(args, candidate)
     assert model.num_classes == 1000
     loaded = model.state_dict()
     for key, value in weights.convert(reference_state_dict, 'npu').items():

@@ -29,7 +29,7 @@ def check_image_size(model: str, sizes: Iterable[int]) -> None:
         model: Name of the model; other models are not checked.
         sizes: Heights and widths in pixels.
     """
-    smallest = get_pretrained_cfg(OUR_MODEL).min_input_size[-1]
+    smallest = get_pretrained_cfg(OUR_MODEL).to_dict()['min_input_size'][-1]  # type: ignore[union-attr]  # it exists
     size = min(sizes, default=smallest)
     if model.startswith('inception_resnet_v2') and size < smallest:
         raise UserError(f'image size {size}: Inception-ResNet-v2 needs at least {smallest} pixels.')

@@ -14,23 +14,17 @@ def prepare_model(
         dtype: torch.dtype = torch.float32,
         *,
         torchscript: bool = False,
-        compile_backend: str | None = None,
-        compile_mode: str | None = None,
 ) -> nn.Module:
-    """Return a model in evaluation mode on its device, in the layout of the device, scripted or compiled if asked.
+    """Return a model in evaluation mode on its device, in the layout of the device.
 
     Args:
         model: Network with its weights.
         device: Device of the evaluation.
         dtype: Type of the weights.
-        torchscript: Script the model.
-        compile_backend: Backend of torch.compile; None for none.
-        compile_mode: Mode of torch.compile.
+        torchscript: Compile the model with torch.jit.script.
     """
     model = model.to(dtype).eval().to(device, memory_format=devices.memory_format(device))  # type: ignore[call-overload]  # torch's stubs lack memory_format with a device
-    if torchscript:
-        return torch.jit.script(model)
-    return torch.compile(model, backend=compile_backend, mode=compile_mode) if compile_backend else model
+    return torch.jit.script(model) if torchscript else model
 
 
 def describe_precision(dtype: torch.dtype, autocast: torch.dtype | None = None) -> str:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ..errors import UserError, first_line
 from .splits import check_split_name, find_split
 
-__all__ = ['check_num_classes', 'check_same_classes', 'class_to_idx', 'open_dataset']
+__all__ = ['check_num_classes', 'check_same_classes', 'class_to_idx', 'find_root', 'open_dataset']
 
 # Data sets of torchvision with two splits: timm takes the second one for any name but train.
 TRAIN_OR_TEST = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
@@ -35,13 +35,8 @@ def open_dataset(name: str, root: str | None, split: str, *, class_map: str = ''
     Raises:
         UserError: No such folder or split, no image in it or in one of its class folders, or no such data set.
     """
-    kind, _, rest = name.lower().partition('/')
-    if not rest or rest in ('folder', 'image_folder'):
-        if not root:
-            raise UserError('no data: name the folder that holds train/ and val/ with --data-dir.')
-        root, options['search_split'] = str(find_split(root, split)), False
-    elif kind == 'torch' and rest in TRAIN_OR_TEST:
-        check_split_name(split)
+    if (path := find_root(name, root, split)) is not None:
+        root, options['search_split'] = str(path), False
     options['class_map'] = class_map
     try:
         dataset = create_dataset(name, root=root, split=split, **options)
@@ -51,6 +46,27 @@ def open_dataset(name: str, root: str | None, split: str, *, class_map: str = ''
     if folder is not None and not class_map and Path(folder).is_dir():
         _check_no_class_is_empty(Path(folder), dataset.filenames())
     return dataset
+
+
+def find_root(name: str, root: str | None, split: str) -> Path | None:
+    """Return the folder or tar file of a split; None for data sets that are not a folder of images.
+
+    Args:
+        name: '<type>/<name>' as timm takes it; empty for a folder or a tar file.
+        root: Folder or tar file.
+        split: Name of the split.
+
+    Raises:
+        UserError: No such folder or split.
+    """
+    kind, _, rest = name.lower().partition('/')
+    if not rest or rest in ('folder', 'image_folder'):
+        if not root:
+            raise UserError('no data: name the folder that holds train/ and val/ with --data-dir.')
+        return find_split(root, split)
+    if kind == 'torch' and rest in TRAIN_OR_TEST:
+        check_split_name(split)
+    return None
 
 
 def _check_no_class_is_empty(root: Path, names: Sequence[str]) -> None:

@@ -135,9 +135,12 @@ def decode_batches(
     indices = iter(range(len(images)))
     queue: deque[tuple[int, Future[np.ndarray]]] = deque()
     with ThreadPoolExecutor(max(1, min(num_threads, images.max_threads or num_threads))) as pool:
+        def decode(index: int) -> np.ndarray:
+            return transform(images[index])
+
         def refill() -> None:
             for index in islice(indices, 2 * batch_size - len(queue)):
-                queue.append((index, pool.submit(lambda index=index: transform(images[index]))))
+                queue.append((index, pool.submit(decode, index)))
 
         try:
             refill()

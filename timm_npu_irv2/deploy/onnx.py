@@ -1,4 +1,4 @@
-"""The network as an ONNX file, for ONNX Runtime, OpenVINO and, through ATC, for Ascend's inference cards."""
+"""Export to ONNX, for ONNX Runtime, OpenVINO and, through ATC, Ascend's inference devices."""
 
 import io
 import json
@@ -21,17 +21,20 @@ from .network import InferenceNetwork
 
 __all__ = ['OPSET', 'SOC_VERSIONS', 'AtcCommand', 'check', 'export', 'optional', 'preprocessing', 'session', 'write']
 
-# Of the operators of this graph every version up to 18 is on ATC's list of supported ones; 13 is the lowest with which
-# weights can be quantised channel by channel.
+# ATC supports all operators of this graph up to version 18; 13 is the lowest that allows quantisation per channel.
 OPSET = 13
 INPUT, OUTPUT = 'images', 'logits'
-PREPROCESSING = 'timm_npu_irv2.preprocessing'  # the key of the file's metadata
+PREPROCESSING = 'timm_npu_irv2.preprocessing'  # key in the metadata of the file
 
 SOC_VERSIONS = ('Ascend310P3', 'Ascend910B3')
 
 
 def optional(name: str) -> ModuleType:
-    """A package of the extra 'export'. Raises UserError where it is missing."""
+    """Import a package of the extra 'export'.
+
+    Raises:
+        UserError: It is not installed.
+    """
     try:
         return __import__(name, fromlist=['*'])
     except ImportError as error:
@@ -54,19 +57,19 @@ def export(
     """Write ``network`` as an ONNX file with an input 'images' and an output 'logits'.
 
     Args:
-        network: What ``to_inference`` gives, on the CPU and in float32.
-        path: The file.
-        uint8: Take uint8 images; otherwise float32, normalised ones.
-        batch_size: A fixed number of images; None for any.
-        img_size: (height, width); None for what ``pretrained_cfg`` says.
-        dynamic_size: Take images of any size from 75 px on.
-        opset: Version of ONNX's operators.
-        dynamo: Use torch's newer exporter, which knows no opset below 18.
-        options: Of ``torch.onnx.export``.
+        network: Network of ``to_inference``, on the CPU and in float32.
+        path: File to write.
+        uint8: Take uint8 images, otherwise normalised float32 images.
+        batch_size: Fixed batch size; None for any.
+        img_size: (height, width); None for that of ``pretrained_cfg``.
+        dynamic_size: Take images of any size of at least 75 px.
+        opset: Version of the ONNX operators.
+        dynamo: Use the newer exporter of torch, which needs opset 18.
+        options: Further arguments of ``torch.onnx.export``.
 
     Raises:
-        CannotWrite: The file can't be put there.
-        UserError: onnx is missing, or torch can't export with these options.
+        CannotWrite: The file cannot be written.
+        UserError: onnx is not installed, or torch cannot export with these options.
     """
     height, width = img_size or network.pretrained_cfg.get('input_size', (3, 299, 299))[1:]
     shape = (batch_size or 2, network.in_chans, height, width)  # 1 would be taken for a constant
@@ -81,25 +84,37 @@ def export(
     onnx, buffer = optional('onnx'), io.BytesIO()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # that there is a newer exporter
+            warnings.simplefilter('ignore')  # about the newer exporter
             program = torch.onnx.export(
-                network, (example,), None if dynamo else buffer, opset_version=opset, dynamo=dynamo,
+                network, (example,), None if dynamo else buffer, opset_version=opset, dynamo=dynamo,  # type: ignore[arg-type]  # takes buffers, too
                 input_names=[INPUT], output_names=[OUTPUT], **options)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
-        raise UserError(f'torch cannot export this: {first_line(error)}') from error
-    model = program.model_proto if dynamo else onnx.load_from_string(buffer.getvalue())
+        raise UserError(f'torch cannot export with these options: {first_line(error)}') from error
+    model = program.model_proto if program is not None else onnx.load_from_string(buffer.getvalue())
     config = {**network.pretrained_cfg, 'input_size': shape[1:], 'uint8': uint8}
     onnx.helper.set_model_props(model, {PREPROCESSING: json.dumps(config)})
     write(model, path)
 
 
 def write(model: Any, path: str | os.PathLike) -> None:
-    """Write an ONNX model, whole or not at all. Raises CannotWrite."""
+    """Write an ONNX model atomically.
+
+    Raises:
+        CannotWrite: The file cannot be written.
+    """
     atomic_write(path, model.SerializeToString())
 
 
 def session(path: str | os.PathLike, threads: int = 0) -> Any:
-    """ONNX Runtime's session for a file, on the CPU. Raises UserError if the file is no model or ORT is missing."""
+    """Open a file with ONNX Runtime, on the CPU.
+
+    Args:
+        path: ONNX file.
+        threads: Number of threads; 0 for the default of ONNX Runtime.
+
+    Raises:
+        UserError: The file is not an ONNX model, or onnxruntime is not installed.
+    """
     runtime = optional('onnxruntime')
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -111,7 +126,11 @@ def session(path: str | os.PathLike, threads: int = 0) -> Any:
 
 
 def preprocessing(path: str | os.PathLike) -> dict[str, Any]:
-    """What :func:`export` wrote into the file's metadata: timm's names, and ``uint8``. Raises UserError without it."""
+    """Return the preprocessing in the metadata of a file that :func:`export` wrote: timm's names, and ``uint8``.
+
+    Raises:
+        UserError: The file is not an ONNX model, or has no such metadata.
+    """
     damaged = optional('google.protobuf.message').DecodeError  # protobuf comes with onnx
     try:
         model = optional('onnx').load(str(path))
@@ -119,14 +138,17 @@ def preprocessing(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f'{path} cannot be read as an ONNX model: {first_line(error)}') from error
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     if PREPROCESSING not in metadata:
-        raise UserError(f'{path} says nothing about its preprocessing: export it with train_scripts/onnx_export.py.')
+        raise UserError(f'{path} does not contain its preprocessing: export it with train_scripts/onnx_export.py.')
     return json.loads(metadata[PREPROCESSING])
 
 
 def check(network: InferenceNetwork, path: str | os.PathLike, batch_sizes: Sequence[int] = (1, 3)) -> float:
-    """The largest relative error (norm of the difference over norm) of ONNX Runtime's output against PyTorch's.
+    """Return the largest relative error of ONNX Runtime's outputs against PyTorch's: norm of the difference over norm.
 
-    Random images in batches of ``batch_sizes``, or of the file's own size where it is fixed.
+    Args:
+        network: Network that was exported.
+        path: ONNX file.
+        batch_sizes: Batch sizes of the random images; a fixed batch size of the file takes precedence.
     """
     runner = session(path)
     given = runner.get_inputs()[0]
@@ -146,14 +168,14 @@ def check(network: InferenceNetwork, path: str | os.PathLike, batch_sizes: Seque
 
 
 class AtcCommand:
-    """The command that compiles an ONNX file for an Ascend card (CANN's ATC), without AIPP: normalisation is inside.
+    """A command of CANN's ATC that compiles an ONNX file for an Ascend device. It needs no AIPP to normalise images.
 
     Args:
-        model: The ONNX file.
-        soc_version: The card, as ``npu-smi info`` names it, with 'Ascend' before it.
-        input_shape: Of the model's input, a name or None for what may vary.
-        batch_sizes: Which batches to compile for, where the model takes any.
-        folder: Where to write; None for the model's.
+        model: ONNX file.
+        soc_version: Device type: the name that ``npu-smi info`` shows, with 'Ascend' before it.
+        input_shape: Shape of the input, with a name or None for a variable size.
+        batch_sizes: Batch sizes to compile for, if the model takes any.
+        folder: Folder of the result; None for that of the model.
     """
 
     def __init__(
@@ -178,17 +200,21 @@ class AtcCommand:
         return shlex.join(self.words)
 
     def check(self, force: bool = False) -> None:
-        """Raises UserError if ATC is not there, or the .om file is there already and not to be overwritten."""
+        """Raise UserError if ATC is not installed, or the .om file exists and ``force`` is false."""
         if self.output.exists() and not force:
             raise UserError(f'{self.output} exists: --force overwrites it.')
         if shutil.which('atc') is None:
-            raise UserError("--atc: there is no atc here. Install CANN's toolkit and source its set_env.sh first.")
+            raise UserError("--atc: atc is not found. Install the CANN toolkit and source its set_env.sh first.")
 
     def run(self, force: bool = False) -> None:
-        """Run it. Raises UserError if that can't be done (see :meth:`check`), or ATC fails."""
+        """Run the command.
+
+        Raises:
+            UserError: See :meth:`check`; or ATC fails.
+        """
         self.check(force)
         done = subprocess.run(self.words, check=False)
         if done.returncode:
-            raise UserError(f'atc failed with exit code {done.returncode}; its last lines above say why.')
+            raise UserError(f'atc failed with exit code {done.returncode}; see its messages above.')
         if not self.output.exists():
-            raise UserError(f'atc ended well but has left no {self.output}.')
+            raise UserError(f'atc reported success but did not write {self.output}.')

@@ -8,11 +8,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from .. import precision
 from ..cli.checks import check_image_size, check_rules
 from ..cli.flags import REFUSED, TRAIN_FLAGS
 from ..cli.parser import parse_flags
 
-__all__ = ['parse_args']
+__all__ = ['parse_args', 'precision_options']
 
 PUBLISHED = ('inception_resnet_v2_npu', 'inception_resnet_v2')  # models that hub.export accepts
 
@@ -34,7 +37,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "where two names are given, the second is Ascend ModelZoo's. '-' and '_' in names are the same."))
     _settle(args)
     check_image_size(args.model, _image_sizes(args))
-    for rules in _model_rules, _loss_rules, _precision_rules, _process_rules, _schedule_rules:
+    precision.check_options(**precision_options(args))
+    for rules in _model_rules, _loss_rules, _process_rules, _schedule_rules:
         check_rules(rules(args))
     return args
 
@@ -93,13 +97,16 @@ def _loss_rules(args: argparse.Namespace) -> _Rules:
     ]
 
 
-def _precision_rules(args: argparse.Namespace) -> _Rules:
-    return [
-        (args.amp and args.model_dtype not in (None, 'float32'),
-         f'--model-dtype {args.model_dtype} is for training without --amp: leave one out.'),
-        (args.amp_impl == 'apex' and not args.amp, '--amp-impl apex needs --amp or --opt-level O1 or O2.'),
-        (args.loss_scale is not None and not args.amp, '--loss-scale needs --amp or --opt-level O1 or O2.'),
-    ]
+def precision_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of :func:`timm_npu_irv2.precision.create_precision`."""
+    return {
+        'amp': args.amp,
+        'amp_impl': args.amp_impl,
+        'amp_dtype': getattr(torch, args.amp_dtype) if args.amp_dtype else None,
+        'opt_level': args.opt_level,
+        'loss_scale': args.loss_scale,
+        'model_dtype': getattr(torch, args.model_dtype) if args.model_dtype else None,
+    }
 
 
 def _process_rules(args: argparse.Namespace) -> _Rules:
