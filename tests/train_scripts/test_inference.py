@@ -266,7 +266,7 @@ def test_gradcam_is_the_class_activation_map_where_the_head_is_linear():
     (['IMAGES', '--aot-autograd'], 'aot_eager'),
     (['IMAGES', '--topkk', '3'], 'Did you mean --topk'),
     (['IMAGES', '--picture', 'missing/x.png', 'MODEL'], 'there is no folder missing'),
-    (['IMAGES', '--gradcam', '--picture', 'x.png', 'MODEL', '--img-size', '32'], 'no places to tell apart'),
+    (['IMAGES', '--gradcam', '--picture', 'x.png', 'MODEL', '--img-size', '32'], 'too small for a heat map'),
 ])
 def test_mistakes_are_told_in_a_line(fails, images, checkpoint, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
@@ -278,5 +278,5 @@ def test_mistakes_are_told_in_a_line(fails, images, checkpoint, tmp_path, monkey
 
 def test_gradcam_needs_places():
     model = timm.create_model('test_vit').eval()
-    with pytest.raises(UserError, match='no places to tell apart'):
+    with pytest.raises(UserError, match='too small for a heat map'):
         gradcam(model, torch.zeros(1, 3, 160, 160), torch.tensor([0]))
