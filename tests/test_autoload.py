@@ -18,6 +18,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize('imports', [
     'import timm', 'import torch, timm', 'import timm.models, timm', 'import timm; import timm_npu_irv2',
+    'import timm_npu_irv2.model, timm', 'import timm_npu_irv2.optim, timm',
 ])
 def test_no_import_is_needed(imports):
     done = run(f'{imports}\n{KNOWS}')

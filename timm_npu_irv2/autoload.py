@@ -27,11 +27,11 @@ def register() -> None:
 def _import_plugin() -> None:
     try:
         from . import device as devices  # noqa: PLC0415 - heavy, and needs timm
-        from . import model, optim
 
         devices.load_backends()
-        optim.register_optimizers()
-        assert model.inception_resnet_v2_npu  # timm's decorator registered it
+        # They register what they define at their end; one of them may be half imported now, if it is what imports timm.
+        importlib.import_module('.model', __package__)
+        importlib.import_module('.optim', __package__)
     except Exception as error:  # timm must stay usable, whatever is wrong with us
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         warnings.warn(f'timm_npu_irv2 could not register its models with timm ({reason})', stacklevel=2)

@@ -267,3 +267,6 @@ def gradient_holders(optimizer: Optimizer) -> list[Tensor]:
     for holder, gradient in zip(holders, gradients, strict=True):
         holder.grad = gradient
     return holders
+
+
+register_optimizers()
