@@ -209,7 +209,7 @@ def test_batches_are_counted_on_the_host_and_saved(small):
     model = copy.deepcopy(small).train()
     with torch.no_grad():
         model(torch.randn(2, 3, 75, 75))
-    assert not any('num_batches_tracked' in name for name, _ in model.named_buffers())
+    assert sum('num_batches_tracked' in name for name, _ in model.named_buffers()) == 136
     state = model.state_dict()
     counts = [value for name, value in state.items() if name.endswith('num_batches_tracked')]
     assert len(counts) == sum(isinstance(m, BatchNormAct2d) for m in model.modules())
@@ -221,6 +221,23 @@ def test_batches_are_counted_on_the_host_and_saved(small):
     assert clone.conv2d_1a.bn.num_batches_tracked == 1
     clone.conv2d_1a.bn.reset_running_stats()
     assert clone.conv2d_1a.bn.num_batches_tracked == 0
+
+
+def test_counting_batches_costs_no_operator(small):
+    # Each would be a launch on an NPU. The count is added to its buffer when somebody looks.
+    class IntegerOperators(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if any(isinstance(arg, torch.Tensor) and arg.dtype == torch.long and arg.ndim == 0 for arg in args):
+                found.append(operator)
+            return operator(*args, **(kwargs or {}))
+
+    found, model = [], copy.deepcopy(small).train()
+    with IntegerOperators():
+        for _ in range(2):
+            model(torch.randn(2, 3, 75, 75)).sum().backward()
+        assert not found
+        assert model.repeat[0].bn.num_batches_tracked == 2
+        assert found
 
 
 def test_eval_mode_leaves_statistics_alone(small):

@@ -1,7 +1,7 @@
-"""Registration without an import: the plugin is imported right after ``timm.models``, by whomever and whenever.
+"""Registration without an import: the plugin is imported right after ``timm.models``, whoever imports that.
 
-PyTorch calls :func:`register` at the end of ``import torch`` (entry point group ``torch.backends``). It must be light,
-silent and unable to fail: it only puts a finder in front of Python's own, which waits for ``timm.models``.
+PyTorch calls :func:`register` at the end of ``import torch`` (entry point group ``torch.backends``). It must be fast
+and silent and must not fail, so it only puts a finder in front of Python's own, which waits for ``timm.models``.
 """
 
 import importlib.abc
@@ -32,13 +32,13 @@ def _import_plugin() -> None:
         # They register what they define at their end; one of them may be half imported now, if it is what imports timm.
         importlib.import_module('.model', __package__)
         importlib.import_module('.optim', __package__)
-    except Exception as error:  # timm must stay usable, whatever is wrong with us
+    except Exception as error:  # timm must stay usable, whatever is wrong here
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         warnings.warn(f'timm_npu_irv2 could not register its models with timm ({reason})', stacklevel=2)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds ``timm.models`` where Python would, and has its loader import the plugin when it is done."""
+    """A finder of ``timm.models`` whose loader imports the plugin afterwards."""
 
     def find_spec(
             self,
@@ -46,7 +46,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             path: Sequence[str] | None,
             target: types.ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        """None for every module but the awaited one, which is found once."""
+        """Return a spec for the awaited module, once, and None for every other module."""
         if fullname != _AWAITED:
             return None
         sys.meta_path.remove(self)
@@ -57,7 +57,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """A loader that imports the plugin after its module; in all else it is the module's own."""
+    """The loader of a module that imports the plugin afterwards."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -66,11 +66,13 @@ class _Loader(importlib.abc.Loader):
         return getattr(self._loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
-        """As the module's own loader."""
+        """Create the module with its own loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """As the module's own loader, which is put back; then the plugin."""
-        module.__spec__.loader = module.__loader__ = self._loader
+        """Put the module's own loader back, execute the module, then import the plugin."""
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         _import_plugin()

@@ -1,10 +1,13 @@
-"""The layers in which this network differs from timm's: merged siblings and norms, scaled ends of residual branches,
-and a BatchNorm that counts on the host."""
+"""The layers in which this network differs from timm's.
+
+Merged siblings and norms, residual blocks that scale their small tensors instead of their large ones, and a BatchNorm
+that counts its batches on the host. What bypasses a module is a shortcut; see ``shortcuts.py`` for when one is taken.
+"""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,139 +17,91 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from .ops import batch_norm_relu, scaled_relu
+from .ops import batch_norm_relu, scaled_residual_relu
+from .shortcuts import is_eager, is_unobserved
 
-__all__ = ['BatchNormAct2d', 'BlockSequence', 'LayerFactory', 'PiecewiseNorm', 'ScaledBiasConv2d', 'Siblings',
-           'conv_pool', 'recomputed']
+__all__ = ['BatchNormAct2d', 'BlockSequence', 'LayerFactory', 'PiecewiseNorm', 'ResidualBlock', 'Siblings',
+           'concatenate', 'conv_pool', 'recomputed']
 
 
 @register_notrace_module
 class BatchNormAct2d(TimmBatchNormAct2d):
-    """timm's BatchNorm + activation (without its dropout), with the number of batches counted on the host.
+    """timm's BatchNorm + activation, with the number of batches counted on the host.
 
-    PyTorch keeps ``num_batches_tracked`` as a tensor beside the weights and adds 1 to it on the device: one more kernel
-    launch a layer and step, for a number that nobody reads as long as ``momentum`` is set. Here it is a CPU tensor that
-    is no buffer, so ``.to(device)``, DDP and SyncBatchNorm leave it alone, and ``new_batches``, a number that is added
-    to it when somebody looks; it is still saved and loaded under its name.
+    PyTorch adds 1 to ``num_batches_tracked`` on the device: one more kernel launch a layer and step, for a number that
+    nobody reads as long as ``momentum`` is set. Here a step adds 1 to ``new_batches``, a number on the host, and the
+    buffer receives it when somebody looks at the buffers: an attribute, a state dict, a copy to another device.
     """
 
-    __jit_unused_properties__ = ('num_batches_tracked',)
+    __jit_unused_properties__ = ('num_batches_tracked', '_buffers')
 
     def __init__(self, num_features: int, **kwargs) -> None:
         super().__init__(num_features, **kwargs)
-        del self._buffers['num_batches_tracked']
-        self.batches = torch.zeros((), dtype=torch.long, device='cpu')
-        self.new_batches: List[int] = [0]  # a list, for it is ten times faster to write to than an attribute
+        self.new_batches: List[int] = [0]  # a list is ten times faster to write to than an attribute of a module
 
-    def _all_batches(self) -> Tensor:
-        self.batches.add_(self.new_batches[0])
-        self.new_batches[0] = 0
-        return self.batches
+    def _get_buffers(self) -> Dict[str, Optional[Tensor]]:
+        buffers = self.__dict__['_buffers']
+        new_batches = self.__dict__.get('new_batches')
+        if new_batches is not None and new_batches[0]:
+            count = buffers.get('num_batches_tracked')
+            if count is not None:
+                with torch.no_grad():
+                    count.add_(new_batches[0])
+            new_batches[0] = 0
+        return buffers
 
-    @property
-    def num_batches_tracked(self) -> Optional[Tensor]:
-        """The number of batches seen in training, a scalar beside the running statistics (a copy: see the class)."""
-        if 'batches' not in self.__dict__:  # while the base class builds itself
-            raise AttributeError('num_batches_tracked')
-        return self._all_batches().to(self.running_mean.device) if self.track_running_stats else None
+    def _set_buffers(self, buffers: Dict[str, Optional[Tensor]]) -> None:
+        self.__dict__['_buffers'] = buffers
 
-    def reset_running_stats(self) -> None:
-        """Forget the statistics and the count."""
-        super().reset_running_stats()
-        if 'batches' in self.__dict__:
-            self.batches.zero_()
-            self.new_batches[0] = 0
+    def _get_count(self) -> Optional[Tensor]:
+        if 'num_batches_tracked' not in self.__dict__.get('_buffers', ()):
+            raise AttributeError('num_batches_tracked')  # while the base class builds itself
+        return self._buffers['num_batches_tracked']
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.track_running_stats:
-            # The tensor itself, as for any buffer: an average of weights (EMA) writes through the state dict.
-            destination[prefix + 'num_batches_tracked'] = self._all_batches()
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # `state_dict` is the caller's copy for this module. Files from before PyTorch 0.4.1 have no count.
-        count = state_dict.pop(prefix + 'num_batches_tracked', None)
-        if count is not None and not count.is_meta:
-            self.batches.copy_(count)
-            self.new_batches[0] = 0
-        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+    # Everything that reads or changes buffers goes through these names, which PyTorch's classes define as attributes.
+    _buffers = property(_get_buffers, _set_buffers)
+    num_batches_tracked = property(_get_count)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and activate ``x`` (N, num_features, H, W)."""
         if torch.jit.is_scripting():
-            return self.act(self.normalize(x))
-        act = self.act
-        if type(act) is not ScaledReLU and type(act) is not nn.ReLU:
-            return act(self.normalize(x))
-        training, momentum = self._next_batch()
-        scale = act.scale if type(act) is ScaledReLU else 1.0
-        return batch_norm_relu(
-            x, self.weight, self.bias, self.running_mean, self.running_var, training, momentum, self.eps, scale,
-        )
+            return self.act(self.drop(self.normalize(x, on_host=False)))
+        eager = is_eager(x)
+        if eager and self.can_fuse():
+            return self.normalize_and_activate(x)
+        return self.act(self.drop(self.normalize(x, on_host=eager)))
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` without the activation."""
-        training, momentum = self._next_batch()
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps,
-        )
+    def can_fuse(self) -> bool:
+        """Return True if the activation is a ReLU, and nobody can tell whether its module and ``drop`` are called."""
+        modules = self._modules
+        return is_unobserved(modules['act'], nn.ReLU) and is_unobserved(modules['drop'], nn.Identity)
 
-    def _next_batch(self) -> Tuple[bool, float]:
-        """Count a batch; whether its own statistics are used, and how far the running ones move towards them."""
-        momentum = self.momentum
-        factor = 0.0 if momentum is None else momentum
-        # momentum 0 freezes the statistics (see `frozen_statistics`): such a pass counts for nothing.
-        if self.training and self.track_running_stats and (momentum is None or momentum != 0.0):
-            self.new_batches[0] += 1
-            if momentum is None:  # cumulative average
-                factor = 1.0 / (float(self.batches) + self.new_batches[0])
-        return self.training or not self.track_running_stats, factor
+    def normalize(self, x: Tensor, on_host: bool = True) -> Tensor:
+        """Normalise ``x`` without the activation; in training count the batch, on the host or in the buffer."""
+        training, momentum, mean, var = self._next_batch(on_host)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, training, momentum, self.eps)
 
+    def normalize_and_activate(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """Compute scale * relu(normalize(x)) in one operator, without a call of the activation's module."""
+        training, momentum, mean, var = self._next_batch(True)
+        return batch_norm_relu(x, self.weight, self.bias, mean, var, training, momentum, self.eps, scale)
 
-class ScaledReLU(nn.Module):
-    """The activation scale * relu(x) (:func:`~.ops.scaled_relu`)."""
-
-    def __init__(self, scale: float, inplace: bool = False) -> None:
-        super().__init__()
-        self.scale = scale
-        self.inplace = inplace
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to ``x``, in place if the module was made so."""
-        return scaled_relu(x, self.scale, self.inplace)
-
-    def extra_repr(self) -> str:
-        """For ``print(model)``."""
-        return f'scale={self.scale}'
-
-
-class ScaledBiasConv2d(nn.Conv2d):
-    r"""The convolution $W x + s\,b$ at the end of a residual branch, whose input has been multiplied by $s$ already."""
-
-    def __init__(self, *args, bias_scale: float, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.bias_scale = bias_scale
-
-    def forward(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
-        """Apply to ``x`` (N, in_channels, H, W); ``scaled_bias`` is s·b, if it has been computed already."""
-        if scaled_bias is None:
-            bias = self.bias
-            assert bias is not None  # for TorchScript
-            scaled_bias = bias * self.bias_scale
-        return F.conv2d(x, self.weight, scaled_bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-class _ScaledBiases(torch.autograd.Function):
-    """s·b for many small b, in one operator forward and one backward."""
-
-    @staticmethod
-    def forward(ctx, scale: float, *biases: Tensor) -> Tuple[Tensor, ...]:
-        ctx.scale = scale
-        return tuple(torch._foreach_mul(biases, scale))
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
-        return None, *torch._foreach_mul(grads, ctx.scale)
+    def _next_batch(self, on_host: bool) -> Tuple[bool, float, Optional[Tensor], Optional[Tensor]]:
+        """Count a batch, and return F.batch_norm's arguments training, momentum, running_mean and running_var."""
+        mean, var, momentum = self.running_mean, self.running_var, self.momentum
+        if not self.training:
+            return mean is None and var is None, 0.0 if momentum is None else momentum, mean, var
+        if not self.track_running_stats:
+            return True, 0.0, None, None
+        # momentum 0 freezes the statistics (see `frozen_statistics`): such a pass is not counted.
+        if momentum is None or momentum != 0.0:
+            if on_host:
+                self.new_batches[0] += 1
+            elif self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        if momentum is None:  # the running statistics are averages over all batches
+            return True, 1.0 / float(self.num_batches_tracked), mean, var
+        return True, momentum, mean, var
 
 
 class PiecewiseNorm(nn.ModuleList):
@@ -166,21 +121,33 @@ class PiecewiseNorm(nn.ModuleList):
 
 
 def split(x: Tensor, channels: List[int]) -> List[Tensor]:
-    """``x.split(channels, 1)``, without an operator in the gradient where there is one piece only."""
+    """Split ``x`` along its channels, without an operator in the gradient where there is one piece only."""
     if len(channels) == 1:
         return [x]
     pieces = x.split(channels, 1)
     return [pieces[i] for i in range(len(channels))]  # FX cannot iterate
 
 
+def concatenate(branches: List[Tensor]) -> Tensor:
+    """Concatenate branches (N, C, H, W) along their channels, for a norm."""
+    if torch.jit.is_scripting():
+        # TorchScript differentiates cat and batch_norm as one graph, which fails in inference_mode after training.
+        return torch.hstack(branches)
+    return torch.cat(branches, 1)
+
+
+def _as_tuple(pieces: List[Tensor]) -> Any:
+    return tuple(pieces)  # backward hooks look into tuples, not into lists
+
+
 class Siblings(nn.Module):
     """1×1 convolutions that share their input, as one: the input is read once, there is one launch for two or three.
 
     Args:
-        layers: Makes the norm.
-        in_channels: Of the input.
+        layers: Factory of the norm.
+        in_channels: Channels of the input.
         direct: Output channels of the convolutions whose norm comes later, after a concatenation.
-        passed_on: Output channels of those that are normalised here, for the branches' next convolutions.
+        passed_on: Output channels of those that are normalised here, for the next convolutions of the branches.
     """
 
     def __init__(
@@ -199,50 +166,150 @@ class Siblings(nn.Module):
 
     def forward(self, x: Tensor) -> List[Tensor]:
         """(N, in_channels, H, W) -> one (N, C, H, W) for each of ``direct``, then for each of ``passed_on``."""
-        x = self.conv(x)
-        pieces = split(x, self.pieces)
-        return pieces[:-1] + split(self.bn(pieces[-1]), self.passed_on)
+        pieces = split(self.conv(x), self.pieces)
+        out = pieces[:-1] + split(self.bn(pieces[-1]), self.passed_on)
+        if torch.jit.is_scripting():
+            return out  # TorchScript has no tuples of any length
+        return _as_tuple(out)
+
+
+class ResidualBlock(nn.Module):
+    r"""A residual block: $\max(0, x + s\,(W z + b))$ with $z$ the concatenated branches, normalised and activated.
+
+    ReLU is homogeneous, so the shortcut puts $s$ into the activation that makes $z$, where it costs nothing, and into
+    $b$: neither the block's output, the largest tensor around, nor its gradient is multiplied by anything.
+
+    Args:
+        layers: Factory of the norm.
+        channels: Channels of the input and the output.
+        branch_channels: Output channels of each branch.
+        scale: The factor $s$.
+    """
+
+    def __init__(
+            self,
+            layers: 'LayerFactory',
+            channels: int,
+            branch_channels: Tuple[int, ...],
+            scale: float,
+            **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.recompute = False  # norms, activations and concatenations, in the backward
+        self.bn = layers.norm(branch_channels, **dd)
+        self.conv2d = nn.Conv2d(sum(branch_channels), channels, kernel_size=1, **dd)
+        self.act = nn.ReLU()
+
+    def branches(self, x: Tensor) -> Tensor:
+        """Return the concatenated branches, not yet normalised."""
+        raise NotImplementedError
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Apply the activation at the end of the block."""
+        return self.act(x)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Return what the block adds to ``x``, not yet scaled."""
+        return self.conv2d(self.bn(self.branches(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) -> the same shape."""
+        if torch.jit.is_scripting():
+            return self.activate(torch.add(x, self.residual(x), alpha=self.scale))
+        if is_eager(x) and self.can_shortcut():
+            bias: Any = self.conv2d.bias
+            return self.shortcut(x, bias if self.scale == 1.0 else bias * self.scale)
+        out = recomputed(self.residual, x, keep_convolutions=True) if self.recompute else self.residual(x)
+        return self.activate(torch.add(x, out, alpha=self.scale))
+
+    def can_shortcut(self) -> bool:
+        """Return True if nobody can tell whether the block's own layers are called, or :meth:`shortcut` is."""
+        modules: Dict[str, Any] = self._modules
+        norm, conv, end = modules['bn'], modules['conv2d'], self._end()
+        return (
+            is_unobserved(norm, BatchNormAct2d)
+            and norm.can_fuse()
+            and is_unobserved(conv, nn.Conv2d)
+            and conv._parameters['bias'] is not None
+            and (end is None or is_unobserved(end, nn.ReLU))
+        )
+
+    def shortcut(self, x: Tensor, scaled_bias: Tensor) -> Tensor:
+        """Compute the block without calling its own layers; ``scaled_bias`` (channels,) is s·b."""
+        if self.recompute:
+            out = recomputed(self.scaled_residual, x, scaled_bias, keep_convolutions=True)
+        else:
+            out = self.scaled_residual(x, scaled_bias)
+        return x + out if self._end() is None else scaled_residual_relu(x, out, 1.0)
+
+    def scaled_residual(self, x: Tensor, scaled_bias: Tensor) -> Tensor:
+        """Return what the block adds to ``x``."""
+        norm: Any = self.bn
+        out = norm.normalize_and_activate(self.branches(x), self.scale)
+        return self.conv2d._conv_forward(out, self.conv2d.weight, scaled_bias)
+
+    def _end(self) -> Optional[nn.Module]:
+        modules = self._modules
+        return modules['act'] if 'act' in modules else modules.get('relu')  # timm's names
 
 
 class BlockSequence(nn.Sequential):
-    """A run of residual blocks, of whose inner activations some or all can be recomputed in the backward."""
+    """A run of residual blocks, which can be recomputed in the backward."""
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__(*blocks)
-        self.recompute = ''  # 'cheap', 'all' or nothing
+        self.recompute = False  # whole blocks, in the backward
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the blocks in turn."""
-        if torch.jit.is_scripting() or torch.compiler.is_compiling() or not isinstance(x, Tensor):  # FX's proxies
+        if torch.jit.is_scripting():
             for block in self:
                 x = block(x)
             return x
-        for block, bias in zip(self, scaled_biases(self), strict=True):
-            if self.recompute == 'all':
-                x = recomputed(block, x, bias)
-            elif self.recompute == 'cheap':
-                x = block.residual(x, recomputed(block.branches, x, bias, keep_convolutions=True))
-            else:
-                x = block(x, bias)
+        blocks: List[Any] = list(self._modules.values())
+        biases = scaled_biases(blocks) if is_eager(x) else [None] * len(blocks)
+        for block, bias in zip(blocks, biases, strict=True):
+            function, inputs = (block, (x,)) if bias is None else (block.shortcut, (x, bias))
+            x = recomputed(function, *inputs) if self.recompute else function(*inputs)
         return x
 
 
-def scaled_biases(blocks: Sequence[nn.Module]) -> Sequence[Optional[Tensor]]:
-    """The scaled bias of each block's last convolution, computed together; None where a block does it by itself."""
-    convs = [block.conv2d for block in blocks]
-    scales = {conv.bias_scale for conv in convs}
-    if len(scales) != 1 or scales == {1.0}:
-        return [None] * len(convs)
-    return _ScaledBiases.apply(scales.pop(), *[conv.bias for conv in convs])
+def scaled_biases(blocks: Sequence[Any]) -> Sequence[Optional[Tensor]]:
+    """Return s·b of each block, computed together; Nones where a block must be called as a module."""
+    scales = {block.scale if _is_unobserved_block(block) else None for block in blocks}
+    scale = scales.pop() if len(scales) == 1 else None
+    if scale is None:
+        return [None] * len(blocks)
+    return _ScaledBiases.apply(scale, *[block._modules['conv2d']._parameters['bias'] for block in blocks])
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Optional[Tensor], keep_convolutions: bool = False) -> Tensor:
-    """``function(*inputs)``, keeping only the inputs for the backward, which computes what is inside once more.
+def _is_unobserved_block(block: Any) -> bool:
+    kind = type(block)
+    return (isinstance(block, ResidualBlock) and kind.forward is ResidualBlock.forward
+            and is_unobserved(block, kind) and block.can_shortcut())
+
+
+class _ScaledBiases(torch.autograd.Function):
+    """s·b for many small b, in one operator forward and one backward."""
+
+    @staticmethod
+    def forward(ctx, scale: float, *biases: Tensor) -> Tuple[Tensor, ...]:
+        ctx.scale = scale
+        return tuple(torch._foreach_mul(biases, scale))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
+        return None, *torch._foreach_mul(grads, ctx.scale)
+
+
+def recomputed(function: Any, *inputs: Optional[Tensor], keep_convolutions: bool = False) -> Tensor:
+    """Compute ``function(*inputs)`` and keep only the inputs for the backward, which computes the rest once more.
 
     Args:
         function: A module or its bound method.
         inputs: Its arguments.
-        keep_convolutions: Keep the outputs of convolutions too: what is left to compute again (norms, activations,
+        keep_convolutions: Keep the outputs of convolutions too; what is left to compute again (norms, activations,
             concatenations, pooling) is little work.
     """
     module = function if isinstance(function, nn.Module) else function.__self__
@@ -254,7 +321,7 @@ def _recompute_contexts(
         module: nn.Module,
         keep_convolutions: bool,
 ) -> Tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """What the first and the second pass run in."""
+    """Return the contexts of the first and the second pass."""
     if not keep_convolutions:
         return contextlib.nullcontext(), frozen_statistics(module)
     first, second = create_selective_checkpoint_contexts(_keep_convolutions)
@@ -284,8 +351,8 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     # PyTorch's own norms count whatever their momentum is.
-    counted = [norm.num_batches_tracked for norm in norms if norm._buffers.get('num_batches_tracked') is not None]
-    counts = [(count, count.clone()) for count in counted]
+    counts = [norm.num_batches_tracked for norm in norms if not isinstance(norm, BatchNormAct2d)]
+    counted = [(count, count.clone()) for count in counts if count is not None]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -293,20 +360,21 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for count, before in counts:
+        for count, before in counted:
             count.copy_(before)
 
 
-def conv_pool(conv: ConvNormAct, pool: nn.MaxPool2d, x: Tensor) -> Tensor:
-    """``pool(conv(x))``, but with the ReLU after the pooling, where the tensor is a quarter of the size.
+def conv_pool(conv: Any, pool: nn.Module, x: Tensor) -> Tensor:
+    """Compute ``pool(conv(x))``, with the ReLU after the pooling, where the tensor is a quarter of the size.
 
-    A maximum and a ReLU commute exactly, and so do their gradients. Whoever listens to ``conv`` (hooks), or has
-    given it another norm or activation, gets the layers one after the other.
+    A maximum and a ReLU commute exactly, and so do their gradients. This is a shortcut.
     """
-    norm = conv.bn
-    if type(norm) is not BatchNormAct2d or not isinstance(norm.act, nn.ReLU) or conv._forward_hooks:
+    if not (is_eager(x) and is_unobserved(conv, ConvNormAct) and is_unobserved(pool, nn.MaxPool2d)):
         return pool(conv(x))
-    return norm.act(pool(norm.normalize(conv.conv(x))))
+    norm: Any = conv._modules['bn']
+    if not (is_unobserved(norm, BatchNormAct2d) and norm.can_fuse()):
+        return pool(conv(x))
+    return torch.relu_(pool(norm.normalize(conv._modules['conv'](x))))
 
 
 def _host_counting_batch_norm(num_features: int, **kwargs) -> BatchNormAct2d:
@@ -315,15 +383,12 @@ def _host_counting_batch_norm(num_features: int, **kwargs) -> BatchNormAct2d:
 
 
 class LayerFactory:
-    """Makes the layers of the blocks: timm's ConvNormAct and what this network has besides.
+    """A factory of the blocks' layers: timm's ConvNormAct and what this network has besides.
 
     Args:
         norm_layer: A norm that timm's ``ConvNormAct`` takes; 'batchnorm2d' becomes :class:`BatchNormAct2d`.
-        norm_eps: The norm's epsilon.
+        norm_eps: Epsilon of the norm.
         act_layer: An activation that timm's ``ConvNormAct`` takes.
-
-    Attributes:
-        scales_activation: Whether :meth:`norm` can multiply its output by a constant.
     """
 
     def __init__(
@@ -338,28 +403,27 @@ class LayerFactory:
         self._norm_layer = norm_layer
         self._eps = norm_eps
         self._act_layer = act_layer
-        self.scales_activation = self._is_batch_norm and act_layer in ('relu', nn.ReLU)
-
-    def _norm_act(self, act_layer: str | type | Callable) -> Callable[..., nn.Module]:
-        if self._is_batch_norm:
-            return functools.partial(_host_counting_batch_norm, act_layer=act_layer)
-        return get_norm_act_layer(self._norm_layer, act_layer)
 
     def conv(self, in_channels: int, out_channels: int, normalized: bool = True, **kwargs) -> ConvNormAct:
-        """timm's ConvNormAct without padding, or its convolution alone if the norm comes after a concatenation."""
+        """Create a ConvNormAct without padding, or its convolution alone if the norm comes after a concatenation."""
+        host_counting = functools.partial(_host_counting_batch_norm, act_layer=self._act_layer)
         return ConvNormAct(
             in_channels, out_channels,
             apply_norm=normalized,
-            norm_layer=self._norm_act(self._act_layer) if self._is_batch_norm else self._norm_layer,
+            norm_layer=host_counting if self._is_batch_norm else self._norm_layer,
             act_layer=self._act_layer,
             norm_kwargs=dict(eps=self._eps),
             act_kwargs=dict(inplace=True),
             **{'padding': 0, **kwargs},
         )
 
-    def norm(self, channels: Sequence[int], scale: float = 1.0, **dd) -> nn.Module:
-        """The norms and activations of layers whose outputs are concatenated, as one; exact, since BatchNorm, like an
-        activation, works on each channel by itself. ``scale`` multiplies the activation's output."""
-        act_layer = functools.partial(ScaledReLU, scale) if scale != 1.0 else self._act_layer
-        make = functools.partial(self._norm_act(act_layer), eps=self._eps, act_kwargs=dict(inplace=True), **dd)
-        return make(sum(channels)) if self._is_batch_norm else PiecewiseNorm(channels, map(make, channels))
+    def norm(self, channels: Sequence[int], **dd) -> nn.Module:
+        """Create the norms and activations of layers whose outputs are concatenated.
+
+        BatchNorm works on each channel by itself, as an activation does, so there it is one layer, and exact.
+        """
+        options = dict(eps=self._eps, act_kwargs=dict(inplace=True), **dd)
+        if self._is_batch_norm:
+            return BatchNormAct2d(sum(channels), act_layer=self._act_layer, **options)
+        make = get_norm_act_layer(self._norm_layer, self._act_layer)
+        return PiecewiseNorm(channels, [make(count, **options) for count in channels])

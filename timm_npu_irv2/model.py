@@ -1,14 +1,13 @@
-"""Inception-ResNet-v2 (Szegedy et al., 2016, https://arxiv.org/abs/1602.07261), numerically timm's, for the NPU.
+"""Inception-ResNet-v2 for the NPU, numerically equal to timm's (Szegedy et al., 2016, https://arxiv.org/abs/1602.07261).
 
-It differs from timm's network where that costs less, and in no result but for rounding:
+It differs from timm's network where that is faster, and in no result but for rounding:
 
 * 1×1 convolutions that share their input are one convolution (:class:`~.layers.Siblings`),
 * the norms of branches that are concatenated are one, after the concatenation (:meth:`~.layers.LayerFactory.norm`),
-* the scale of a residual goes into the last activation of its branches, and its end is one operator
-  (:class:`ResidualBlock`),
-* a ReLU comes after the pooling that follows it (:func:`~.layers.conv_pool`), a pooling after its convolution
-  (:class:`Mixed5b`),
-* BatchNorm counts its batches on the host (:class:`~.layers.BatchNormAct2d`).
+* a pooling that is linear comes after its convolution (:class:`Mixed5b`),
+* BatchNorm counts its batches on the host (:class:`~.layers.BatchNormAct2d`),
+* where nobody can tell, the scale of a residual goes into the last activation of its branches, its end is one operator
+  (:class:`~.layers.ResidualBlock`), and a ReLU comes after the pooling that follows it (:func:`~.layers.conv_pool`).
 
 Names are timm's outside the merged layers, so that a state dict can be read at sight; ``weights.py`` translates.
 """
@@ -25,12 +24,26 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from . import weights
-from .layers import BlockSequence, LayerFactory, PiecewiseNorm, ScaledBiasConv2d, Siblings, conv_pool, recomputed
-from .ops import scaled_residual_relu
+from .layers import (
+    BlockSequence,
+    LayerFactory,
+    PiecewiseNorm,
+    ResidualBlock,
+    Siblings,
+    concatenate,
+    conv_pool,
+    recomputed,
+)
 
-__all__ = ['InceptionResnetV2Npu', 'inception_resnet_v2_npu']
+__all__ = ['LAST_BLOCK', 'RUNS', 'STAGES', 'InceptionResnetV2Npu', 'inception_resnet_v2_npu', 'residual_scales']
 
 LayerType = Union[str, Callable, Type[nn.Module]]
+
+
+# Runs of equal residual blocks: {name: (number of blocks, scale of each)}. See https://arxiv.org/abs/1602.07261,
+# section 3.3; the values are those of TF-slim's network.
+RUNS = {'repeat': (10, 0.17), 'repeat_1': (20, 0.10), 'repeat_2': (9, 0.20)}
+LAST_BLOCK, LAST_SCALE = 'block8', 1.0  # after the runs, without a ReLU
 
 # The modules of each stage, in order; a stage ends where its feature map is taken.
 STAGES: Tuple[Tuple[str, ...], ...] = (
@@ -42,9 +55,20 @@ STAGES: Tuple[Tuple[str, ...], ...] = (
 )
 
 
-def _branch(*layers: nn.Module, first: int = 1) -> nn.Sequential:
-    """The layers of a branch under timm's names, which count from the sibling that is merged elsewhere."""
-    return nn.Sequential(OrderedDict((str(first + i), layer) for i, layer in enumerate(layers)))
+def _scales(name: str) -> List[float]:
+    blocks, scale = RUNS[name]
+    return [scale] * blocks
+
+
+def residual_scales() -> Dict[str, float]:
+    """Return {name of a residual block: its scale}."""
+    scales = {f'{name}.{i}': scale for name in RUNS for i, scale in enumerate(_scales(name))}
+    return {**scales, LAST_BLOCK: LAST_SCALE}
+
+
+def _branch(*layers: nn.Module) -> nn.Sequential:
+    """Return a branch under timm's names: layer 0 is merged with its siblings, so these count from 1."""
+    return nn.Sequential(OrderedDict((str(1 + i), layer) for i, layer in enumerate(layers)))
 
 
 class Mixed5b(nn.Module):
@@ -65,49 +89,9 @@ class Mixed5b(nn.Module):
         self.bn = layers.norm((96, 64, 96, 64), **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Concatenate the branches."""
         x0, x3, x1, x2 = self.siblings(x)
-        return self.bn(torch.cat((x0, self.branch1(x1), self.branch2(x2), self.branch3(x3)), 1))
-
-
-class ResidualBlock(nn.Module):
-    r"""The end of a residual block: $\max(0, x + s\,(W z + b))$ with $z$ the concatenated, activated branches.
-
-    ReLU is homogeneous, so $s$ goes into the activation that makes $z$, where it costs nothing, and into $b$:
-    neither the block's output, the largest tensor around, nor its gradient is multiplied by anything. Other activations
-    leave $s$ to the addition.
-    """
-
-    def __init__(
-            self,
-            layers: LayerFactory,
-            channels: int,
-            branch_channels: Tuple[int, ...],
-            scale: float,
-            relu: bool = True,
-            **dd: Any,
-    ) -> None:
-        super().__init__()
-        inner, self.scale = (scale, 1.0) if layers.scales_activation else (1.0, scale)
-        self.relu = relu
-        self.bn = layers.norm(branch_channels, scale=inner, **dd)
-        self.conv2d = ScaledBiasConv2d(sum(branch_channels), channels, kernel_size=1, bias_scale=inner, **dd)
-
-    def merge(self, branches: List[Tensor], scaled_bias: Optional[Tensor]) -> Tensor:
-        """What the branches have computed, not yet normalised -> the block's residual."""
-        return self.conv2d(self.bn(torch.cat(branches, 1)), scaled_bias)
-
-    def residual(self, x: Tensor, out: Tensor) -> Tensor:
-        """The block's output from its input and its residual."""
-        if self.relu:
-            return scaled_residual_relu(x, out, self.scale)
-        return torch.add(x, out, alpha=self.scale)
-
-    def branches(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
-        """The block's residual; ``scaled_bias`` is that of its last convolution, if it has been computed already."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
-        return self.residual(x, self.branches(x, scaled_bias))
+        return self.bn(concatenate([x0, self.branch1(x1), self.branch2(x2), self.branch3(x3)]))
 
 
 class Block35(ResidualBlock):
@@ -122,9 +106,10 @@ class Block35(ResidualBlock):
             layers.conv(48, 64, kernel_size=3, padding=1, normalized=False, **dd),
         )
 
-    def branches(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
+    def branches(self, x: Tensor) -> Tensor:
+        """Return the concatenated branches, not yet normalised."""
         x0, x1, x2 = self.siblings(x)
-        return self.merge([x0, self.branch1(x1), self.branch2(x2)], scaled_bias)
+        return concatenate([x0, self.branch1(x1), self.branch2(x2)])
 
 
 class Mixed6a(nn.Module):
@@ -141,6 +126,7 @@ class Mixed6a(nn.Module):
         self.branch2 = nn.MaxPool2d(3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Concatenate the branches."""
         return torch.cat((self.branch0(x), self.branch1(x), self.branch2(x)), 1)
 
 
@@ -155,9 +141,10 @@ class Block17(ResidualBlock):
             layers.conv(160, 192, kernel_size=(7, 1), padding=(3, 0), normalized=False, **dd),
         )
 
-    def branches(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
+    def branches(self, x: Tensor) -> Tensor:
+        """Return the concatenated branches, not yet normalised."""
         x0, x1 = self.siblings(x)
-        return self.merge([x0, self.branch1(x1)], scaled_bias)
+        return concatenate([x0, self.branch1(x1)])
 
 
 class Mixed7a(nn.Module):
@@ -176,8 +163,9 @@ class Mixed7a(nn.Module):
         self.bn = layers.norm((384, 288, 320), **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Concatenate the branches."""
         x0, x1, x2 = self.siblings(x)
-        out = self.bn(torch.cat((self.branch0(x0), self.branch1(x1), self.branch2(x2)), 1))
+        out = self.bn(concatenate([self.branch0(x0), self.branch1(x1), self.branch2(x2)]))
         return torch.cat((out, self.branch3(x)), 1)
 
 
@@ -185,16 +173,23 @@ class Block8(ResidualBlock):
     """Residual block on the 8 × 8 grid: (N, 2080, H, W) -> the same. The last one has no ReLU."""
 
     def __init__(self, layers: LayerFactory, scale: float, relu: bool = True, **dd: Any) -> None:
-        super().__init__(layers, 2080, (192, 256), scale, relu, **dd)
+        super().__init__(layers, 2080, (192, 256), scale, **dd)
+        del self.act
+        self.relu: Optional[nn.Module] = nn.ReLU() if relu else None  # timm's name here
         self.siblings = Siblings(layers, 2080, direct=(192,), passed_on=(192,), **dd)
         self.branch1 = _branch(
             layers.conv(192, 224, kernel_size=(1, 3), padding=(0, 1), **dd),
             layers.conv(224, 256, kernel_size=(3, 1), padding=(1, 0), normalized=False, **dd),
         )
 
-    def branches(self, x: Tensor, scaled_bias: Optional[Tensor] = None) -> Tensor:
+    def branches(self, x: Tensor) -> Tensor:
+        """Return the concatenated branches, not yet normalised."""
         x0, x1 = self.siblings(x)
-        return self.merge([x0, self.branch1(x1)], scaled_bias)
+        return concatenate([x0, self.branch1(x1)])
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Apply the activation at the end of the block, if it has one."""
+        return x if self.relu is None else self.relu(x)
 
 
 class InceptionResnetV2Npu(nn.Module):
@@ -205,11 +200,12 @@ class InceptionResnetV2Npu(nn.Module):
         in_chans: Channels of the input image.
         drop_rate: Dropout before the classifier.
         output_stride: 32, the only one this network has.
-        global_pool: timm's name of the global pooling.
-        norm_layer: timm's name of the normalisation.
-        norm_eps: Its epsilon.
-        act_layer: timm's name of the activation inside the blocks (the residual's own is ReLU).
-        device, dtype: Of parameters and buffers.
+        global_pool: Global pooling, by timm's name.
+        norm_layer: Normalisation, by timm's name.
+        norm_eps: Epsilon of the normalisation.
+        act_layer: Activation inside the blocks, by timm's name (at the end of a block it is a ReLU).
+        device: Device of parameters and buffers.
+        dtype: Dtype of parameters.
 
     Input: (N, in_chans, H, W), H and W at least 75. Output: (N, num_classes).
     """
@@ -244,12 +240,12 @@ class InceptionResnetV2Npu(nn.Module):
         self.conv2d_4a = layers.conv(80, 192, kernel_size=3, **dd)
         self.maxpool_5a = nn.MaxPool2d(3, stride=2)
         self.mixed_5b = Mixed5b(layers, **dd)
-        self.repeat = BlockSequence(*[Block35(layers, scale=0.17, **dd) for _ in range(10)])
+        self.repeat = BlockSequence(*[Block35(layers, scale, **dd) for scale in _scales('repeat')])
         self.mixed_6a = Mixed6a(layers, **dd)
-        self.repeat_1 = BlockSequence(*[Block17(layers, scale=0.10, **dd) for _ in range(20)])
+        self.repeat_1 = BlockSequence(*[Block17(layers, scale, **dd) for scale in _scales('repeat_1')])
         self.mixed_7a = Mixed7a(layers, **dd)
-        self.repeat_2 = BlockSequence(*[Block8(layers, scale=0.20, **dd) for _ in range(9)])
-        self.block8 = Block8(layers, scale=1.0, relu=False, **dd)
+        self.repeat_2 = BlockSequence(*[Block8(layers, scale, **dd) for scale in _scales('repeat_2')])
+        self.block8 = Block8(layers, LAST_SCALE, relu=False, **dd)
         self.conv2d_7b = layers.conv(2080, self.num_features, kernel_size=1, **dd)
         self.feature_info = [
             dict(num_chs=channels, reduction=reduction, module=stage[-1])
@@ -258,12 +254,12 @@ class InceptionResnetV2Npu(nn.Module):
         self.global_pool, self.head_drop, self.classif = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd,
         )
-        self.recompute = ''  # 'cheap', 'all' or nothing
+        self.recompute_cheap = False  # see set_grad_checkpointing
         self.register_load_state_dict_pre_hook(_translate_on_load)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """The layers in order, from the input, for layer-wise learning rates: timm's groups, or its stages."""
+        """Return patterns of layers from the input on, for layer-wise learning rates: timm's groups, or the stages."""
         if coarse:
             return {str(i): rf'^(?:{"|".join(stage)})\.' for i, stage in enumerate(STAGES)}
         return dict(
@@ -286,20 +282,23 @@ class InceptionResnetV2Npu(nn.Module):
                 compute, throughout the network, and compute norms, activations, concatenations and pooling again.
                 False: keep everything.
         """
-        recompute = {True: 'all', False: ''}.get(enable, enable)
+        recompute = ('all' if enable else '') if isinstance(enable, bool) else enable
         if recompute not in ('all', 'cheap', ''):
             raise ValueError(f"set_grad_checkpointing takes True, False, 'all' or 'cheap', not {enable!r}.")
-        self.recompute = recompute
-        for sequence in (self.repeat, self.repeat_1, self.repeat_2):
-            sequence.recompute = recompute
+        self.recompute_cheap = recompute == 'cheap'
+        for module in self.modules():
+            if isinstance(module, BlockSequence):
+                module.recompute = recompute == 'all'
+            elif isinstance(module, ResidualBlock):
+                module.recompute = self.recompute_cheap
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The last layer, a Linear, or an Identity without classes."""
+        """Return the last layer: a Linear, or an Identity without classes."""
         return self.classif
 
     def reset_classifier(self, num_classes: int, global_pool: str = 'avg') -> None:
-        """A new, randomly initialised head, on the device and in the dtype of the network."""
+        """Replace the head by a randomly initialised one, on the device and in the dtype of the network."""
         self.num_classes = num_classes
         weight = self.conv2d_7b.conv.weight
         self.global_pool, self.classif = create_classifier(
@@ -308,37 +307,24 @@ class InceptionResnetV2Npu(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> the last feature map (N, 1536, H / 32, W / 32), sizes rounded down."""
-        if torch.jit.is_scripting() or self.recompute != 'cheap':
-            x = self._stem(x)
-            x = self.repeat(x)
-            x = self.mixed_6a(x)
-            x = self.repeat_1(x)
-            x = self.mixed_7a(x)
-            x = self.repeat_2(x)
-            x = self.block8(x)
-            x = self.conv2d_7b(x)
+        if torch.jit.is_scripting() or not self.recompute_cheap:
+            x = self.repeat(self._stem(x))
+            x = self.repeat_1(self.mixed_6a(x))
+            x = self.repeat_2(self.mixed_7a(x))
         else:
-            x = recomputed(self._stem, x, keep_convolutions=True)
-            x = self.repeat(x)
-            x = recomputed(self.mixed_6a, x, keep_convolutions=True)
-            x = self.repeat_1(x)
-            x = recomputed(self.mixed_7a, x, keep_convolutions=True)
-            x = self.repeat_2(x)
-            x = self.block8.residual(x, recomputed(self.block8.branches, x, keep_convolutions=True))
-            x = self.conv2d_7b(x)
-        return x
+            x = self.repeat(recomputed(self._stem, x, keep_convolutions=True))
+            x = self.repeat_1(recomputed(self.mixed_6a, x, keep_convolutions=True))
+            x = self.repeat_2(recomputed(self.mixed_7a, x, keep_convolutions=True))
+        return self.conv2d_7b(self.block8(x))
 
     def _stem(self, x: Tensor) -> Tensor:
-        x = self.conv2d_1a(x)
-        x = self.conv2d_2a(x)
+        x = self.conv2d_2a(self.conv2d_1a(x))
         if torch.jit.is_scripting():
             x = self.maxpool_3a(self.conv2d_2b(x))
-            x = self.conv2d_3b(x)
-            x = self.maxpool_5a(self.conv2d_4a(x))
+            x = self.maxpool_5a(self.conv2d_4a(self.conv2d_3b(x)))
         else:
             x = conv_pool(self.conv2d_2b, self.maxpool_3a, x)
-            x = self.conv2d_3b(x)
-            x = conv_pool(self.conv2d_4a, self.maxpool_5a, x)
+            x = conv_pool(self.conv2d_4a, self.maxpool_5a, self.conv2d_3b(x))
         return self.mixed_5b(x)
 
     def forward_intermediates(
@@ -350,15 +336,15 @@ class InceptionResnetV2Npu(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Forward to the last feature map, with feature maps on the way.
+        """Compute the last feature map and those of earlier stages.
 
         Args:
-            x: (N, in_chans, H, W).
-            indices: Stages to return: the last n if an int, all five if None.
-            norm: Has no effect: the stages end normalised.
-            stop_early: Leave the stages after the last one wanted uncomputed.
-            output_fmt: 'NCHW', the only one.
-            intermediates_only: Return the list alone.
+            x: Images (N, in_chans, H, W).
+            indices: Stages to return: a list, or the last n for an int; None for all five.
+            norm: No effect, since the stages end normalised.
+            stop_early: Do not compute the stages after the last one in ``indices``.
+            output_fmt: Layout of the feature maps; only 'NCHW'.
+            intermediates_only: Return the list of feature maps alone.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW' for this network, not {output_fmt!r}.")
@@ -377,7 +363,7 @@ class InceptionResnetV2Npu(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Drop the stages after the last one in ``indices`` (and the head); returns the indices as positive numbers."""
+        """Drop the stages after the last one in ``indices`` (and the head); return the indices as positive numbers."""
         wanted, last = feature_take_indices(len(STAGES), indices)
         for stage in STAGES[last + 1:]:
             for name in stage:
@@ -388,7 +374,7 @@ class InceptionResnetV2Npu(nn.Module):
         return wanted
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last feature map -> logits (N, num_classes), or the pooled features (N, 1536)."""
+        """Compute logits (N, num_classes), or the pooled features (N, 1536), from the last feature map."""
         x = self.global_pool(x)
         x = self.head_drop(x)
         return x if pre_logits else self.classif(x)
@@ -400,13 +386,13 @@ class InceptionResnetV2Npu(nn.Module):
         return x
 
 
-def _dialect(model: nn.Module) -> str:
-    """The dialect that a network of this module speaks: its siblings may be separate (see ``layers.py``)."""
+def _dialect(model: Any) -> str:
+    """Return the dialect of a network's state dict: norms that cannot be merged are separate."""
     return 'npu_separate' if isinstance(model.mixed_5b.bn, PiecewiseNorm) else 'npu'
 
 
 def _translate_on_load(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """A load_state_dict pre-hook: whatever dialect the weights are in, the network loads them."""
+    """Translate a state dict of any dialect before it is loaded (a pre-hook of load_state_dict)."""
     own = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
     if not own or own.keys() & model.state_dict().keys() == own.keys():
         return
@@ -417,7 +403,7 @@ def _translate_on_load(model: nn.Module, state_dict: Dict[str, Tensor], prefix: 
 
 
 def _checkpoint_filter(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
-    """timm's hook for pretrained weights, called before it adapts the stem and the classifier."""
+    """Translate pretrained weights before timm adapts the stem and the classifier."""
     return weights.convert(state_dict, to=_dialect(model))
 
 
@@ -448,8 +434,8 @@ default_cfgs = generate_default_cfgs({
 
 @register_model
 def inception_resnet_v2_npu(pretrained: bool = False, **kwargs: Any) -> InceptionResnetV2Npu:
-    """Inception-ResNet-v2; ``kwargs`` are :class:`InceptionResnetV2Npu`'s, or ``features_only`` and its options."""
-    # timm checks the hash in a downloaded file's name only when told to. A plain-http source must be checked.
+    """Create Inception-ResNet-v2; ``kwargs`` are those of :class:`InceptionResnetV2Npu` and timm's factory."""
+    # timm checks the hash in the name of a downloaded file only on demand. A plain-http source must be checked.
     unchecked = timm_builder._CHECK_HASH
     timm_builder.set_pretrained_check_hash(True)
     try:

@@ -1,16 +1,17 @@
-"""State dicts of Inception-ResNet-v2 in every dialect, told apart by their keys and translated bit for bit.
+"""State dicts of Inception-ResNet-v2 in several dialects, recognised by their keys and translated bit for bit.
 
 ===============  =======================================================================================================
 ``npu``          this package: siblings and norms merged (``repeat.0.siblings.conv.weight``, ``repeat.0.bn.weight``)
-``npu_separate`` this package with norms that can't be merged (``repeat.0.bn.1.weight``)
+``npu_separate`` this package with norms that cannot be merged (``repeat.0.bn.1.weight``)
 ``timm``         timm's ``inception_resnet_v2``: ``repeat.0.branch1.0.conv.weight``, classifier ``classif``
 ``cadene``       Cadene's pretrained-models.pytorch and Ascend's model zoo: timm's names, classifier ``last_linear``
 ===============  =======================================================================================================
 
-The zoo's checkpoints wrap the last one in a ``state_dict`` key and a ``module.`` prefix;
-:func:`.serialization.load_weights` unwraps.
-Translation moves and renames tensors and computes nothing. The number of logits stays what it is: Cadene's and the
-zoo's have 1001, index 0 being a background class, which timm's ``label_offset`` drops for pretrained weights.
+Checkpoints of the model zoo wrap the last one in a ``state_dict`` key and a ``module.`` prefix, which
+:func:`.serialization.load_weights` removes.
+Translation moves and renames tensors; it computes nothing. The number of logits does not change: Cadene's and the
+zoo's networks have 1001, of which index 0 is a background class; timm's ``label_offset`` drops it when it loads
+pretrained weights.
 
     python -m timm_npu_irv2.weights IN OUT --to timm|cadene|npu
 """
@@ -28,14 +29,16 @@ from torch import Tensor
 from .errors import UnknownDialect, UserError
 from .serialization import load_weights, save_weights
 
-__all__ = ['DIALECTS', 'convert', 'detect_dialect']
+__all__ = ['DIALECTS', 'convert', 'detect_dialect', 'merged_layers']
 
 DIALECTS = ('npu', 'timm', 'cadene')
 
 StateDict = Dict[str, Tensor]
 
-# What is merged in which blocks: {block: {merged layer: [(layer in timm's network, output channels), …]}}.
-_MERGED: Dict[str, Dict[str, Tuple[Tuple[str, int], ...]]] = {
+Sources = Tuple[Tuple[str, int], ...]
+
+# The merged layers of this network: {pattern of blocks: {merged layer: ((layer of timm's network, channels), …)}}.
+_MERGED: Dict[str, Dict[str, Sources]] = {
     r'mixed_5b': {
         'siblings.conv': (('branch0.conv', 96), ('branch3.1.conv', 64), ('branch1.0.conv', 48), ('branch2.0.conv', 64)),
         'siblings.bn': (('branch1.0.bn', 48), ('branch2.0.bn', 64)),
@@ -64,25 +67,23 @@ _MERGED: Dict[str, Dict[str, Tuple[Tuple[str, int], ...]]] = {
 }
 _CLASSIFIER = {'npu': 'classif', 'npu_separate': 'classif', 'timm': 'classif', 'cadene': 'last_linear'}
 
-Sources = Tuple[Tuple[str, int], ...]
-
 
 @functools.cache
-def _merged_in(block: str) -> Dict[str, Sources]:
-    """The merged layers of a block; none for what is no block with any."""
+def merged_layers(block: str) -> Dict[str, Sources]:
+    """Return {merged layer: ((layer of timm's network, output channels), …)} for a block such as 'repeat.0'."""
     return next((merged for pattern, merged in _MERGED.items() if re.fullmatch(pattern, block)), {})
 
 
 def _split_key(key: str) -> Tuple[str, str]:
-    """A key as (block, the rest); '' for the block outside of those with merged layers."""
+    """Split a key into (block, rest); the block is '' outside the blocks with merged layers."""
     match = re.match(r'(mixed_5b|mixed_7a|block8|repeat(?:_[12])?\.\d+)\.(.+)', key)
     return (match[1], match[2]) if match else ('', key)
 
 
 def _merged_place(block: str, rest: str) -> Tuple[str, int]:
-    """Where a layer of timm's goes: the merged layer and the part of it; ('', -1) if it stays alone."""
+    """Return the merged layer that holds a layer of timm's, and its index there; ('', -1) if it is not merged."""
     layer = rest.rpartition('.')[0]
-    for merged, sources in _merged_in(block).items():
+    for merged, sources in merged_layers(block).items():
         for index, (source, _) in enumerate(sources):
             if layer == source:
                 return merged, index
@@ -90,20 +91,20 @@ def _merged_place(block: str, rest: str) -> Tuple[str, int]:
 
 
 def _unmerged_place(block: str, rest: str) -> Tuple[str, int]:
-    """Which merged layer a key of this package's belongs to, and the part of it if it holds one part only, else -1."""
+    """Return the merged layer of a key of this package, and the index of its part (-1 for the whole layer)."""
     layer = rest.rpartition('.')[0]
-    merged_in = _merged_in(block)
-    if layer in merged_in:
+    merged = merged_layers(block)
+    if layer in merged:
         return layer, -1
     separate, _, index = layer.rpartition('.')
-    return (separate, int(index)) if separate in merged_in and index.isdecimal() else ('', -1)
+    return (separate, int(index)) if separate in merged and index.isdecimal() else ('', -1)
 
 
 def detect_dialect(state_dict: Mapping[str, Tensor]) -> str:
-    """The dialect of a state dict, by its keys; a part of one will do, as long as it tells.
+    """Return the dialect of a state dict, or of a part of one that has any merged layer.
 
     Raises:
-        UnknownDialect: The keys are not Inception-ResNet-v2's. The message names keys expected and found.
+        UnknownDialect: The keys are not those of Inception-ResNet-v2. The message names keys expected and found.
     """
     split_keys = [_split_key(key) for key in state_dict]
     own = [_unmerged_place(block, rest) for block, rest in split_keys]
@@ -111,7 +112,7 @@ def detect_dialect(state_dict: Mapping[str, Tensor]) -> str:
         return 'npu_separate' if any(index >= 0 for _, index in own) else 'npu'
     if any(_merged_place(block, rest)[0] for block, rest in split_keys):
         return 'cadene' if any(key.startswith('last_linear.') for key in state_dict) else 'timm'
-    found = ', '.join(list(state_dict)[:3]) or 'no key at all'
+    found = ', '.join(list(state_dict)[:3]) or 'no keys'
     raise UnknownDialect(
         'these are not weights of Inception-ResNet-v2: expected keys like repeat.0.siblings.conv.weight (npu), '
         f'repeat.0.branch0.conv.weight (timm, with classif.weight; Cadene, with last_linear.weight); found {found}.'
@@ -119,7 +120,7 @@ def detect_dialect(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def convert(state_dict: Mapping[str, Tensor], to: str) -> StateDict:
-    """Translate a state dict of any dialect; merged tensors are new, all others are the given ones.
+    """Translate a state dict of any dialect. Merged and split tensors are copies, all others the given ones.
 
     Args:
         state_dict: Weights in any dialect.
@@ -127,7 +128,7 @@ def convert(state_dict: Mapping[str, Tensor], to: str) -> StateDict:
 
     Raises:
         UnknownDialect: See :func:`detect_dialect`.
-        UserError: A dialect that does not exist, or a merged tensor whose channels do not add up.
+        UserError: ``to`` is not a dialect, or the channels of a merged tensor do not add up.
     """
     if to not in _CLASSIFIER:
         raise UserError(f"unknown dialect '{to}': use one of {', '.join(DIALECTS)}.")
@@ -154,16 +155,16 @@ def _to_timm(state_dict: Mapping[str, Tensor], dialect: str) -> StateDict:
         if not merged:
             out[key] = value
         elif index >= 0:
-            out[f'{block}.{_merged_in(block)[merged][index][0]}.{name}'] = value
+            out[f'{block}.{merged_layers(block)[merged][index][0]}.{name}'] = value
         else:
-            sources = _merged_in(block)[merged]
+            sources = merged_layers(block)[merged]
             for (source, _), part in zip(sources, _split_tensor(key, value, sources), strict=True):
                 out[f'{block}.{source}.{name}'] = part
     return out
 
 
 def _split_tensor(key: str, value: Tensor, sources: Sources) -> List[Tensor]:
-    """The parts of a merged tensor; a scalar (the count of batches) is the same for all."""
+    """Split a merged tensor into its parts; a scalar (the count of batches) is copied to each."""
     channels = [count for _, count in sources]
     if value.ndim == 0:
         return [value.clone() for _ in channels]
@@ -173,7 +174,7 @@ def _split_tensor(key: str, value: Tensor, sources: Sources) -> List[Tensor]:
 
 
 def _merge(timm_names: Mapping[str, Tensor], to: str) -> StateDict:
-    """timm's layers merged; for npu_separate only the convolutions, and the norms renamed."""
+    """Merge the layers of timm's network; for npu_separate merge the convolutions and rename the norms."""
     out: StateDict = {}
     parts: Dict[str, Dict[int, Tensor]] = {}
     for key, value in timm_names.items():
@@ -185,7 +186,7 @@ def _merge(timm_names: Mapping[str, Tensor], to: str) -> StateDict:
         elif to == 'npu_separate' and merged.endswith('bn'):
             out[f'{block}.{merged}.{index}.{name}'] = value
         else:
-            target, count = f'{block}.{merged}.{name}', len(_merged_in(block)[merged])
+            target, count = f'{block}.{merged}.{name}', len(merged_layers(block)[merged])
             parts.setdefault(target, {})[index] = value
             if len(parts[target]) == count:
                 out[target] = _join_tensors([parts[target][i] for i in range(count)])
@@ -196,12 +197,12 @@ def _merge(timm_names: Mapping[str, Tensor], to: str) -> StateDict:
 
 
 def _join_tensors(parts: List[Tensor]) -> Tensor:
-    # They see the same batches, so their counts agree in every file that training wrote.
+    # Merged norms have seen the same batches, so their counts agree in every file that training wrote.
     return torch.stack(parts).amax(0) if parts[0].ndim == 0 else torch.cat(parts)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         prog='python -m timm_npu_irv2.weights',
         description='Translate weights of Inception-ResNet-v2 between dialects.',
@@ -209,7 +210,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('input', metavar='IN', help='a .safetensors or .pth file in any dialect')
     parser.add_argument('output', metavar='OUT', help='the file to write: .safetensors, or .pth')
     parser.add_argument('--to', required=True, choices=DIALECTS, help='the dialect to write')
-    parser.add_argument('--use-ema', action='store_true', help='take the averaged weights where the file has both')
+    parser.add_argument('--use-ema', action='store_true', help='read the averaged weights (EMA) if the file has them')
     args = parser.parse_args(argv)
     try:
         source = load_weights(args.input, use_ema=args.use_ema)

@@ -1,10 +1,10 @@
-r"""From a trained network to one that only infers: the arithmetic that can be done once is done here.
+r"""Conversion of a trained network to one that only infers: arithmetic on constants is done here, once.
 
 * BatchNorm: $\gamma (W x - \mu) / \sqrt{v + \epsilon} + \beta = W' x + b'$.
 * The scale of a residual block goes into its last convolution: $s\,(W z + b) = (sW)\,z + sb$.
 * Of uint8 images $u$: $W\,(u / 255 - m) / d + b = W'' u + b''$, exact since the first convolution has no padding.
 
-It is computed in float64, so that the result differs from the trained network's by the rounding of float32 alone.
+All of it is computed in float64, so the result differs from the trained network only by the rounding of float32.
 """
 
 from collections.abc import Sequence
@@ -18,77 +18,77 @@ from torch import Tensor, nn
 from .. import device as devices
 from .. import weights
 from ..errors import UnknownDialect, UserError
-from ..layers import ScaledReLU
+from ..model import residual_scales
 from .network import InferenceNetwork
 
 __all__ = ['to_inference']
 
 StateDict = dict[str, Tensor]
 
-# What is kept of a pretrained_cfg: how an image becomes an input, and what the classes are called.
+# The entries of a pretrained_cfg that are kept: how an image becomes an input, and the names of the classes.
 KEPT = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'label_names', 'label_descriptions')
 
-# Residual blocks and their scales; https://arxiv.org/abs/1602.07261, section 3.3, and the values of TF-slim's network.
-SCALES = {
-    **{f'repeat.{i}': 0.17 for i in range(10)},
-    **{f'repeat_1.{i}': 0.10 for i in range(20)},
-    **{f'repeat_2.{i}': 0.20 for i in range(9)},
-    'block8': 1.0,
-}
-# Convolutions of timm's that become one: {block: their names}.
-SIBLINGS = {
-    'mixed_5b': ('branch0', 'branch1.0', 'branch2.0'),
-    'mixed_7a': ('branch0.0', 'branch1.0', 'branch2.0'),
-    **{block: ('branch0', 'branch1.0', *(['branch2.0'] if block.startswith('repeat.') else [])) for block in SCALES},
-}
+POOLED = 'branch3.1'  # the sibling that stays apart: no ReLU may come before the pooling that follows it
 
 
 def to_inference(
-        model: nn.Module,
+        model: Any,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
 ) -> InferenceNetwork:
-    """The fastest equal of ``model`` that can only infer.
+    """Convert ``model`` to a network that computes the same and can only infer.
 
     Args:
-        model: This package's network or timm's ``inception_resnet_v2``, with BatchNorm and ReLU, trained. It stays as
-            it is.
-        device: Where to infer; None for where the model is. Layout and kernels are chosen for it.
-        dtype: Of weights and output; None for float32, 'fast' for what the device computes fastest in.
-        mean, std: The normalisation of uint8 images; None for what the model's ``pretrained_cfg`` says.
+        model: Trained network of this package or timm's ``inception_resnet_v2``, with BatchNorm and ReLU. It is not
+            changed.
+        device: Device of the result, which decides layout and kernels; None for the model's.
+        dtype: Dtype of weights and output; None for float32, 'fast' for the one in which the device is fastest.
+        mean: Mean of the normalisation of uint8 images; None for that of the model's ``pretrained_cfg``.
+        std: Standard deviation, likewise.
 
     Raises:
-        UserError: The network is another one, or has norms or activations that can't be folded.
+        UserError: ``model`` is another network, or has norms or activations that cannot be folded.
     """
     model = unwrap_model(model)
     norm_eps = _check(model)
-    in_chans = model.conv2d_1a.conv.in_channels
+    weight: Tensor = model.conv2d_1a.conv.weight
     cfg = preprocessing(model, mean, std)
-    normalization = (torch.tensor(cfg[name], dtype=torch.float64) for name in ('mean', 'std'))
-    folded = fold(weights.convert(model.state_dict(), to='timm'), norm_eps, *normalization)
-    device = torch.device(device) if device is not None else model.conv2d_1a.conv.weight.device
-    network = InferenceNetwork(
-        num_classes=model.num_classes, in_chans=in_chans, global_pool=_pool_type(model.global_pool), device='meta')
-    dtype = devices.fast_dtype(device) if dtype == 'fast' else dtype or torch.float32
-    network.load_state_dict({key: value.to(device, dtype) for key, value in folded.items()}, assign=True)
+    normalization = [torch.tensor(cfg[name], dtype=torch.float64) for name in ('mean', 'std')]
+    place = torch.device(device) if device is not None else weight.device
+    kind = _resolve_dtype(dtype, place)
+    network = InferenceNetwork(num_classes=model.num_classes, in_chans=weight.shape[1],
+                               global_pool=getattr(model.global_pool, 'pool_type', '') or '', device='meta')
+    with torch.inference_mode(False), torch.no_grad():  # tensors whose changes `FusedConvolution` can notice
+        folded = fold(weights.convert(model.state_dict(), to='timm'), norm_eps, *normalization)
+        network.load_state_dict({key: value.to(place, kind) for key, value in folded.items()}, assign=True)
     network.pretrained_cfg = cfg
     return network.freeze()
 
 
+def _resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if dtype == 'fast':
+        return devices.fast_dtype(device)
+    if dtype is None:
+        return torch.float32
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"dtype must be a torch.dtype, None or 'fast', not {dtype!r}.")
+    return dtype
+
+
 def preprocessing(
-        model: nn.Module,
+        model: Any,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """What the network that infers keeps of a model's ``pretrained_cfg``, with a mean and a std for each channel.
+    """Return the part of a model's ``pretrained_cfg`` that inference needs, with a mean and a std for each channel.
 
     Raises:
-        UserError: There are as many means or deviations as neither one nor the channels.
+        UserError: The number of means or standard deviations is neither 1 nor that of the channels.
     """
     given = dict(getattr(model, 'pretrained_cfg', None) or {})
-    in_chans = model.conv2d_1a.conv.in_channels
+    in_chans: int = model.conv2d_1a.conv.in_channels
     cfg = {key: given[key] for key in KEPT if given.get(key) is not None}
     cfg['input_size'] = (in_chans, *cfg.get('input_size', (3, 299, 299))[1:])
     for name, chosen in (('mean', mean), ('std', std)):
@@ -100,14 +100,23 @@ def preprocessing(
 
 
 def fold(state_dict: StateDict, eps: float, mean: Tensor, std: Tensor) -> StateDict:
-    """timm's weights as :class:`InferenceNetwork`'s, float64; ``mean`` and ``std`` (in_chans,) are for uint8 images."""
+    """Convert timm's weights to those of :class:`InferenceNetwork`, in float64.
+
+    Args:
+        state_dict: Weights in timm's dialect.
+        eps: Epsilon of the norms.
+        mean: Mean (in_chans,) of the normalisation of uint8 images.
+        std: Standard deviation (in_chans,).
+    """
     convolutions = [key.removesuffix('.weight') for key, value in state_dict.items() if value.ndim == 4]
     folded = {name.removesuffix('.conv'): _fold_norm(state_dict, name, eps) for name in convolutions}
-    for block, scale in SCALES.items():
-        folded[f'{block}.conv2d'] = tuple(scale * tensor for tensor in folded[f'{block}.conv2d'])
-    for block, names in SIBLINGS.items():
-        parts = [folded.pop(f'{block}.{name}') for name in names]
-        folded[f'{block}.siblings'] = tuple(map(torch.cat, zip(*parts, strict=True)))
+    for block, scale in residual_scales().items():
+        weight, bias = folded[f'{block}.conv2d']
+        folded[f'{block}.conv2d'] = scale * weight, scale * bias
+    for block in ('mixed_5b', *residual_scales(), 'mixed_7a'):
+        siblings = [name.removesuffix('.conv') for name, _ in weights.merged_layers(block)['siblings.conv']]
+        parts = [folded.pop(f'{block}.{name}') for name in siblings if name != POOLED]
+        folded[f'{block}.siblings'] = torch.cat([weight for weight, _ in parts]), torch.cat([bias for _, bias in parts])
     folded['conv2d_1a_uint8'] = _fold_normalization(*folded['conv2d_1a'], mean, std)
     out = {f'{name}.{kind}': tensor
            for name, tensors in folded.items() for kind, tensor in zip(('weight', 'bias'), tensors, strict=True)}
@@ -115,7 +124,7 @@ def fold(state_dict: StateDict, eps: float, mean: Tensor, std: Tensor) -> StateD
 
 
 def _fold_norm(state_dict: StateDict, name: str, eps: float) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution and the norm after it; the last ones of residual blocks have a bias instead."""
+    """Fold a convolution and the norm after it into weight and bias; the last ones of blocks have a bias, no norm."""
     weight = state_dict[f'{name}.weight'].double()
     if f'{name}.bias' in state_dict:
         return weight, state_dict[f'{name}.bias'].double()
@@ -132,18 +141,15 @@ def _fold_normalization(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor)
 
 
 def _check(model: nn.Module) -> float:
-    """The epsilon of the model's norms. Raises UserError unless all of it can be folded."""
+    """Return the epsilon of the model's norms. Raise UserError unless all of them can be folded."""
     try:
         weights.detect_dialect(model.state_dict())
     except UnknownDialect as error:
         raise UserError(f'{type(model).__name__} is not Inception-ResNet-v2: only that can be folded.') from error
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    foldable = all(isinstance(norm, BatchNormAct2d) and norm.track_running_stats
-                   and isinstance(norm.act, (nn.ReLU, ScaledReLU)) for norm in norms)
+    foldable = all(isinstance(norm, BatchNormAct2d) and norm.track_running_stats and isinstance(norm.act, nn.ReLU)
+                   for norm in norms)
     if not norms or not foldable or len({norm.eps for norm in norms}) > 1:
-        raise UserError('only a network with BatchNorm and ReLU (norm_layer and act_layer as they come) can be folded.')
+        raise UserError(
+            'only a network with BatchNorm and ReLU (the defaults of norm_layer and act_layer) can be folded.')
     return norms[0].eps
-
-
-def _pool_type(pool: nn.Module) -> str:
-    return getattr(pool, 'pool_type', '') or ''

@@ -1,4 +1,8 @@
-"""Fused operators, a file each: the formula, the reference, the kernels, the gradient. They know nothing of timm."""
+"""Fused operators, a file each: the formula, a reference, the kernels, the gradient. They know nothing of timm.
+
+They are for eager code alone: a compiler fuses plain operations better than operators that it cannot look into, and
+exported or scripted programs must run where this package is not installed. ``shortcuts.py`` tells when to call them.
+"""
 
 from .activation import scaled_relu
 from .batch_norm import batch_norm_relu

@@ -1,8 +1,8 @@
 """The operators as Triton kernels, one source for CUDA and, through triton-ascend, for the NPU.
 
 All kernels compute in float32 and round once. A tensor (N, C, H, W) is seen as (N, C, S) with a stride for each of the
-three, so NCHW, channels_last and channel slices need no copy. Every function takes and returns what the operator of
-its name does.
+three, so NCHW, channels_last and channel slices need no copy. Each function has the arguments and results of the
+operator of its name.
 """
 
 import torch
@@ -13,21 +13,21 @@ from torch import Tensor
 __all__ = ['batch_norm_relu', 'batch_norm_relu_backward', 'normalize_images', 'scaled_residual_relu',
            'scaled_residual_relu_backward']
 
-BLOCK = 1024  # elements that one step of a program handles
+BLOCK = 1024  # elements that a program handles at a time
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
-    """The strides of N, C and S. The tensor must come from :func:`_collapsible`."""
+    """Return the strides of N, C and S of a tensor from :func:`_collapsible`."""
     return x.stride(0), x.stride(1), x.stride(3)
 
 
 def _collapsible(x: Tensor) -> Tensor:
-    """``x`` itself if its rows follow one another without a gap, else a copy for which that holds."""
+    """Return ``x`` itself if its rows follow one another without a gap, else a copy for which that holds."""
     return x if x.stride(2) == x.shape[3] * x.stride(3) else x.contiguous()
 
 
 def _blocks(x: Tensor) -> tuple[int, int]:
-    """Channels and positions of a program's tile: neighbours in memory lie in one tile."""
+    """Return the channels and positions of a program's tile: neighbours in memory lie in one tile."""
     channels = 32 if x.stride(1) == 1 and x.shape[1] > 1 else 1
     return channels, BLOCK // channels
 
@@ -36,14 +36,14 @@ def _blocks(x: Tensor) -> tuple[int, int]:
 
 @triton.jit
 def _load(tensor, n, s, c, stride_n, stride_c, stride_s, mask):
-    """A tile of (positions, channels) in float32; zero outside ``mask``."""
+    """Load a tile of (positions, channels) in float32; zero outside ``mask``."""
     place = (n * stride_n + s * stride_s)[:, None] + (c * stride_c)[None, :]
     return tl.load(tensor + place, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _unactivated(x, n, s, c, xn, xc, xs, mask, mean, inverse, factor, beta):
-    """A tile of x, normalised, and of what the activation is applied to: computed alike in both directions."""
+    """Load a tile of x; return it normalised, and as the input of the activation. Both directions compute it alike."""
     difference = _load(x, n, s, c, xn, xc, xs, mask) - mean[None, :]
     return difference * inverse[None, :], difference * factor[None, :] + beta[None, :]
 
@@ -116,7 +116,7 @@ def _batch_norm_relu_backward(grad, x, weight, bias, mean_in, variance_in, grad_
 
 
 def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``ops/batch_norm.py``."""
+    """Compute what ``ops/batch_norm.py`` defines."""
     x = _collapsible(x)
     out, mean, variance = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     n, channels, height, width = x.shape
@@ -138,7 +138,7 @@ def batch_norm_relu_backward(
         eps: float,
         scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``ops/batch_norm.py``."""
+    """Compute what ``ops/batch_norm.py`` defines."""
     grad, x = _collapsible(grad), _collapsible(x)
     grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     n, channels, height, width = x.shape
@@ -182,14 +182,14 @@ def _normalize_images(images, mean, std, out, count, spatial, channels, on, oc, 
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the layout of the first, each without gaps."""
+    """Return the tensors in the layout of the first, each without gaps."""
     first = tensors[0]
     layout = torch.channels_last if first.ndim == 4 and not first.is_contiguous() else torch.contiguous_format
     return tuple(t.contiguous(memory_format=layout) for t in tensors)
 
 
 def scaled_residual_relu(x: Tensor, branch: Tensor, scale: float) -> Tensor:
-    """See ``ops/residual.py``."""
+    """Compute what ``ops/residual.py`` defines."""
     x, branch = _alike(x, branch)
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype))
     _scaled_residual_relu[(triton.cdiv(x.numel(), BLOCK),)](x, branch, out, scale, x.numel(), BLOCK)
@@ -203,7 +203,7 @@ def scaled_residual_relu_backward(
         x_dtype: torch.dtype,
         branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of ``x`` and ``branch``, in the types given."""
+    """Compute the gradients of ``x`` and ``branch``, in the types given."""
     out, grad = _alike(out, grad)
     grad_x, grad_branch = torch.empty_like(out, dtype=x_dtype), torch.empty_like(out, dtype=branch_dtype)
     _scaled_residual_relu_backward[(triton.cdiv(out.numel(), BLOCK),)](
@@ -219,7 +219,7 @@ def normalize_images(
         dtype: torch.dtype,
         memory_format: torch.memory_format,
 ) -> Tensor:
-    """See ``ops/normalize.py``."""
+    """Compute what ``ops/normalize.py`` defines."""
     images = images.contiguous()
     out = torch.empty_like(images, dtype=dtype, memory_format=memory_format)
     _, channels, height, width = images.shape

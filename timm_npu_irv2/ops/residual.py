@@ -5,45 +5,43 @@ Inception-ResNet scales the residual branch $b$ by a constant $s$ before it adds
 addition and a ReLU: three passes over the largest tensors of the network. Here it is one operator.
 
 With $g$ the gradient of $y$ and $m = g \cdot [y > 0]$ the gradients are $\partial x = m$ and $\partial b = s \cdot m$.
-The mask is read off the output, so the backward needs no other tensor, and the output is what the next block keeps
-anyway: the operator saves nothing of its own. With $s = 1$ both gradients are the same tensor.
+The mask is read off the output, so the backward needs no other tensor, and the next block keeps the output anyway: the
+operator saves nothing of its own. With $s = 1$ both gradients are the same tensor.
+
+It is an autograd function and not a registered operator, which takes twice the time on the host: only eager code calls
+it (see ``shortcuts.py``), so no tracer needs a schema.
 """
 
 import torch
 from torch import Tensor
 
 from .. import device as devices
-from ._library import LIBRARY, triton_kernels
+from ._kernels import triton_kernels
 
 __all__ = ['scaled_residual_relu', 'scaled_residual_relu_reference']
 
 
 def scaled_residual_relu_reference(x: Tensor, branch: Tensor, scale: float) -> Tensor:
-    """relu(x + scale * branch), in plain tensor operations."""
+    """Compute relu(x + scale * branch) in plain tensor operations."""
     return torch.relu(torch.add(x, branch, alpha=scale))
 
 
 def scaled_residual_relu(x: Tensor, branch: Tensor, scale: float) -> Tensor:
-    """relu(x + scale * branch).
+    """Compute relu(x + scale * branch).
 
     Args:
-        x: The block's input, of any shape.
-        branch: The block's residual branch, of the same shape.
-        scale: The constant the branch is multiplied by.
+        x: Input of the block, of any shape.
+        branch: Output of the residual branch, of the same shape.
+        scale: Constant factor of the branch.
 
     Returns:
         A tensor of that shape, in the dtype that ``x`` and ``branch`` promote to.
     """
-    # A compiler fuses the plain operations better than any operator it can't look into, and an exported or scripted
-    # program must run where this package is not installed.
-    if torch.jit.is_scripting() or torch.compiler.is_compiling():
-        return torch.relu(torch.add(x, branch, alpha=scale))
-    if type(x) is Tensor and not devices.backend_of(x).add_relu and triton_kernels() is None:
+    if not devices.backend_of(x).add_relu and triton_kernels() is None:
         return torch.add(x, branch, alpha=scale).relu_()  # PyTorch's own gradient keeps no more than the operator does
-    if type(x) is Tensor and x.requires_grad and torch.is_grad_enabled():
-        # What the operator below would do, without torch.library's half of the time on the host.
+    if torch.is_grad_enabled():
         return _ScaledResidualReLU.apply(x, branch, scale)
-    return torch.ops.timm_npu_irv2.scaled_residual_relu(x, branch, scale)
+    return _forward(x, branch, scale)
 
 
 def _forward(x: Tensor, branch: Tensor, scale: float) -> Tensor:
@@ -55,36 +53,21 @@ def _forward(x: Tensor, branch: Tensor, scale: float) -> Tensor:
     return torch.add(x, branch, alpha=scale).relu_()
 
 
-def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-    x, branch, ctx.scale = inputs
-    ctx.dtypes = x.dtype, branch.dtype
-    ctx.save_for_backward(output)
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    (output,) = ctx.saved_tensors
-    x_dtype, branch_dtype = ctx.dtypes
-    kernels = triton_kernels()
-    if kernels is not None and ctx.scale != 1:
-        return *kernels.scaled_residual_relu_backward(grad, output, ctx.scale, x_dtype, branch_dtype), None
-    masked = torch.ops.aten.threshold_backward.default(grad, output, 0)
-    scaled = masked if ctx.scale == 1 else masked * ctx.scale
-    return masked.to(x_dtype), scaled.to(branch_dtype), None
-
-
 class _ScaledResidualReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, branch: Tensor, scale: float) -> Tensor:
         output = _forward(x, branch, scale)
-        _setup_context(ctx, (x, branch, scale), output)  # as a method of its own torch would inspect it in every call
+        ctx.scale, ctx.dtypes = scale, (x.dtype, branch.dtype)
+        ctx.save_for_backward(output)
         return output
 
-    backward = staticmethod(_backward)
-
-
-LIBRARY.define('scaled_residual_relu(Tensor x, Tensor branch, float scale) -> Tensor')
-LIBRARY.impl('scaled_residual_relu', _forward, 'CompositeExplicitAutograd')
-torch.library.register_fake('timm_npu_irv2::scaled_residual_relu', scaled_residual_relu_reference, lib=LIBRARY)
-torch.library.register_autograd(
-    'timm_npu_irv2::scaled_residual_relu', _backward, setup_context=_setup_context, lib=LIBRARY,
-)
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (output,) = ctx.saved_tensors
+        x_dtype, branch_dtype = ctx.dtypes
+        kernels = triton_kernels()
+        if kernels is not None and ctx.scale != 1:
+            return *kernels.scaled_residual_relu_backward(grad, output, ctx.scale, x_dtype, branch_dtype), None
+        masked = torch.ops.aten.threshold_backward.default(grad, output, 0)
+        scaled = masked if ctx.scale == 1 else masked * ctx.scale
+        return masked.to(x_dtype), scaled.to(branch_dtype), None

@@ -260,4 +260,5 @@ def _load_exactly(trainer: Trainer, training: _State) -> None:
     for name, buffers in own.get('buffers', {}).items():
         module = trainer.ema if name == 'ema' else trainer.module
         for key, buffer in unwrap_model(module).named_buffers() if module is not None else ():
-            buffer.copy_(buffers[key])
+            if key in buffers:  # older checkpoints lack num_batches_tracked here
+                buffer.copy_(buffers[key])

@@ -1,4 +1,4 @@
-"""The operators' torch.library namespace, ``torch.ops.timm_npu_irv2``, and the choice of their kernels."""
+"""The choice of the operators' kernels: ATen's or Triton's."""
 
 import functools
 import importlib
@@ -6,25 +6,20 @@ import importlib.util
 import os
 from types import ModuleType
 
-import torch
-
 from ..errors import UserError
-
-# Kept for the life of the process: an operator's registrations go when their Library object does.
-LIBRARY = torch.library.Library('timm_npu_irv2', 'DEF')
 
 _VARIABLE = 'TIMM_NPU_IRV2_KERNELS'
 
 
 @functools.cache
 def triton_kernels() -> ModuleType | None:
-    """The Triton kernels if TIMM_NPU_IRV2_KERNELS=triton asks for them, else None: ATen's.
+    """Return the Triton kernels if TIMM_NPU_IRV2_KERNELS=triton asks for them, else None for ATen's.
 
-    ``auto``, the default, means ``aten`` on every device until somebody has measured the others to be faster there:
-    ``train_scripts/benchmark.py ops`` does. The variable is read once.
+    ``auto``, the default, means ``aten`` on every device until somebody has measured Triton's to be faster there, with
+    ``train_scripts/benchmark.py ops``. The variable is read once.
 
     Raises:
-        UserError: The variable has no such value, or there is no Triton.
+        UserError: The variable has another value, or Triton is not installed.
     """
     choice = os.environ.get(_VARIABLE, 'auto')
     if choice not in ('auto', 'aten', 'triton'):

@@ -1,0 +1,45 @@
+"""The rule for shortcuts: one is taken only where nobody can tell it from the modules that it bypasses.
+
+Other people's programs look at a network in many ways: hooks on a module, a layer replaced or wrapped, tracers (FX,
+TorchScript, torch.compile, export), transforms (torch.func, forward-mode derivatives), tensor subclasses (DTensor, fake
+and quantized tensors), meta tensors. For each of these the network runs its modules one by one, as timm's does. The
+checks take well under a microsecond, since they are made in every layer of every step.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+__all__ = ['is_eager', 'is_unobserved']
+
+_compiler = torch.compiler
+
+
+def is_eager(x: Tensor) -> bool:
+    """Return True if operations on ``x`` are only computed: no tracer, transform, subclass or global hook sees them."""
+    return (
+        type(x) is Tensor  # neither a subclass nor FX's proxy
+        and not x.is_meta
+        and not _compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
+                 or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
+    )
+
+
+def is_unobserved(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    """Return True if ``module`` is exactly of one of ``kinds``, has no hooks, and its ``forward`` is its class's.
+
+    Parametrizations and wrappers such as FSDP's change the class; pruning registers a hook; accelerate replaces
+    ``forward`` on the instance; ``module.compile()`` puts a compiled call there.
+    """
+    if type(module) not in kinds:
+        return False
+    state = module.__dict__
+    return not (
+        state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks']
+        or state['_backward_pre_hooks'] or 'forward' in state or '_compiled_call_impl' in state
+    )
