@@ -44,6 +44,19 @@ int64_t bytes_touched(const at::Tensor& tensor) {
   return bytes;
 }
 
+void Description::add_tensor(char role, const at::Tensor& tensor) {
+  if (!tensor.defined()) {
+    text += "- ";
+    return;
+  }
+  auto join = [](at::IntArrayRef values) {
+    std::string joined;
+    for (int64_t value : values) joined += (joined.empty() ? "" : ",") + std::to_string(value);
+    return joined;
+  };
+  text += std::string(1, role) + ':' + at::toString(tensor.scalar_type()) + ':' + join(tensor.sizes()) + ':' + join(tensor.strides()) + ' ';
+}
+
 void falsify(const Out& output, double factor) {
   if (output.defined() && output.is_floating_point()) output.mul_(factor);
 }

@@ -188,6 +188,25 @@ struct Traffic {
   template <class T> std::enable_if_t<!std::is_base_of_v<at::Tensor, T>> add(const T&) {}
 };
 
+// The tensors of a call for the operator log, separated by spaces: role (r, w, b for both), dtype, sizes, strides, such
+// as "r:Half:2,3,4:12,4,1"; "-" for one that is absent; a list in brackets.
+struct Description {
+  std::string text;
+
+  void add(const In& input) { add_tensor('r', input); }
+  void add(const Out& output) { add_tensor('w', output); }
+  void add(const InOut& both) { add_tensor('b', both); }
+  template <class T> void add(const ListOf<T>& list) {
+    text += "[ ";
+    for (const T& each : list) add(each);
+    text += "] ";
+  }
+  template <class T> std::enable_if_t<!std::is_base_of_v<at::Tensor, T>> add(const T&) {}
+
+ private:
+  void add_tensor(char role, const at::Tensor& tensor);
+};
+
 void falsify(const Out& output, double factor);
 template <class T> std::enable_if_t<std::is_base_of_v<Out, T>> falsify(const ListOf<T>& list, double factor) { for (const T& each : list) falsify(each, factor); }
 template <class T> std::enable_if_t<!std::is_base_of_v<Out, T>> falsify(const T&, double) {}
@@ -214,7 +233,11 @@ struct Call final : aclOpExecutor {
   void run_with(const Parameters&... unpacked) const {
     Traffic traffic;
     (traffic.add(unpacked), ...);
-    log_operator(name, traffic.read, traffic.written);
+    if (logs_operators()) {
+      Description description;
+      (description.add(unpacked), ...);
+      log_operator(name, traffic.read, traffic.written, description.text);
+    }
     if (!runs(traffic)) return;
     body(unpacked...);
     double factor = fault_factor(name);

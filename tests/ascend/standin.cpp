@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 
@@ -50,28 +49,31 @@ class Journal {
     descriptor_ = open(with_rank(*path).c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
     if (descriptor_ < 0) refuse(std::string("cannot write ASCEND_STANDIN_") + switch_name + "=" + *path);
   }
-  template <class... Fields>
-  void write_line(const char* format, Fields... fields) const {
-    if (descriptor_ < 0) return;
-    char line[256];
-    int length = std::snprintf(line, sizeof line, format, fields...);
-    [[maybe_unused]] auto written = write(descriptor_, line, static_cast<size_t>(length));
+  bool is_open() const { return descriptor_ >= 0; }
+  void write_line(const std::string& line) const {
+    if (is_open()) [[maybe_unused]] auto written = write(descriptor_, line.data(), line.size());
   }
 
  private:
   int descriptor_ = -1;
 };
 
+const Journal& operator_log() {
+  static const Journal journal("OPLOG");
+  return journal;
+}
+
 }  // namespace
 
-void log_operator(const char* name, int64_t bytes_read, int64_t bytes_written) {
-  static const Journal journal("OPLOG");
-  journal.write_line("%s\t%lld\t%lld\n", name, static_cast<long long>(bytes_read), static_cast<long long>(bytes_written));
+bool logs_operators() { return operator_log().is_open(); }
+
+void log_operator(const char* name, int64_t bytes_read, int64_t bytes_written, const std::string& tensors) {
+  operator_log().write_line(std::string(name) + '\t' + std::to_string(bytes_read) + '\t' + std::to_string(bytes_written) + '\t' + tensors + '\n');
 }
 
 void trace(const char* event, const char* detail, int64_t bytes) {
   static const Journal journal("TRACE");
-  journal.write_line("%s\t%s\t%lld\n", event, detail, static_cast<long long>(bytes));
+  journal.write_line(std::string(event) + '\t' + detail + '\t' + std::to_string(bytes) + '\n');
 }
 
 const char* name_of(Kind kind) {

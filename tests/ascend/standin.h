@@ -16,8 +16,9 @@ int64_t setting(const char* name, int64_t otherwise);
 // operator and computes garbage, so the first failure must be the last thing that happens.
 [[noreturn]] void refuse(const std::string& what);
 
-// One line in the operator log: what a device would have read and written, in bytes.
-void log_operator(const char* name, int64_t bytes_read, int64_t bytes_written);
+// One line in the operator log: the bytes that a device would have read and written, and the operator's tensors.
+void log_operator(const char* name, int64_t bytes_read, int64_t bytes_written, const std::string& tensors);
+bool logs_operators();
 
 // One line in the trace. `bytes` is zero where nothing is moved.
 void trace(const char* event, const char* detail, int64_t bytes = 0);

@@ -84,7 +84,7 @@ def test_reports_become_rows_of_the_readmes_table(tmp_path):
     assert result.stdout == '| this package, 8 × npu | 79.14 | 2603.1 | 2 | O2 |\n'
     (tmp_path / 'report.json').write_text('{}')
     result = benchmark('table', tmp_path / 'report.json')
-    assert result.returncode == 2 and 'is no report of train.py' in result.stderr
+    assert result.returncode == 2 and 'is not a report of train.py' in result.stderr
 
 
 def test_measuring_an_npu_without_data_is_refused_in_a_line():

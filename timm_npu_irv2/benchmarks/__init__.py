@@ -1,4 +1,4 @@
-"""What this network costs beside its peers: counted where it can be counted, measured alternately where it can't.
+"""Costs of this network beside its peers: counted where possible, else measured alternately.
 
 ``train_scripts/benchmark.py`` is the command; each of its subcommands is a module here.
 """

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -17,12 +18,12 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on.
+    """A device and the batches of random images to train on.
 
     Attributes:
-        device: Where.
-        batch_size: Images in a batch.
-        img_size: Their height and width.
+        device: The device of the network and the images.
+        batch_size: Number of images in a batch.
+        img_size: Height and width of an image in pixels.
     """
 
     device: torch.device
@@ -30,7 +31,7 @@ class Workload:
     img_size: int
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Random images, in the device's layout, and their classes."""
+        """Return random images in the device's layout, and their classes."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(self.batch_size, 3, self.img_size, self.img_size, generator=generator)
         targets = torch.randint(1000, (self.batch_size,), generator=generator)
@@ -38,10 +39,10 @@ class Workload:
         return images.to(self.device, memory_format=layout), targets.to(self.device)
 
     def network(self, name: str, **kwargs) -> nn.Module:
-        """A network in training mode with random weights, the same for every call."""
+        """Create a network in training mode with random weights, the same in every call."""
         torch.manual_seed(0)
-        model = timm.create_model(name, num_classes=1000, **kwargs)
-        return model.to(self.device, memory_format=devices.memory_format(self.device)).train()
+        model = timm.create_model(name, num_classes=1000, **kwargs).to(self.device)
+        return model.to(memory_format=devices.memory_format(self.device)).train()
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Candidate:
     """A network with the recipe it is trained by.
 
     Attributes:
-        name: For tables.
-        create: Makes the training step for a workload.
+        name: Name in tables.
+        create: Function from a workload to a training step.
     """
 
     name: str
@@ -58,14 +59,14 @@ class Candidate:
 
 
 def candidates(amp: bool, recompute: bool = False, zoo: bool = False) -> dict[str, Candidate]:
-    """{short name: contestant}: 'ours', 'timm', and 'ours, recomputing' and 'zoo' if asked for.
+    """Return {short name: candidate}: 'ours', 'timm', and 'ours, recomputing' and 'zoo' if asked for.
 
-    All of them: label smoothing 0.1; all but the zoo's: timm's 'sgd' (Nesterov's momentum, weight decay but for biases
-    and norms).
+    All train with label smoothing 0.1; all but the zoo's with timm's 'sgd' (Nesterov's momentum, weight decay but for
+    biases and norms).
 
     Args:
-        amp: 16 bits: ours at O2 with a static loss scale of 128 (float16), timm's by autocast, with GradScaler if
-            the type is float16, as its train.py does it. Otherwise float32 for both.
+        amp: Train in 16 bits: ours at O2 with a static loss scale of 128 (float16), timm's by autocast, with
+            GradScaler if the type is float16, as in its train.py. Otherwise both train in float32.
         recompute: Add ours with ``set_grad_checkpointing('cheap')``.
         zoo: Add the recipe of the model zoo's script: apex's O2 with a static loss scale of 128 and apex's NpuFusedSGD.
     """
@@ -91,11 +92,10 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _ours(workload: Workload, amp: bool, recompute: str | None = None) -> Step:
-    model = workload.network('inception_resnet_v2_npu')
+    model: Any = workload.network('inception_resnet_v2_npu')
     model.set_grad_checkpointing(recompute or False)
-    half = devices.half_dtype(workload.device)
-    options = {'opt_level': 'O2', 'loss_scale': 128.0 if half == torch.float16 else None} if amp else {}
-    precision = create_precision(workload.device, amp=amp, **options)
+    loss_scale = 128.0 if amp and devices.half_dtype(workload.device) == torch.float16 else None
+    precision = create_precision(workload.device, amp=amp, opt_level='O2' if amp else None, loss_scale=loss_scale)
     return _step(workload, precision, *precision.prepare(model, _optimizer(model)))
 
 

@@ -1,25 +1,22 @@
 """Counting the operators of a step and the bytes they touch.
 
-On the stand-in for CANN (``tests/ascend``) the operators are those that torch_npu hands to the device, from the
-stand-in's log. Elsewhere they are ATen's, seen by a dispatch mode: what the device would be asked for, before a
-backend splits or joins it.
+With a journal, such as that of the stand-in for CANN, the operators are those that torch_npu hands to the device.
+Without one they are ATen's, recorded by a dispatch mode, before a backend splits or joins them.
 """
 
-import importlib
-import importlib.util
-import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ['Cost', 'cost_of', 'counts_kernels']
+__all__ = ['Cost', 'Journal', 'Record', 'cost_of']
 
-# They make or describe tensors and touch no element.
+# Operators that create or describe tensors and touch no element.
 _FREE = frozenset({
     'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', 'view', '_unsafe_view', 'as_strided',
     'detach', 'alias', 'lift_fresh', 'is_pinned', 'record_stream',
@@ -28,39 +25,63 @@ _FREE = frozenset({
 
 @dataclass
 class Cost:
-    """What a piece of work asked of the device.
+    """Operators, bytes and synchronizations of a piece of work.
 
     Attributes:
-        calls: {operator: how often}.
-        bytes: Read and written by all operators: each input once, each output once.
-        synchronizations: How often the host waited; None where nobody counts that.
+        calls: {operator: number of calls}.
+        bytes: Bytes read and written by all operators: each input once, each output once.
+        synchronizations: Number of times that the host waited; None where that is not counted.
+        chip_kernels: {kernel: number of launches on the chip}; None without a journal.
+        chip_bytes: Bytes read and written by these kernels.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     bytes: int = 0
     synchronizations: int | None = None
+    chip_kernels: Counter[str] | None = None
+    chip_bytes: int = 0
 
 
-def counts_kernels() -> bool:
-    """Whether this process runs on the stand-in with its operator log on."""
-    return bool(os.environ.get('ASCEND_STANDIN_OPLOG')) and importlib.util.find_spec('standin_journal') is not None
+class Record(Protocol):
+    """The operators of a piece of work, as a journal recorded them.
+
+    Attributes:
+        bytes: Bytes read and written by all operators.
+        synchronizations: Number of times that the host waited; None where that is not recorded.
+    """
+
+    bytes: int
+    synchronizations: int | None
+
+    def calls(self) -> Counter[str]:
+        """Return {operator: number of calls}."""
+        ...
+
+    def kernels(self, chip: str) -> Sequence[tuple[str, int, int]]:
+        """Return (name, bytes read, bytes written) of each kernel that the operators become on a chip."""
+        ...
 
 
-def cost_of(work: Callable[[], Any]) -> Cost:
-    """Do ``work`` once and count."""
-    if counts_kernels():
-        return _from_journal(work)
+Journal = Callable[[], AbstractContextManager[Record]]
+
+
+def cost_of(work: Callable[[], Any], journal: Journal | None = None, chip: str = '910b') -> Cost:
+    """Run ``work`` once and count.
+
+    Args:
+        work: The work to count.
+        journal: Function that returns a context whose value is the record of the work inside it.
+        chip: Family of chips whose kernels are counted with a journal: '910a', '910b' or '950'.
+    """
+    if journal is not None:
+        with journal() as record:
+            work()
+        kernels = record.kernels(chip)
+        return Cost(record.calls(), record.bytes, record.synchronizations, Counter(name for name, _, _ in kernels),
+                    sum(read + written for _, read, written in kernels))
     with _OperatorCounter() as counter:
         work()
     return counter.cost
-
-
-def _from_journal(work: Callable[[], Any]) -> Cost:
-    journal = importlib.import_module('standin_journal')
-    with journal.recording() as record:
-        work()
-    traced = bool(os.environ.get('ASCEND_STANDIN_TRACE'))
-    return Cost(record.calls(), record.bytes, record.synchronizations if traced else None)
 
 
 class _OperatorCounter(TorchDispatchMode):
@@ -82,7 +103,7 @@ def _bytes(values: Any) -> int:
 
 
 def _touched(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements; those that are repeated by a stride of 0 count once."""
+    """Return the bytes of a tensor's elements; those repeated by a stride of 0 count once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride != 0 else min(size, 1)

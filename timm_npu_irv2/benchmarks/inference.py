@@ -18,45 +18,46 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import device as devices
 from ..deploy import InferenceNetwork, Predictor, load, onnx, save, to_inference
 from . import report
 from .timing import ratio, times_in_turn
 
-__all__ = ['COLUMNS', 'CONTESTANTS', 'add_arguments', 'run']
+__all__ = ['CANDIDATES', 'COLUMNS', 'add_arguments', 'run']
 
 COLUMNS = ('images/s', "of timm's", 'p50 ms', 'p99 ms', 'MB')
 OURS, OURS_COMPILED, OURS_UNFOLDED = 'ours', 'ours-compiled', 'ours-unfolded'  # the last as train.py evaluates it
 TIMM, COMPILED = 'timm', 'timm-compiled'
 CHANNELS_LAST, ONNXRUNTIME, OPENVINO = 'timm-channels-last', 'onnxruntime', 'openvino'
-CONTESTANTS = (OURS, OURS_COMPILED, OURS_UNFOLDED, TIMM, CHANNELS_LAST, COMPILED, ONNXRUNTIME, OPENVINO)
-PEERS = CONTESTANTS[4:]
+CANDIDATES = (OURS, OURS_COMPILED, OURS_UNFOLDED, TIMM, CHANNELS_LAST, COMPILED, ONNXRUNTIME, OPENVINO)
+PEERS = CANDIDATES[4:]
 CLIENTS = 16
 
 Infer = Callable[[Tensor], Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this subcommand."""
+    """Add the options of this subcommand."""
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'),
-                        help='what all of them compute in, but for `timm`, which stays in float32 (default: float32)')
+                        help='dtype of all candidates but `timm`, which stays in float32 (default: float32)')
     parser.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images in a batch (default: 8)')
-    parser.add_argument('--rounds', type=int, default=7, metavar='N', help='turns of each (default: 7)')
+    parser.add_argument('--rounds', type=int, default=7, metavar='N', help='turns of each candidate (default: 7)')
     parser.add_argument('--warmup', type=int, default=2, metavar='N', help='batches before the first turn (default: 2)')
-    parser.add_argument('--latencies', type=int, default=50, metavar='N', help='single images, in turn (default: 50)')
-    parser.add_argument('--only', nargs='+', choices=CONTESTANTS, metavar='NAME',
-                        help=f'leave the others out: {", ".join(CONTESTANTS)} (default: all that are installed)')
+    parser.add_argument('--latencies', type=int, default=50, metavar='N',
+                        help='single images timed for each candidate (default: 50)')
+    parser.add_argument('--only', nargs='+', choices=CANDIDATES, metavar='NAME',
+                        help=f'measure only these candidates: {", ".join(CANDIDATES)} (default: all installed)')
     parser.add_argument('--predictor', action='store_true',
                         help=f'also measure Predictor, with {CLIENTS} threads that send single images')
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print; all figures."""
+    """Measure, print and return all figures."""
     device = devices.resolve_device(args.device)
     devices.configure(device)
-    names = [name for name in args.only or CONTESTANTS if args.only or _available(name, device, args.dtype)]
+    names = [name for name in args.only or CANDIDATES if args.only or _available(name, device, args.dtype)]
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), names, args.img_size)
         memory = {name: _memory(Path(folder), name, device, args) for name in names}
@@ -86,7 +87,7 @@ def _available(name: str, device: torch.device, dtype: str) -> bool:
 
 
 def prepare(folder: Path, names: Iterable[str], img_size: int) -> None:
-    """Put the same random network into ``folder`` as everyone wants it: timm's weights, our folder, an ONNX file."""
+    """Save the same random network into ``folder`` in each candidate's format: timm's weights, our folder, ONNX."""
     torch.manual_seed(0)
     model = timm.create_model('inception_resnet_v2').eval()
     torch.save(model.state_dict(), folder / 'timm.pth')
@@ -99,7 +100,14 @@ def prepare(folder: Path, names: Iterable[str], img_size: int) -> None:
 
 
 def create(name: str, folder: Path, device: torch.device, dtype: str) -> Infer:
-    """A function from normalised float32 images (N, 3, H, W) on ``device`` to logits, out of what is in ``folder``."""
+    """Return a function from normalised float32 images (N, 3, H, W) on ``device`` to logits.
+
+    Args:
+        name: One of ``CANDIDATES``.
+        folder: Folder that :func:`prepare` filled.
+        device: Device to run on.
+        dtype: Name of the dtype to compute in; 'timm' stays in float32.
+    """
     if name == ONNXRUNTIME:
         runner = onnx.session(folder / 'timm.onnx', torch.get_num_threads())
         return lambda images: runner.run(None, {'images': images.numpy()})
@@ -107,12 +115,12 @@ def create(name: str, folder: Path, device: torch.device, dtype: str) -> Infer:
         return _openvino(folder / 'timm.onnx', dtype)
     kind = getattr(torch, 'float32' if name == TIMM else dtype)
     if name in (OURS, OURS_COMPILED):
-        model: nn.Module = load(folder / 'ours', device, kind)
+        model: Any = load(folder / 'ours', device, kind)
     else:
         architecture = 'inception_resnet_v2_npu' if name == OURS_UNFOLDED else 'inception_resnet_v2'
         model = timm.create_model(architecture, checkpoint_path=folder / 'timm.pth')
         layout = torch.contiguous_format if name == TIMM else devices.memory_format(device)
-        model = model.eval().to(device, kind, memory_format=layout)
+        model = model.eval().to(device, kind).to(memory_format=layout)
     if name in (OURS_COMPILED, COMPILED):
         model = torch.compile(model)
     layout = torch.contiguous_format if name == TIMM else devices.memory_format(device)
@@ -141,29 +149,29 @@ def _in_turn(
         rounds: int,
         warmup: int,
 ) -> dict[str, list[float]]:
-    """Seconds of each call."""
-    from torch._inductor import config  # noqa: PLC0415 - only here is it worth its time
+    """Return the seconds of each call."""
+    from torch._inductor import config  # noqa: PLC0415 - takes seconds to import
 
     works = {name: functools.partial(infer, images) for name, infer in runners.items()}
-    with config.patch(freezing=True):  # for those that are compiled by their first call
+    with config.patch(freezing=True):  # compiled candidates are compiled by their first call
         return times_in_turn(works, images.device, rounds, max(warmup, 1))
 
 
 def _rates(runners: Mapping[str, Infer], device: torch.device, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Images per second of each round."""
+    """Return the images per second of each round."""
     print(f'{args.rounds} rounds of {", ".join(runners)} …', file=sys.stderr, flush=True)
     seconds = _in_turn(runners, _images(args, device, args.batch_size), args.rounds, args.warmup)
     return {name: [args.batch_size / each for each in own] for name, own in seconds.items()}
 
 
 def _latencies(runners: Mapping[str, Infer], device: torch.device, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds of single images."""
+    """Return the milliseconds of single images."""
     seconds = _in_turn(runners, _images(args, device, 1), args.latencies, args.warmup)
     return {name: [each * 1e3 for each in own] for name, own in seconds.items()}
 
 
 def _memory(folder: Path, name: str, device: torch.device, args: argparse.Namespace) -> float | None:
-    """Megabytes of a process that serves batches with one of them; None where it can't be told."""
+    """Return the megabytes of a process that serves batches with one candidate, or None if unknown."""
     print(f'memory of {name} …', file=sys.stderr, flush=True)
     context = multiprocessing.get_context('spawn')
     with context.Pool(1) as pool:
@@ -191,7 +199,7 @@ def _memory_here(
 
 @torch.inference_mode()
 def _served(folder: Path, device: torch.device, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Images per second of whole batches, and through a Predictor that gets them one by one, in turn."""
+    """Return images per second of whole batches and of single images through a Predictor, measured in turn."""
     network: InferenceNetwork = load(folder / 'ours', device, getattr(torch, args.dtype))
     shape = (3, args.img_size, args.img_size)
     network.pretrained_cfg['input_size'] = shape

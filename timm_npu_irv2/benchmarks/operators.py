@@ -21,14 +21,14 @@ _SCALE = 0.17
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this subcommand."""
+    """Add the options of this subcommand."""
     parser.add_argument('--amp', action='store_true', help='tensors in the 16-bit type of the device')
     parser.add_argument('-b', '--batch-size', type=int, default=8, help='images in a batch (default: 8)')
-    parser.add_argument('--rounds', type=int, default=30, help='turns of each (default: 30)')
+    parser.add_argument('--rounds', type=int, default=30, help='turns of each operator (default: 30)')
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print; all figures. The kernels are those of TIMM_NPU_IRV2_KERNELS."""
+    """Measure, print and return all figures. The kernels are those of TIMM_NPU_IRV2_KERNELS."""
     device = devices.resolve_device(args.device)
     devices.configure(device)
     dtype = devices.half_dtype(device) if args.amp else torch.float32
@@ -45,9 +45,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             'versions': devices.versions()}
 
 
-
 def _pairs(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, tuple[Work, Work]]:
-    """{operator: (with it, without it)}, each a forward and a backward pass."""
+    """Return {operator: (with it, with plain operations)}, each a forward and a backward pass."""
     layout = devices.memory_format(device)
     x, branch, grad = (torch.randn(shape).to(device, dtype, memory_format=layout) for _ in range(3))
     x.requires_grad_()
@@ -55,7 +54,7 @@ def _pairs(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> 
     weight, bias = (torch.ones(shape[1], device=device, requires_grad=True) for _ in range(2))
     statistics_of = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
 
-    # As merged siblings leave it: beside other channels.
+    # Merged siblings leave a slice of channels.
     channel_slice = torch.cat([x.detach()] * 2, 1).requires_grad_()[:, :shape[1]]
 
     def pass_through(function: Callable[[], Tensor], x: Tensor = x) -> Work:
@@ -99,6 +98,6 @@ def _images(device: torch.device, dtype: torch.dtype, args: argparse.Namespace) 
 
 
 def _compare(ours: Work, plain: Work, device: torch.device, rounds: int) -> list[float]:
-    """Medians of both in ms, and median, least and greatest of the rounds' ratios."""
+    """Return the medians of both in ms, and median, least and greatest of the rounds' ratios."""
     times = times_in_turn({'ours': ours, 'plain': plain}, device, rounds, warmup=3)
     return [*(statistics.median(own) * 1e3 for own in times.values()), *ratio(times['ours'], times['plain'])]

@@ -1,4 +1,4 @@
-"""Tables for people, JSON for programs, bar charts for both."""
+"""Tables for people, JSON for programs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,5 +31,5 @@ def _cell(value: Any) -> str:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write all figures."""
+    """Write all figures to a JSON file."""
     atomic_write(path, (json.dumps(result, indent=2) + '\n').encode())

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,14 @@ from .. import device as devices
 from ..errors import UserError
 from . import report
 from .candidates import Candidate, Workload, candidates
-from .counting import cost_of, counts_kernels
+from .counting import Journal, cost_of
 from .timing import ratio, times_in_turn
 
 __all__ = ['COLUMNS', 'add_arguments', 'run']
 
-COLUMNS = ('calls', 'MB an image', 'MB a step', 'peak MB an image', 'synchronizations', 'host ms')
+COLUMNS = ('calls', 'MB an image', 'MB a step', 'peak MB an image', 'synchronizations', 'host ms', 'chip kernels',
+           'chip MB an image', 'chip MB a step')
+CHIPS = ('910b', '910a', '950')
 
 
 @dataclass(frozen=True)
@@ -26,25 +29,33 @@ class _Counts:
     bytes_per_image: float
     bytes_per_step: float
     synchronizations: int | None
+    chip: tuple[int, float, float] | None  # kernels, bytes of an image, bytes of a step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this subcommand."""
+    """Add the options of this subcommand."""
     parser.add_argument('--batch-sizes', type=int, nargs=2, default=(2, 8), metavar='N',
-                        help='two batch sizes, from which what grows with the batch is told from what does not')
+                        help='two batch sizes, which tell bytes an image from bytes a step (default: 2 8)')
     parser.add_argument('--memory-batch-sizes', type=int, nargs=2, default=(16, 24), metavar='N',
-                        help='the same for the peak of memory (not on the CPU)')
+                        help='two batch sizes for the peak of memory; not on the CPU (default: 16 24)')
     parser.add_argument('--float32', action='store_true', help='train in float32 instead of 16 bits')
     parser.add_argument('--recompute', action='store_true', help='add this network with --recompute cheap')
     parser.add_argument('--zoo', action='store_true',
                         help="add the recipe of the model zoo's script; only in 16 bits, and with Ascend's apex")
+    parser.add_argument('--chip', choices=CHIPS, default='910b',
+                        help="chip whose kernels are counted, on the stand-in for CANN (default: 910b)")
     parser.add_argument('--host-rounds', type=int, default=0, metavar='N',
                         help="also time the host, N times alternately; only where operators take no time: on the "
                              'stand-in with --skip-operators')
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Count, print; all figures."""
+def run(args: argparse.Namespace, journal: Journal | None = None) -> dict[str, Any]:
+    """Count, print and return all figures.
+
+    Args:
+        args: The options.
+        journal: Recorder of a device's operators; without it ATen's are counted.
+    """
     device = devices.resolve_device(args.device)
     devices.configure(device)
     if args.zoo:
@@ -54,13 +65,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found = candidates(not args.float32, args.recompute, args.zoo)
     host = _host_time(found, device, args) if args.host_rounds else {}
     rows: dict[str, list[Any]] = {}
-    for name, contestant in found.items():
-        counts = _count(contestant, device, args)
-        rows[contestant.name] = [
+    for name, candidate in found.items():
+        counts = _count(candidate, device, args, journal)
+        rows[candidate.name] = [
             counts.calls, counts.bytes_per_image / 1e6, counts.bytes_per_step / 1e6,
-            _peak_per_image(contestant, device, args), counts.synchronizations, host.get(name, {}).get('median_ms'),
+            _peak_per_image(candidate, device, args), counts.synchronizations, host.get(name, {}).get('median_ms'),
+            *_chip_columns(counts),
         ]
-    unit = 'kernels of the NPU' if counts_kernels() else "ATen's operators"
+    unit = f"calls of the NPU's operators and as kernels of {args.chip}" if journal else "ATen's operators"
     precision = 'float32' if args.float32 else '16 bits'
     title = f'A training step at {args.img_size} px, {precision}, {device.type}, counted in {unit}'
     report.print_table(title, COLUMNS, rows)
@@ -72,31 +84,50 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             'versions': devices.versions()}
 
 
-def _count(contestant: Candidate, device: torch.device, args: argparse.Namespace) -> _Counts:
-    """Calls and bytes of a step, from two batch sizes: bytes = a * batch + b."""
+def _chip_columns(counts: _Counts) -> tuple[Any, ...]:
+    if counts.chip is None:
+        return None, None, None
+    kernels, image, step = counts.chip
+    return kernels, image / 1e6, step / 1e6
+
+
+def _count(
+        candidate: Candidate,
+        device: torch.device,
+        args: argparse.Namespace,
+        journal: Journal | None,
+) -> _Counts:
+    """Count calls and bytes of a step at two batch sizes: bytes = a * batch + b."""
     small, large = sorted(args.batch_sizes)
     costs = []
     for batch_size in (small, large):
-        step = contestant.create(Workload(device, batch_size, args.img_size))
+        step = candidate.create(Workload(device, batch_size, args.img_size))
         for _ in range(2):  # the first ones allocate states
             step()
-        costs.append(cost_of(step))
+        costs.append(cost_of(step, journal, args.chip))
         del step
         gc.collect()
-    per_image = (costs[1].bytes - costs[0].bytes) / (large - small)
-    return _Counts(
-        costs[0].calls.total(), per_image, costs[0].bytes - small * per_image, costs[0].synchronizations,
-    )
+    chip = None
+    if costs[0].chip_kernels is not None:
+        chip = (costs[0].chip_kernels.total(), *_split([cost.chip_bytes for cost in costs], small, large))
+    image, fixed = _split([cost.bytes for cost in costs], small, large)
+    return _Counts(costs[0].calls.total(), image, fixed, costs[0].synchronizations, chip)
 
 
-def _peak_per_image(contestant: Candidate, device: torch.device, args: argparse.Namespace) -> float | None:
-    """By how much the peak of memory grows with an image, in MB; None where nobody counts memory."""
+def _split(totals: Sequence[int], small: int, large: int) -> tuple[float, float]:
+    """Return (bytes an image, bytes a step) from the totals of two batch sizes."""
+    image = (totals[1] - totals[0]) / (large - small)
+    return image, totals[0] - small * image
+
+
+def _peak_per_image(candidate: Candidate, device: torch.device, args: argparse.Namespace) -> float | None:
+    """Return the growth of the peak of memory with an image, in MB; None on the CPU."""
     peaks = []
     small, large = sorted(args.memory_batch_sizes)
     for batch_size in (small, large):
         if device.type == 'cpu':
             return None
-        step = contestant.create(Workload(device, batch_size, args.img_size))
+        step = candidate.create(Workload(device, batch_size, args.img_size))
         for _ in range(2):
             step()
         devices.reset_peak_memory(device)
@@ -112,7 +143,7 @@ def _host_time(
         device: torch.device,
         args: argparse.Namespace,
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step and ratios to timm's, one step of each in turn."""
+    """Return milliseconds of a step and ratios to timm's, from one step of each in turn."""
     steps = {name: each.create(Workload(device, args.batch_sizes[0], args.img_size)) for name, each in found.items()}
     times = times_in_turn(steps, device, args.host_rounds, warmup=3)
     ratios = {name: ratio(own, times['timm']) for name, own in times.items()}

@@ -11,15 +11,15 @@ __all__ = ['add_arguments', 'run']
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this subcommand."""
+    """Add the options of this subcommand."""
     parser.add_argument('reports', nargs='+', type=Path, metavar='REPORT', help='report.json files of train.py')
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print a row in Markdown for each report; the rows.
+    """Print a row in Markdown for each report and return the rows.
 
     Raises:
-        UserError: A file is no report.
+        UserError: A file is not a report.
     """
     rows: dict[str, list[Any]] = {}
     for path in args.reports:
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             name = f"this package, {report['world_size']} × {report['device']['type']}"
             rows[name] = [report['top1'], report['images_per_second'], report['epochs'], report['precision']]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{path} is no report of train.py ({type(error).__name__}: {error}).') from error
+            raise UserError(f'{path} is not a report of train.py ({type(error).__name__}: {error}).') from error
     for name, (top1, rate, epochs, precision) in rows.items():
         print(f'| {name} | {top1:.2f} | {rate:.1f} | {epochs} | {precision} |')
     return {'title': 'Training', 'columns': ('top-1', 'images/s', 'epochs', 'precision'), 'rows': rows}

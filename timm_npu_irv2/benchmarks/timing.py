@@ -1,4 +1,4 @@
-"""Times of what is compared: all take turns in one process, so that whatever slows the machine slows all of them."""
+"""Times of candidates that take turns in one process, so that whatever slows the machine slows all of them."""
 
 import statistics
 import time
@@ -15,13 +15,13 @@ Work = Callable[[], Any]
 
 
 def in_turn(works: Mapping[str, Work], device: torch.device, rounds: int, warmup: int) -> Iterator[dict[str, float]]:
-    """Seconds of each, round by round; who begins changes from one to the next.
+    """Yield {name: seconds} of each round; the order is reversed in every second one.
 
     Args:
-        works: {name: what to time}.
-        device: Its queue is emptied before and after each of them.
-        rounds: How many.
-        warmup: Calls of each before the first round.
+        works: {name: function to time}.
+        device: Device whose queue is emptied before and after each call.
+        rounds: Number of rounds.
+        warmup: Calls of each function before the first round.
     """
     for work in works.values():
         for _ in range(warmup):
@@ -33,7 +33,7 @@ def in_turn(works: Mapping[str, Work], device: torch.device, rounds: int, warmup
 
 
 def times_in_turn(works: Mapping[str, Work], device: torch.device, rounds: int, warmup: int) -> dict[str, list[float]]:
-    """{name: seconds of each round}; the arguments are those of :func:`in_turn`."""
+    """Return {name: seconds of each round}; the arguments are those of :func:`in_turn`."""
     found = list(in_turn(works, device, rounds, warmup))
     return {name: [each[name] for each in found] for name in works}
 
@@ -47,7 +47,7 @@ def _seconds(work: Work, device: torch.device) -> float:
 
 
 class Ratio(NamedTuple):
-    """The median of the rounds' ratios, which is the figure to quote, and their spread."""
+    """The median of the rounds' ratios, the figure to quote, and their spread."""
 
     median: float
     least: float
@@ -55,6 +55,6 @@ class Ratio(NamedTuple):
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Ours over theirs, round by round."""
+    """Return the ratio of ours to theirs, round by round."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))

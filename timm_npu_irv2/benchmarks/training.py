@@ -17,7 +17,7 @@ __all__ = ['add_arguments', 'run']
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this subcommand."""
+    """Add the options of this subcommand."""
     parser.add_argument('--amp', action='store_true', help='train in the 16-bit type of the device')
     parser.add_argument('-b', '--batch-size', type=int, default=8, help='images in a batch (default: 8)')
     parser.add_argument('--rounds', type=int, default=7, help='turns of each network (default: 7)')
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print; all figures.
+    """Measure, print and return all figures.
 
     A round's ratio is ours over timm's; the median over the rounds is the figure to quote.
     """

@@ -17,13 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import chip_costs
+
 
 class Operator(NamedTuple):
-    """One operator that ran, with the bytes of its tensors: each input read once, each output written once."""
+    """One operator that ran, with the bytes of its tensors: each input read once, each output written once.
+
+    ``tensors`` describes them: role, dtype, sizes and strides of each, as ``chip_costs.py`` reads them.
+    """
 
     name: str
     bytes_read: int
     bytes_written: int
+    tensors: str
 
 
 class Event(NamedTuple):
@@ -57,6 +63,10 @@ class Recording:
         """How often the host waited for the device."""
         return sum(event.kind == 'synchronize' for event in self.events)
 
+    def kernels(self, chip: str) -> list[chip_costs.Kernel]:
+        """The kernels that the operators become on a chip: '910a', '910b' or '950'."""
+        return [kernel for each in self.operators for kernel in chip_costs.kernels_of(each.name, each.tensors, chip)]
+
     def calls(self) -> Counter[str]:
         """{operator: how often it ran}."""
         return Counter(each.name for each in self.operators)
@@ -68,7 +78,8 @@ class Recording:
 
 def read_operators(path: Path | str, start: int = 0) -> list[Operator]:
     """The operators in a log, from byte ``start`` on."""
-    return [Operator(name, int(read), int(written)) for name, read, written in _lines(Path(path), start)]
+    lines = _lines(Path(path), start)
+    return [Operator(name, int(read), int(written), tensors) for name, read, written, tensors in lines]
 
 
 def read_events(path: Path | str, start: int = 0) -> list[Event]:
