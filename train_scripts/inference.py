@@ -12,12 +12,12 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import DatasetInfoLabelMapper, resolve_data_config
+from timm.data import DatasetInfoLabelMapper
 from timm.layers import apply_test_time_pool
 from torch import Tensor, nn
 
@@ -169,11 +169,10 @@ def main(argv: Sequence[str]) -> int:
 def infer(args: Namespace, device: torch.device) -> None:
     """Classify all images, and write the results as tables and as a picture."""
     model = load_model(args)
-    config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
+    pipeline = ImagePipeline.for_model(model, vars(args), use_test_size=not args.use_train_size)
     if args.test_pool:
-        model, pooled = apply_test_time_pool(model, config)
-        config['crop_pct'] = 1.0 if pooled else config['crop_pct']
-    pipeline = ImagePipeline.from_config(config, args.input_img_mode)
+        model, pooled = apply_test_time_pool(model, {'input_size': pipeline.input_size})
+        pipeline = replace(pipeline, crop_pct=1.0) if pooled else pipeline
     images = open_images(args, pipeline.input_img_mode)
     dtype, amp_dtype = choose_dtypes(args, device)
     labels = label_function(args, model)
@@ -202,8 +201,8 @@ def load_model(args: Namespace) -> nn.Module:
 
 
 def open_images(args: Namespace, mode: str) -> NamedImages:
-    """Return the images that the options name: files, folders, a tar file, or a data set."""
-    if not args.dataset and not (len(args.data) == 1 and args.data[0].endswith('.tar')):
+    """Return the images that the options name: files, folders, tar files, or a data set."""
+    if not args.dataset:
         return find_files(args.data, mode)
     dataset = open_dataset(args.dataset, args.data[0] if args.data else None, args.split, class_map=args.class_map,
                            download=args.dataset_download, input_img_mode=mode)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""An ONNX file of onnx_export.py in int8, with what that costs in accuracy.
+"""Quantise an ONNX file of onnx_export.py to int8, and measure its loss of accuracy.
 
     python train_scripts/onnx_quantize.py model.onnx model_int8.onnx --calibration FOLDER_OF_IMAGES
 
-Activations get their ranges from the images of the calibration folder. The loss is measured on other images where
---evaluation names some, else on every second image of the calibration folder, which is then left out of calibration.
+The ranges of the activations come from the images of the calibration folder. The loss is measured on the images that
+--evaluation names, else on every second image of the calibration folder, which is then left out of calibration.
 """
 
 import logging
@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm_npu_irv2.cli.flags import pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.deploy import onnx, quantization
@@ -22,32 +23,39 @@ _logger = logging.getLogger('onnx_quantize')
 
 FLAGS = (
     Group('Files', (
-        Flag('model', 'what onnx_export.py has written', rest={'metavar': 'FILE.onnx'}),
-        Flag('output', 'the file to write', rest={'metavar': 'INT8.onnx'}),
-        Flag('--calibration', 'folder of images such as the model will see', default='', rest={'metavar': 'DIR'}),
-        Flag('--evaluation', 'folder of images to compare int8 with float32 on; with a subfolder for each class the '
-             'accuracy is told, too', default='', rest={'metavar': 'DIR'}),
+        Flag('model', 'ONNX file of onnx_export.py', rest={'metavar': 'FILE.onnx'}),
+        Flag('output', 'file to write', rest={'metavar': 'INT8.onnx'}),
+        Flag('--calibration', 'folder or tar file of images such as the model will see', default='',
+             rest={'metavar': 'DIR'}),
+        Flag('--evaluation', 'folder or tar file of images on which int8 is compared with float32; class folders give '
+             'the accuracy, too', default='', rest={'metavar': 'DIR'}),
+        *pick('on_bad_image'),
     )),
     Group('Quantisation', (
-        Flag('--images', 'take at most so many for calibration', int, 100, '[1, inf)', {'metavar': 'N'}),
-        Flag('--evaluation-images', 'and for the comparison', int, 1000, '[1, inf)', {'metavar': 'N'}),
-        Flag('--method', 'how ranges are found', default='minmax',
+        Flag('--images', 'largest number of images for calibration', int, 100, '[1, inf)', {'metavar': 'N'}),
+        Flag('--evaluation-images', 'largest number of images for the comparison', int, 1000, '[1, inf)',
+             {'metavar': 'N'}),
+        Flag('--method', 'method that finds the ranges of the activations', default='minmax',
              rest={'choices': ('minmax', 'entropy', 'percentile')}),
-        Flag('--per-tensor', 'one scale for all channels of a convolution', bool, False),
-        Flag('--full-range', 'weights of 8 bits, for CPUs with VNNI and for NPUs; others overflow, so they get 7', bool,
-             False),
+        Flag('--per-tensor', 'use one scale for all channels of a convolution', bool, False),
+        Flag('--full-range', 'use weights of 8 bits, for CPUs with VNNI and for NPUs; other CPUs overflow with '
+             'more than 7', bool, False),
     )),
 )
 
 
 def parse(argv: Sequence[str]) -> Namespace:
-    """The options. Raises UserError for what is wrong with them, in one line."""
+    """Return the options.
+
+    Raises:
+        UserError: An unknown option, a value out of range, a missing file or folder.
+    """
     args = parse_flags(FLAGS, argv, prog='onnx_quantize.py', description=(
-        "Quantise an ONNX file of onnx_export.py to int8 with ONNX Runtime's tools, and tell the loss of accuracy."))
+        "Quantise an ONNX file of onnx_export.py to int8 with ONNX Runtime's tools, and measure the loss of accuracy."))
     args.model, args.output = Path(args.model), Path(args.output)
     wrong = [
         (not args.model.is_file(), f'{args.model}: no such file.'),
-        (not args.calibration, '--calibration DIR is missing: a folder of images such as the model will see.'),
+        (not args.calibration, '--calibration DIR is missing: name a folder of images such as the model will see.'),
         (not args.output.parent.is_dir(), f'cannot write {args.output}: there is no folder {args.output.parent}.'),
         (args.model.resolve() == args.output.resolve(), 'the int8 file would overwrite the float32 one.'),
     ]
@@ -62,8 +70,9 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     start_log()
     config = onnx.preprocessing(args.model)
-    calibration = quantization.Photographs(args.calibration, config)
-    evaluation = quantization.Photographs(args.evaluation, config) if args.evaluation else calibration.split()
+    calibration = quantization.ModelInputs(args.calibration, config, args.on_bad_image)
+    evaluation = (quantization.ModelInputs(args.evaluation, config, args.on_bad_image) if args.evaluation
+                  else calibration.split())
     calibration.keep(args.images)
     evaluation.keep(args.evaluation_images)
     quantization.quantize(args.model, args.output, calibration, per_channel=not args.per_tensor,

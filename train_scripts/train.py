@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from timm.data import resolve_data_config
 from timm.utils import random_seed
 
 from timm_npu_irv2 import device as devices
@@ -27,6 +26,7 @@ from timm_npu_irv2 import hub
 from timm_npu_irv2.cli.flags import OUR_MODEL
 from timm_npu_irv2.cli.parser import as_yaml
 from timm_npu_irv2.cli.script import run_script, start_log
+from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.distributed import (
     StopRequest,
     World,
@@ -159,18 +159,18 @@ def build_run(args: Namespace, world: World, stop: StopRequest | None, started: 
     random_seed(args.seed)  # the same initial weights in every process
     model = setup.build_model(args)
     parameters, num_classes = sum(p.numel() for p in model.parameters()), model.num_classes
-    data_config = resolve_data_config(vars(args), model=model)
+    pipeline = ImagePipeline.for_model(model, vars(args))
     model = setup.place_model(
         model, world, channels_last=args.channels_last, torchscript=args.torchscript, sync_bn=args.sync_bn,
         bn_splits=max(args.aug_splits, 2) if args.split_bn else 0)
     precision = setup.build_precision(args, world)
 
     train_loader = build_train_loader(
-        args, data_config, world, num_classes=num_classes, batch_size=batch_size, dtype=precision.input_dtype)
+        args, pipeline, world, num_classes=num_classes, batch_size=batch_size, dtype=precision.input_dtype)
     eval_loader = None
     if args.val_split:
         eval_loader = build_eval_loader(
-            args, data_config, world, split=args.val_split, num_samples=args.val_num_samples, num_classes=num_classes,
+            args, pipeline, world, split=args.val_split, num_samples=args.val_num_samples, num_classes=num_classes,
             batch_size=args.validation_batch_size or batch_size, train_loader=train_loader, dtype=precision.input_dtype)
     metric = args.eval_metric if eval_loader is not None else 'loss'
 
@@ -190,7 +190,7 @@ def build_run(args: Namespace, world: World, stop: StopRequest | None, started: 
     settings = setup.train_settings(args, average_batch_size)
     trainer = Trainer(task, train_loader, optimizer, precision, world, scheduler, settings, stop)
     info = RunInfo(args.model, num_classes, vars(args))
-    return Run(args, info, world, trainer, eval_loader, epochs, data_config['input_size'][-1], parameters, lr, metric,
+    return Run(args, info, world, trainer, eval_loader, epochs, pipeline.input_size[-1], parameters, lr, metric,
                started)
 
 

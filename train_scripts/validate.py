@@ -15,13 +15,13 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import RealLabelsImagenet, resolve_data_config
+from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
 from timm.models import get_pretrained_cfg, is_model, list_models
 from timm.utils import decay_batch_step, natural_key, random_seed, reparameterize_model
@@ -35,7 +35,9 @@ from timm_npu_irv2.cli.flags import INERT, OUR_MODEL, REFUSED, TRAIN_FLAGS, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.cli.table import to_csv
+from timm_npu_irv2.data.classes import class_indices
 from timm_npu_irv2.data.loader import DeviceLoader
+from timm_npu_irv2.data.pipeline import ImagePipeline, remember_training, trained_channels
 from timm_npu_irv2.distributed import World, gather_objects, initialize, shutdown
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.plots import Prediction, draw_prediction_grid, select_predictions
@@ -229,18 +231,18 @@ def measure(args: Namespace, world: World, candidate: Candidate, batch_size: int
     model = load_model(args, candidate)
     num_classes = args.num_classes or model.num_classes
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
+    pipeline = ImagePipeline.for_model(model, vars(args), use_test_size=not args.use_train_size)
+    class_to_idx = None if args.valid_labels else class_indices(model.pretrained_cfg.get('label_names'))
     if args.test_pool:
-        model, pooled = apply_test_time_pool(model, data_config)
-        data_config['crop_pct'] = 1.0 if pooled else data_config['crop_pct']
-    data_config['crop_border_pixels'] = args.crop_border_pixels
+        model, pooled = apply_test_time_pool(model, {'input_size': pipeline.input_size})
+        pipeline = replace(pipeline, crop_pct=1.0) if pooled else pipeline
     dtype = getattr(torch, args.model_dtype or 'float32')
     amp_dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else devices.half_dtype(world.device)
     loader = build_eval_loader(
-        args, data_config, world, split=args.split, batch_size=batch_size, num_samples=args.num_samples,
-        num_classes=None if args.valid_labels else num_classes, dtype=dtype)
+        args, pipeline, world, split=args.split, batch_size=batch_size, num_samples=args.num_samples,
+        num_classes=None if args.valid_labels else num_classes, class_to_idx=class_to_idx, dtype=dtype)
     _logger.info(f'{candidate.model}: {parameters / 1e6:.2f} M parameters, {num_classes} classes, '
-                 f'{data_config["input_size"][-1]} px; {world.size} × {world.device.type}, '
+                 f'{pipeline.input_size[-1]} px; {world.size} × {world.device.type}, '
                  f'{describe_precision(dtype, amp_dtype if args.amp else None)}; '
                  f'weights: {candidate.checkpoint or "pretrained"}')
     tally = Tally(len(loader), args.log_freq)
@@ -253,8 +255,8 @@ def measure(args: Namespace, world: World, candidate: Candidate, batch_size: int
     loader.close()
     if not world.is_primary:
         return {}
-    figures = {'param_count': round(parameters / 1e6, 2), 'img_size': data_config['input_size'][-1],
-               'crop_pct': data_config['crop_pct'], 'interpolation': data_config['interpolation']}
+    figures = {'param_count': round(parameters / 1e6, 2), 'img_size': pipeline.input_size[-1],
+               'crop_pct': pipeline.crop_pct, 'interpolation': pipeline.interpolation}
     results = collect(args, candidate, metrics, figures, seconds, loader, answers)
     if bad_images:
         _logger.warning(f'{len(bad_images)} unreadable image(s) were not counted; the results name them.')
@@ -264,12 +266,13 @@ def measure(args: Namespace, world: World, candidate: Candidate, batch_size: int
 
 def load_model(args: Namespace, candidate: Candidate) -> nn.Module:
     """Return the model with its weights, on the CPU. Without --num-classes, a checkpoint decides their number."""
-    state_dict = serialization.load_weights(candidate.checkpoint, args.use_ema) if candidate.checkpoint else None
+    content = serialization.read_checkpoint(candidate.checkpoint) if candidate.checkpoint else {}
+    state_dict = (args.use_ema and content.get('state_dict_ema')) or content.get('state_dict')
     model = hub.create_model(
         candidate.model,
         pretrained=args.pretrained and state_dict is None,
         num_classes=args.num_classes or (classes_in(state_dict, candidate.model) if state_dict else None),
-        in_chans=args.in_chans or (args.input_size or [3])[0],
+        in_chans=args.in_chans or (args.input_size or [trained_channels(content) or 3])[0],
         global_pool=args.gp,
         scriptable=args.torchscript,
         **args.model_kwargs,
@@ -277,6 +280,7 @@ def load_model(args: Namespace, candidate: Candidate) -> nn.Module:
     if state_dict is not None:
         try:
             model.load_state_dict(state_dict)
+            remember_training(model.pretrained_cfg, content, model.num_classes)
         except UserError:
             raise
         except (RuntimeError, ValueError) as error:
@@ -413,7 +417,8 @@ def draw_answers(path: Path, loader: Any, answers: Sequence[ProcessAnswers]) -> 
                    for index, answered, target in zip(*process, strict=True))
     right = sum(answer == target for _, answer, target in every)
     draw_prediction_grid(path, [
-        Prediction(loader.samples[index][0], [str(names.get(answer, answer))], target=str(names.get(target, target)))
+        Prediction(loader.samples[index][0].convert('RGB'), [str(names.get(answer, answer))],
+                   target=str(names.get(target, target)))
         for index, answer, target in select_predictions(every)
     ], title=f'{right} of {len(every)} right ({100 * right / max(len(every), 1):.2f} %)')
 

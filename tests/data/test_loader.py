@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_loader
+from timm.data import create_dataset, create_loader
 from timm.data.loader import fast_collate
 from torchvision.datasets import CIFAR10
 
@@ -30,6 +30,7 @@ CONFIG = {
     'crop_pct': 0.9,
     'crop_mode': 'center',
 }
+PIPELINE = ImagePipeline.from_config(CONFIG)
 
 
 def write_images(folder: Path, classes: int, per_class: int, seed: int = 0) -> None:
@@ -57,13 +58,13 @@ def world(rank: int = 0, size: int = 1) -> World:
     return World(rank=rank, local_rank=rank, size=size, device=torch.device('cpu'))
 
 
-def train_loader(args, where: World | None = None, config=CONFIG, **given):
-    return build_train_loader(args, config, where or world(), num_classes=args.num_classes or 10,
+def train_loader(args, where: World | None = None, pipeline=PIPELINE, **given):
+    return build_train_loader(args, pipeline, where or world(), num_classes=args.num_classes or 10,
                               batch_size=args.batch_size, **given)
 
 
 def eval_loader(args, where: World | None = None, **given):
-    return build_eval_loader(args, CONFIG, where or world(), split=args.val_split, num_classes=args.num_classes or 10,
+    return build_eval_loader(args, PIPELINE, where or world(), split=args.val_split, num_classes=args.num_classes or 10,
                              batch_size=args.validation_batch_size or args.batch_size, **given)
 
 
@@ -114,7 +115,7 @@ def test_a_sample_depends_on_seed_epoch_index_and_repeat_alone(folder):
         dataset = BatchDataset(open_dataset('', str(folder), 'train'), [transform], 'RGB', fast_collate, seed)
         return dataset[Batch(samples, epoch=epoch, seed=batch_seed)].images
 
-    transform = Augmentation().transform(ImagePipeline.from_config(CONFIG), 75)
+    transform = Augmentation().transform(PIPELINE, 75)
     together, alone = images(SampleKey(3, 0), SampleKey(5, 0), SampleKey(3, 1)), images(SampleKey(3, 0), batch_seed=8)
     assert torch.equal(together[0], alone[0]) and not torch.equal(together[0], together[2])
     assert not torch.equal(alone, images(SampleKey(3, 0), epoch=2))
@@ -187,7 +188,7 @@ def test_training_images_are_those_of_timm_without_augmentation(folder):
     args = options(folder, '--no-aug')
     ours = train_loader(args)
     order = [sample.index for batch in ours.sampler for sample in batch.samples]
-    dataset = open_dataset('', str(folder), 'train')
+    dataset = create_dataset('', str(folder), 'train')
     theirs = create_loader(dataset, (3, 75, 75), 21, no_aug=True, is_training=False, interpolation='bicubic',
                            mean=CONFIG['mean'], std=CONFIG['std'], num_workers=0, device=torch.device('cpu'),
                            crop_pct=1.0, crop_mode='squash')
@@ -200,7 +201,7 @@ def test_training_images_are_those_of_timm_without_augmentation(folder):
 @pytest.mark.parametrize('extra', [[], ['--no-prefetcher']], ids=['device', 'host'])
 def test_validation_images_are_those_of_timm(folder, extra):
     args = options(folder, *extra)
-    theirs = create_loader(open_dataset('', str(folder), 'validation'), (3, 75, 75), 4,
+    theirs = create_loader(create_dataset('', str(folder), 'validation'), (3, 75, 75), 4,
                            interpolation='bicubic', mean=CONFIG['mean'], std=CONFIG['std'], num_workers=0,
                            device=torch.device('cpu'), crop_pct=0.9)
     ours = eval_loader(args)
@@ -256,8 +257,8 @@ def test_images_have_the_dtype_asked_for_and_the_layout_of_the_device(folder, dt
 
 
 def test_one_channel(folder):
-    args = options(folder, '--in-chans', '1')
-    images, _ = next(iter(train_loader(args, config={**CONFIG, 'input_size': (1, 75, 75)})))
+    pipeline = ImagePipeline.from_config({**CONFIG, 'input_size': (1, 75, 75)})
+    images, _ = next(iter(train_loader(options(folder), pipeline=pipeline)))
     assert images.shape == (4, 1, 75, 75)
 
 
@@ -321,13 +322,25 @@ def test_data_folder_missing(tmp_path):
 
 def test_folder_without_images(tmp_path):
     (tmp_path / 'train').mkdir()
-    assert 'Found 0 images' in message(options(tmp_path))
+    assert 'no images in this folder' in message(options(tmp_path))
 
 
-def test_validation_classes_that_differ(tmp_path):
+def test_a_validation_class_that_was_not_trained(tmp_path):
+    write_images(tmp_path / 'train', 2, 2)
+    write_images(tmp_path / 'val', 3, 2)
+    assert "classes that the network does not know: 'class2'" in message(options(tmp_path))
+
+
+def test_a_class_without_validation_images_leaves_the_others_their_numbers(tmp_path):
     write_images(tmp_path / 'train', 3, 2)
-    write_images(tmp_path / 'val', 2, 2)
-    assert 'class2' in message(options(tmp_path))
+    write_images(tmp_path / 'val', 3, 2)
+    for path in (tmp_path / 'val' / 'class0').iterdir():
+        path.unlink()
+    for _ in range(2):  # with the empty folder, and without it
+        _, val = both_loaders(options(tmp_path))
+        assert torch.cat([targets for _, targets in val]).tolist() == [1, 1, 2, 2]
+        if (tmp_path / 'val' / 'class0').exists():
+            (tmp_path / 'val' / 'class0').rmdir()
 
 
 def test_no_validation_folder(tmp_path):

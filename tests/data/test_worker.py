@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from timm_npu_irv2.data.decode import to_pil_mode
+from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader
@@ -18,6 +19,7 @@ from timm_npu_irv2.training.options import parse_args
 
 CONFIG = {'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bilinear',
           'crop_pct': 1.0, 'crop_mode': 'center'}
+PIPELINE = ImagePipeline.from_config(CONFIG)
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
@@ -64,8 +66,8 @@ def options(folder: Path, *words: str):
 
 
 def loaders(args):
-    train = build_train_loader(args, CONFIG, World(), num_classes=2, batch_size=args.batch_size)
-    return train, build_eval_loader(args, CONFIG, World(), split='val', num_classes=2, train_loader=train,
+    train = build_train_loader(args, PIPELINE, World(), num_classes=2, batch_size=args.batch_size)
+    return train, build_eval_loader(args, PIPELINE, World(), split='val', num_classes=2, train_loader=train,
                                     batch_size=args.validation_batch_size or args.batch_size)
 
 

@@ -227,7 +227,7 @@ def test_int8_is_a_quarter_and_tells_its_loss(exported, photographs, tmp_path, c
 @pytest.mark.parametrize(('argv', 'message'), [
     (['missing.onnx', 'out.onnx', '--calibration', '.'], 'no such file'),
     (['{model}', 'out.onnx'], '--calibration DIR is missing'),
-    (['{model}', 'out.onnx', '--calibration', '.'], 'no images below it'),
+    (['{model}', 'out.onnx', '--calibration', '.'], 'no images in this folder'),
     (['{model}', '{model}', '--calibration', '.'], 'would overwrite'),
     (['{model}', 'out.onnx', '--calibration', '{torn}'], 'torn.png cannot be read'),
 ])

@@ -1,12 +1,130 @@
-"""Names of classes: published with a model, or those of ImageNet."""
+"""The class table: which name has which number, the same in every process and in every tool."""
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from timm.data import CustomDatasetInfo, ImageNetInfo, infer_imagenet_subset
 from timm.data.dataset_info import DatasetInfo
+from timm.data.readers.class_map import load_class_map
 
-__all__ = ['class_info']
+from ..errors import UserError, first_line
+
+__all__ = [
+    'class_indices',
+    'class_info',
+    'class_order',
+    'clean_name',
+    'label_names',
+    'map_classes',
+    'natural_key',
+    'number_classes',
+    'read_class_map',
+]
+
+
+def natural_key(text: str) -> tuple[list[int | str], str]:
+    """Return a sort key: numbers by their value and letters without case, then the exact spelling.
+
+    Without the spelling, 'Cat' and 'cat' or '1' and '01' would come in any order.
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', text.lower())], text
+
+
+def clean_name(name: str) -> str:
+    """Return the name of a class without a byte order mark and blanks at its ends."""
+    return name.strip('\ufeff \t\r\n\u00a0')
+
+
+def class_order(names: Iterable[str]) -> list[str]:
+    """Return the different names in the order in which they are numbered."""
+    return sorted(set(names), key=natural_key)
+
+
+def number_classes(folders: Iterable[str]) -> dict[str, int]:
+    """Return the numbers of the classes by name, for class folders given by their paths within the data set.
+
+    The name of a class is that of the innermost folder, as in timm.
+
+    Raises:
+        UserError: An image is in no class folder, or folders have the same name.
+    """
+    paths: dict[str, set[str]] = {}
+    for folder in set(folders):
+        paths.setdefault(clean_name(folder.rpartition('/')[2]), set()).add(folder)
+    if '' in paths:
+        raise UserError('there are images outside of class folders: move them into a folder for each class.')
+    for name, places in paths.items():
+        if len(places) > 1:
+            raise UserError(f"class '{name}' is in several folders, {_listed(sorted(places))}: rename them, or join "
+                            'them into one.')
+    return {name: index for index, name in enumerate(class_order(paths))}
+
+
+def map_classes(found: Iterable[str], expected: Mapping[str, int]) -> None:
+    """Raise UserError if a class that was found is none of the network's.
+
+    Args:
+        found: Names of the classes in the data.
+        expected: Numbers of the network's classes by name.
+    """
+    unknown = class_order(set(found) - set(expected))
+    if unknown:
+        missing = class_order(set(expected) - set(found))
+        others = f'; not in the data: {_listed(missing)}' if missing else ''
+        raise UserError(f'the data has classes that the network does not know: {_listed(unknown)}{others}. Rename the '
+                        'folders, or number them with --class-map.')
+
+
+def read_class_map(path: str | os.PathLike, root: str | os.PathLike = '') -> dict[str, int]:
+    """Return the numbers of the classes by name from a file, a name per line, or a pickled dict as timm takes it.
+
+    Args:
+        path: File, as it stands or relative to ``root``.
+        root: Folder of the data set.
+
+    Raises:
+        UserError: No such file, or it is no class map.
+    """
+    source = Path(path) if Path(path).exists() else Path(root) / path
+    try:
+        if source.suffix.lower() != '.txt':
+            return {clean_name(name) if isinstance(name, str) else name: index
+                    for name, index in load_class_map(str(source)).items()}
+        lines = [clean_name(line) for line in source.read_text(encoding='utf-8').splitlines()]
+    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+        reason = getattr(error, 'strerror', None) or first_line(error)
+        raise UserError(f'--class-map {path}: {reason}') from error
+    twice = {name for name in lines if name and lines.count(name) > 1} if len(set(lines)) < len(lines) else set()
+    if twice:
+        raise UserError(f"--class-map {path}: '{min(twice)}' is in several lines.")
+    return {name: index for index, name in enumerate(lines) if name}
+
+
+def label_names(class_to_idx: Mapping[str, int] | None, num_classes: int) -> list[str] | None:
+    """Return the name of each output of a network; None if there are no names.
+
+    Outputs without a class, such as the one that the model zoo's network has more, are called unused_<number>.
+    """
+    if not class_to_idx:
+        return None
+    names: dict[int, str] = {}
+    for name, index in class_to_idx.items():
+        names.setdefault(index, name)
+    return [names.get(index, f'unused_{index}') for index in range(num_classes)]
+
+
+def class_indices(names: Sequence[str] | Mapping[Any, str] | None) -> dict[str, int] | None:
+    """Return the class indices by name for the ``label_names`` of a ``pretrained_cfg``; None if there are none."""
+    if not names:
+        return None
+    items = names.items() if isinstance(names, Mapping) else enumerate(names)
+    indices: dict[str, int] = {}
+    for index, name in items:
+        indices.setdefault(clean_name(name), int(index))
+    return indices
 
 
 def class_info(pretrained_cfg: Mapping[str, Any], num_classes: int) -> DatasetInfo | None:
@@ -20,3 +138,8 @@ def class_info(pretrained_cfg: Mapping[str, Any], num_classes: int) -> DatasetIn
         return CustomDatasetInfo(names, pretrained_cfg.get('label_descriptions'))
     subset = infer_imagenet_subset({'num_classes': num_classes})
     return ImageNetInfo(subset) if subset else None
+
+
+def _listed(names: Sequence[str], limit: int = 3) -> str:
+    rest = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(f"'{name}'" for name in names[:limit]) + rest

@@ -1,51 +1,100 @@
-"""Data sets of timm, their classes, and one line for whatever is wrong with them."""
+"""Data sets: folders and tar files through this package's reader, others through timm's."""
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from timm.data import create_dataset
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UserError, first_line
+from .classes import map_classes, read_class_map
+from .decode import read_image, to_pil_mode
+from .folder import FolderReader
 from .splits import check_split_name, find_split
 
-__all__ = ['check_num_classes', 'check_same_classes', 'class_to_idx', 'find_root', 'open_dataset']
+__all__ = ['ImageDataset', 'check_apart', 'check_num_classes', 'class_to_idx', 'find_root', 'open_dataset']
 
 # Data sets of torchvision with two splits: timm takes the second one for any name but train.
 TRAIN_OR_TEST = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
 
 
+class ImageDataset(Dataset):
+    """A data set of (PIL image, class index) that raises for an image that cannot be read.
+
+    timm's data set of the same name puts other images in the places of those.
+
+    Args:
+        reader: Reader of timm's, which yields (file, class index).
+        image_mode: PIL mode that every image is converted to.
+    """
+
+    def __init__(self, reader: Any, image_mode: str = 'RGB'):
+        self.reader, self.image_mode = reader, image_mode
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        file, target, *_ = self.reader[index]
+        target = -1 if target is None else target
+        if isinstance(file, Image.Image):
+            return to_pil_mode(file, self.image_mode), target
+        with file:
+            return read_image(file, self.image_mode), target
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """Return the file name of an image."""
+        return self.reader.filename(index, basename, absolute)
+
+    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
+        """Return the file names of all images."""
+        return self.reader.filenames(basename, absolute)
+
+
 def class_to_idx(dataset: Any) -> dict[str, int] | None:
-    """Return the class indices by name, where the data set knows them (folders, most data sets of torchvision)."""
+    """Return the class indices by name, where the data set knows them (folders, tar files, most of torchvision's)."""
     return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
 
 
-def open_dataset(name: str, root: str | None, split: str, *, class_map: str = '', **options: Any) -> Dataset:
-    """Return a data set of ``timm.data.create_dataset``.
+def open_dataset(
+        name: str,
+        root: str | None,
+        split: str,
+        *,
+        class_to_idx: Mapping[str, int] | None = None,
+        class_map: str = '',
+        input_img_mode: str = 'RGB',
+        input_key: str | None = None,
+        **options: Any,
+) -> Dataset:
+    """Return a data set by the names of ``timm.data.create_dataset``.
 
     Args:
         name: '<type>/<name>' as timm takes it; empty for a folder or a tar file.
         root: Folder or tar file.
         split: Name of the split.
-        class_map: File that maps class names to indices.
+        class_to_idx: Class indices of the network by name, which number the classes of the data; None to number the
+            classes in their order.
+        class_map: File of class indices by name, which takes the place of ``class_to_idx``.
+        input_img_mode: PIL mode of the images.
+        input_key: Key of the images in records; file name endings of images in folders, with ';' between them.
         options: Further arguments of ``create_dataset``.
 
     Raises:
-        UserError: No such folder or split, no image in it or in one of its class folders, or no such data set.
+        UserError: No such folder or split, no image in it or in one of its class folders, a class that the network
+            does not know, or no such data set.
     """
-    if (path := find_root(name, root, split)) is not None:
-        root, options['search_split'] = str(path), False
-    options['class_map'] = class_map
-    try:
-        dataset = create_dataset(name, root=root, split=split, **options)
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"data set '{name or root}', split '{split}': {first_line(error)}") from error
-    folder = getattr(getattr(dataset, 'reader', None), 'root', None)
-    if folder is not None and not class_map and Path(folder).is_dir():
-        _check_no_class_is_empty(Path(folder), dataset.filenames())
-    return dataset
+    folder = find_root(name, root, split)
+    if folder is None or '/' in name:
+        if folder is not None:
+            root, options['search_split'] = str(folder), False
+        options |= dict(class_map=class_map, input_img_mode=input_img_mode, input_key=input_key)
+        return _create(name, root, split, class_to_idx if not class_map else None, options)
+    table = read_class_map(class_map, folder) if class_map else class_to_idx
+    endings = input_key.split(';') if input_key else ()
+    return ImageDataset(FolderReader(folder, table, class_map=bool(class_map), endings=endings), input_img_mode)
 
 
 def find_root(name: str, root: str | None, split: str) -> Path | None:
@@ -69,15 +118,26 @@ def find_root(name: str, root: str | None, split: str) -> Path | None:
     return None
 
 
-def _check_no_class_is_empty(root: Path, names: Sequence[str]) -> None:
-    """Raise UserError for an empty class folder: timm numbers those with images, so it would shift the others."""
-    filled = {name.split(os.sep, 1)[0] for name in names}
-    empty = sorted(path.name for path in root.iterdir()
-                   if path.is_dir() and not path.name.startswith('.') and path.name not in filled)
-    if empty:
-        others = f' (nor do {len(empty) - 1} more)' if len(empty) > 1 else ''
-        raise UserError(f"class folder '{root / empty[0]}' holds no image{others}: fill it, or remove it, "
-                        "in all splits alike.")
+def _create(
+        name: str,
+        root: str | None,
+        split: str,
+        expected: Mapping[str, int] | None,
+        options: dict[str, Any],
+) -> Dataset:
+    try:
+        dataset = create_dataset(name, root=root, split=split, **options)
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"data set '{name}', split '{split}': {first_line(error)}") from error
+    found = class_to_idx(dataset)
+    if expected and found and all(isinstance(each, str) for each in found):
+        map_classes(found, expected)
+        if any(expected[each] != index for each, index in found.items()):
+            raise UserError(f"data set '{name}', split '{split}', has the network's classes in another order: number "
+                            'them with --class-map.')
+    if hasattr(dataset, 'reader') and not isinstance(dataset, IterableDataset):
+        return ImageDataset(dataset.reader, options['input_img_mode'])
+    return dataset
 
 
 def check_num_classes(dataset: Any, num_classes: int | None) -> None:
@@ -89,24 +149,13 @@ def check_num_classes(dataset: Any, num_classes: int | None) -> None:
                         'name the right folder with --data-dir.')
 
 
-def check_same_classes(train: Any, val: Any) -> None:
-    """Raise UserError if two splits number their classes differently, or share images."""
-    if hasattr(train, 'reader') and hasattr(val, 'reader'):
-        _check_apart(*(Path(dataset.reader.root).resolve() for dataset in (train, val)))
-    expected, found = class_to_idx(train), class_to_idx(val)
-    if expected is None or found is None or expected == found:
+def check_apart(train: Any, val: Any) -> None:
+    """Raise UserError if a folder of one split holds that of another, so that they share images."""
+    if not (hasattr(train, 'reader') and hasattr(val, 'reader')):
         return
-    examples = sorted(set(expected) ^ set(found), key=str)[:3]
-    raise UserError(
-        f'the classes of the validation set ({len(found)}) are not those of the training set ({len(expected)}); '
-        f"they differ in {', '.join(map(str, examples)) or 'their numbers'}: correct the folders, or use --class-map."
-    )
-
-
-def _check_apart(train: Path, val: Path) -> None:
-    # timm takes the root itself where it finds no folder for a split, and would train on what it evaluates.
-    if train == val or train in val.parents or val in train.parents:
+    first, second = (Path(dataset.reader.root).resolve() for dataset in (train, val))
+    if first == second or first in second.parents or second in first.parents:
         raise UserError(
-            f"the training images ('{train}') and the validation images ('{val}') are not apart: make folders train/ "
-            "and val/, or train without validation (--val-split '')."
+            f"the training images ('{first}') and the validation images ('{second}') are not apart: make folders "
+            "train/ and val/, or train without validation (--val-split '')."
         )

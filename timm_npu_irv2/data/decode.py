@@ -1,13 +1,28 @@
-"""Image files to PIL images with the right pixels."""
+"""Image files to PIL images with the right pixels: the one reader for training, evaluation, inference, calibration."""
+
+import os
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-__all__ = ['to_pil_mode']
+__all__ = ['read_image', 'to_pil_mode']
+
+
+def read_image(file: str | os.PathLike | BinaryIO, mode: str) -> Image.Image:
+    """Read an image file and convert it to a PIL mode, such as 'RGB'.
+
+    Of several frames the first one is read, and an orientation in the metadata is ignored, as timm does.
+
+    Raises:
+        Exception: Any error that Pillow's decoders raise for a damaged file, or :func:`to_pil_mode`.
+    """
+    with Image.open(file) as image:
+        return to_pil_mode(image, mode)
 
 
 def to_pil_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Decode ``image`` and convert it to a PIL mode, such as 'RGB'.
+    """Decode ``image`` and convert it to a PIL mode.
 
     Of 16 bits per channel the upper eight are kept, as Pillow does for colour images; grey ones it would clip.
 
@@ -18,7 +33,8 @@ def to_pil_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == mode:
         image.load()
         return image
-    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG'):
+    # Pillow holds the 16 bits of PNG and PGM files in 32, depending on its version.
+    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
     if image.mode in ('I', 'F'):
         raise ValueError(f"pixels of mode '{image.mode}' have no known range: convert the image to 8 bits")

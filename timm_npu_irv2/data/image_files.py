@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -11,14 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils import natural_key
 from torch import Tensor
 
 from ..errors import UserError
-from .decode import to_pil_mode
+from .decode import read_image
+from .folder import ImageFile, find_images
 
-__all__ = ['DatasetImages', 'ImageFiles', 'NamedImages', 'decode_batches', 'find_files']
+__all__ = ['DatasetImages', 'NamedFiles', 'NamedImages', 'decode_batches', 'find_files']
 
 _logger = logging.getLogger(__name__)
 
@@ -41,31 +40,31 @@ class NamedImages(Protocol):
         ...
 
 
-class ImageFiles:
-    """Image files.
+class NamedFiles:
+    """Images in files, folders and tar files.
 
     Args:
-        paths: Paths of the files.
+        images: Images.
         mode: PIL mode of the images, such as 'RGB'.
     """
 
     max_threads: int | None = None
 
-    def __init__(self, paths: Iterable[Path], mode: str):
-        self.paths, self.mode = list(paths), mode
-        self._ambiguous = len({path.name for path in self.paths}) < len(self.paths)
+    def __init__(self, images: Sequence[ImageFile], mode: str):
+        self.images, self.mode = images, mode
+        self._ambiguous = len({image.name.rpartition('/')[2] for image in images}) < len(images)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Image.Image:
-        with Image.open(self.paths[index]) as image:
-            return to_pil_mode(image, self.mode)
+        with self.images[index].open() as file:
+            return read_image(file, self.mode)
 
     def name(self, index: int, full: bool = False) -> str:
         """Return the name of a file, or its path if ``full`` or if several files have the same name."""
-        path = self.paths[index]
-        return path.as_posix() if full or self._ambiguous else path.name
+        image = self.images[index]
+        return image.path if full or self._ambiguous else image.name.rpartition('/')[2]
 
 
 class DatasetImages:
@@ -87,29 +86,25 @@ class DatasetImages:
         return str(self.dataset.filename(index, basename=not full) if hasattr(self.dataset, 'filename') else index)
 
 
-def find_files(places: Iterable[str], mode: str) -> ImageFiles:
-    """Return the image files that are named, and those in the folders that are named, in natural order.
+def find_files(places: Iterable[str], mode: str) -> NamedFiles:
+    """Return the images that are named, and those in the folders and tar files that are named, in natural order.
 
     Args:
-        places: Files and folders; folders are searched to any depth.
+        places: Image files, folders and tar files; folders are searched to any depth.
         mode: PIL mode of the images.
 
     Raises:
-        UserError: No such file or folder, or a folder without images.
+        UserError: No such file or folder, or a folder or tar file without images.
     """
-    extensions = get_img_extensions(as_set=True)
-    paths: list[Path] = []
+    images: list[ImageFile] = []
     for place in map(Path, places):
         if not place.exists():
             raise UserError(f'{place}: no such file or folder.')
-        if not place.is_dir():
-            paths.append(place)
-            continue
-        found = [path for path in place.rglob('*') if path.suffix.lower() in extensions]
-        if not found:
-            raise UserError(f'{place}: no images in this folder.')
-        paths += sorted(found, key=lambda path: natural_key(path.as_posix()))
-    return ImageFiles(paths, mode)
+        if place.is_dir() or place.suffix.lower() == '.tar':
+            images += find_images(place)
+        else:
+            images.append(ImageFile(place.parent.as_posix(), place.name))
+    return NamedFiles(images, mode)
 
 
 def decode_batches(

@@ -53,6 +53,7 @@ class DeviceLoader:
         samples: Data set of the images.
         bad_images: Reasons by the names of the images that could not be read so far.
         class_to_idx: Class indices by name; None where the data set does not know them.
+        pipeline: Image pipeline of the network.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class DeviceLoader:
             mirror: bool = False,
     ):
         self.sampler, self.samples, self.device, self.dtype = sampler, batches.samples, device, dtype
-        self.mixup, self.erasing, self.mirror = mixup, erasing, mirror
+        self.mixup, self.erasing, self.mirror, self.pipeline = mixup, erasing, mirror, pipeline
         self.mean, self.std = (torch.tensor(values, device=device) for values in (pipeline.mean, pipeline.std))
         self.memory_format = devices.memory_format(device)
         self.class_to_idx = class_to_idx(batches.samples)

@@ -1,25 +1,32 @@
 """The image pipeline: from a decoded image to the input of a network."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from PIL import Image
 from timm.data import create_transform
 from timm.data.loader import adapt_to_chs
+from timm.data.model_config import get_model_input_config, resolve_input_data_config
+from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
+from .classes import label_names
 
-__all__ = ['MODES', 'ImagePipeline']
+__all__ = ['MODES', 'MOST_CHANNELS', 'ImagePipeline', 'remember_training', 'trained_channels']
 
 MODES = ('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV')  # 8 bits a channel, and Pillow converts any image to them
 
+MOST_CHANNELS = 4
 _MODE_OF_CHANNELS = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 
 
 @dataclass(frozen=True)
 class ImagePipeline:
     """Settings that turn an image file into the input of a network, by timm's names.
+
+    They travel in a model's ``pretrained_cfg``: from the checkpoint to the export, the ONNX file and the folder of a
+    deployed network.
 
     Attributes:
         input_size: (channels, height, width).
@@ -40,6 +47,38 @@ class ImagePipeline:
     crop_mode: str = 'center'
     crop_border_pixels: int | None = None
     input_img_mode: str = 'RGB'
+
+    @classmethod
+    def for_model(
+            cls,
+            model: nn.Module,
+            options: Mapping[str, Any] | None = None,
+            use_test_size: bool = False,
+    ) -> 'ImagePipeline':
+        """Return the pipeline that a model's ``pretrained_cfg`` describes, unless options say otherwise.
+
+        Args:
+            model: Model of timm's or this package's, with a ``pretrained_cfg``.
+            options: Values by timm's names: img_size, input_size, in_chans, mean, std, interpolation, crop_pct,
+                crop_mode, crop_border_pixels, input_img_mode; None for those that were not given. Others are ignored.
+            use_test_size: Take the size for testing, where the model has one.
+
+        Raises:
+            UserError: The options do not fit the model.
+        """
+        options = dict(options or {})
+        cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
+        channels = get_model_input_config(model)['input_size'][0]
+        cfg |= {key: adapt_to_chs(tuple(cfg[key]), channels) for key in ('mean', 'std') if cfg.get(key)}
+        try:
+            config = resolve_input_data_config(model, options, cfg, use_test_size)
+        except (AssertionError, ValueError) as error:
+            raise UserError(f'the images do not fit the model: {first_line(error)}') from error
+        config['crop_border_pixels'] = options.get('crop_border_pixels')
+        mode = options.get('input_img_mode') or cfg.get('input_img_mode')
+        if not options.get('input_img_mode') and mode and Image.getmodebands(mode) != config['input_size'][0]:
+            mode = None  # the model has been adapted to other channels
+        return cls.from_config(config, mode)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], input_img_mode: str | None = None) -> 'ImagePipeline':
@@ -72,6 +111,10 @@ class ImagePipeline:
             input_img_mode=mode,
         )
 
+    def to_config(self) -> dict[str, Any]:
+        """Return the entries of a ``pretrained_cfg``; :meth:`from_config` takes them back."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
     def transform(self, normalize: bool = False) -> Callable[[Image.Image], Any]:
         """Return timm's transform for evaluation.
 
@@ -89,3 +132,40 @@ class ImagePipeline:
             crop_border_pixels=self.crop_border_pixels,
             use_prefetcher=not normalize,
         )
+
+
+def remember_training(pretrained_cfg: dict[str, Any], content: Mapping[str, Any], num_classes: int) -> None:
+    """Put what a checkpoint of a training knows about its images and classes into a ``pretrained_cfg``.
+
+    Args:
+        pretrained_cfg: Entries of the model; they are changed.
+        content: Content of the checkpoint. A checkpoint of timm's has the options of its training; a file of weights
+            has nothing, which changes nothing.
+        num_classes: Number of outputs of the network.
+    """
+    training, args = content.get('training') or {}, content.get('args') or {}
+    known = training.get('pipeline') or _pipeline_options(args, pretrained_cfg)
+    if known.get('input_size'):
+        for key in 'test_input_size', 'test_crop_pct':
+            pretrained_cfg.pop(key, None)
+    pretrained_cfg.update(known)
+    if names := label_names(training.get('class_to_idx'), num_classes):
+        pretrained_cfg.pop('label_descriptions', None)
+        pretrained_cfg['label_names'] = names
+
+
+def trained_channels(content: Mapping[str, Any]) -> int | None:
+    """Return the number of image channels that a checkpoint was trained with; None if it does not say."""
+    pipeline, args = (content.get('training') or {}).get('pipeline') or {}, content.get('args') or {}
+    return (pipeline.get('input_size') or (args.get('in_chans'),))[0] or (args.get('input_size') or (None,))[0]
+
+
+def _pipeline_options(args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the options of a training say about the images, for checkpoints without their pipeline."""
+    known = {key: args[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'input_img_mode')
+             if args.get(key)}
+    channels, *size = args.get('input_size') or pretrained_cfg.get('input_size') or (3, 299, 299)
+    size = [args['img_size']] * 2 if args.get('img_size') else size
+    if any(args.get(key) for key in ('input_size', 'img_size', 'in_chans')):
+        known['input_size'] = (args.get('in_chans') or channels, *size)
+    return known

@@ -29,13 +29,21 @@ class StreamLoader:
         loader: Loader of ``timm.data.create_loader``.
         device: Device of the batches.
         dtype: Type of the images.
+        pipeline: Image pipeline of the network.
         mixup: timm's Mixup that the loader collates with.
     """
 
     indices = None
 
-    def __init__(self, loader: Any, device: torch.device, dtype: torch.dtype, mixup: FastCollateMixup | None = None):
-        self._loader, self.device, self.dtype, self.mixup = loader, device, dtype, mixup
+    def __init__(
+            self,
+            loader: Any,
+            device: torch.device,
+            dtype: torch.dtype,
+            pipeline: ImagePipeline,
+            mixup: FastCollateMixup | None = None,
+    ):
+        self._loader, self.device, self.dtype, self.mixup, self.pipeline = loader, device, dtype, mixup, pipeline
         self.memory_format = devices.memory_format(device)
         self.samples, self.class_to_idx = loader.dataset, class_to_idx(loader.dataset)
         self.average_batch_size = float(getattr(loader, 'loader', loader).batch_size)
@@ -118,4 +126,4 @@ def create_stream_loader(
         collate_fn=mixup,
         **options,
     )
-    return StreamLoader(loader, world.device, dtype, mixup)
+    return StreamLoader(loader, world.device, dtype, pipeline, mixup)

@@ -4,12 +4,10 @@ An image that cannot be read, or whose pixels have no known meaning, is never re
 it is skipped, logged and counted.
 """
 
-import contextlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -44,7 +42,7 @@ class BatchDataset(Dataset[LoadedBatch]):
     """A map-style data set whose keys are whole batches.
 
     Args:
-        samples: Data set of timm or torchvision that yields (PIL image, class index), without a transform.
+        samples: Data set of (PIL image, class index) that raises for an image that cannot be read.
         transforms: One transform for each image size of a batch.
         image_mode: PIL mode that every image is converted to.
         collate: Function from a list of (image, class index) to two tensors.
@@ -79,7 +77,8 @@ class BatchDataset(Dataset[LoadedBatch]):
         candidates = range(key.index, key.index + (size if self.seed is not None else 1))
         for index in (candidate % size for candidate in candidates):
             try:
-                image, target = self._read(index)
+                image, target = self.samples[index]
+                image = to_pil_mode(image, self.image_mode)  # torchvision's have the mode of their file
             except Exception as error:  # decoders fail in as many ways as files can be damaged
                 skipped[index] = self._name(index), first_line(error)
                 if self.on_bad_image == 'stop':
@@ -92,15 +91,6 @@ class BatchDataset(Dataset[LoadedBatch]):
         if self.seed is not None:
             name, reason = skipped[index]
             raise UserError(f'none of {size} images can be read; the last one, {name}: {reason}')
-
-    def _read(self, index: int) -> tuple[Image.Image, Any]:
-        """Decode one image; not through timm's ImageDataset, which replaces unreadable images by their neighbours."""
-        if not hasattr(self.samples, 'reader'):
-            image, target = self.samples[index]
-            return to_pil_mode(image, self.image_mode), target
-        file, target = self.samples.reader[index]
-        with file if hasattr(file, 'close') else contextlib.nullcontext():
-            return to_pil_mode(Image.open(file), self.image_mode), -1 if target is None else target
 
     def _name(self, index: int) -> str:
         """Return the image's file name, or its index where it has none."""

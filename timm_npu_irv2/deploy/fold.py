@@ -26,7 +26,8 @@ __all__ = ['to_inference']
 StateDict = dict[str, Tensor]
 
 # The entries of a pretrained_cfg that are kept: how an image becomes an input, and the names of the classes.
-KEPT = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'label_names', 'label_descriptions')
+KEPT = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'input_img_mode', 'label_names',
+        'label_descriptions')
 
 POOLED = 'branch3.1'  # the sibling that stays apart: no ReLU may come before the pooling that follows it
 

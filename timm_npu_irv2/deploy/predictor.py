@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from ..data.decode import to_pil_mode
+from ..data.decode import read_image, to_pil_mode
+from ..data.pipeline import MOST_CHANNELS, ImagePipeline
 from ..errors import UserError, first_line
 from .network import InferenceNetwork
 
@@ -21,8 +22,6 @@ __all__ = ['Predictor']
 
 Picture = str | os.PathLike | Image.Image | Tensor
 Waiting = tuple[Tensor, Future]
-
-_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
 
 class Predictor:
@@ -37,6 +36,7 @@ class Predictor:
         batch_size: Images in a batch at most.
         max_wait: Seconds to wait for more images before a batch that is not full is computed.
         compiled: What to run in the network's place, ``torch.compile(network)`` say.
+        input_img_mode: PIL mode of the images; None for that of the training.
 
     Use it as a context manager, or call :meth:`close`.
     """
@@ -48,6 +48,7 @@ class Predictor:
             batch_size: int = 8,
             max_wait: float = 0.002,
             compiled: nn.Module | None = None,
+            input_img_mode: str | None = None,
     ) -> None:
         if batch_size < 1 or topk < 1:
             raise UserError('a predictor needs a batch_size and a topk of at least 1.')
@@ -55,10 +56,10 @@ class Predictor:
         self._run = compiled if compiled is not None else network
         self._device = network.conv2d_1a.weight.device
         self._labels = _label_names(network)
-        config = resolve_data_config(model=network)
-        self._shape = tuple(config['input_size'])
-        self._mode = _MODES.get(self._shape[0])
-        self._transform = create_transform(**config, is_training=False, use_prefetcher=True)
+        self._shape = (network.in_chans, *network.pretrained_cfg.get('input_size', (3, 299, 299))[1:])
+        if network.in_chans <= MOST_CHANNELS:
+            pipeline = ImagePipeline.for_model(network, {'input_img_mode': input_img_mode})
+            self._mode, self._transform = pipeline.input_img_mode, pipeline.transform()
         self._waiting: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self._submitting = threading.Lock()  # nothing is put behind the mark that ends the thread
         self._closed = False
@@ -109,14 +110,13 @@ class Predictor:
                 raise UserError(f'image {index} is a tensor {image.dtype} {tuple(image.shape)}: the network takes '
                                 f'torch.uint8 {self._shape}.')
             return image
-        if self._mode is None:
+        if self._shape[0] > MOST_CHANNELS:
             raise UserError(f'the network takes {self._shape[0]} channels, which no image file has: give tensors.')
         try:
-            if isinstance(image, Image.Image):
-                return torch.as_tensor(self._transform(to_pil_mode(image, self._mode)))
-            with Image.open(image) as file:
-                return torch.as_tensor(self._transform(to_pil_mode(file, self._mode)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's decoders fail
+            pixels = (to_pil_mode(image, self._mode) if isinstance(image, Image.Image)
+                      else read_image(image, self._mode))
+            return torch.as_tensor(self._transform(pixels))
+        except Exception as error:  # decoders fail in as many ways as files can be damaged
             name = f'image {index}' if isinstance(image, Image.Image) else image
             raise UserError(f'{name} cannot be read: {first_line(error)}') from error
 

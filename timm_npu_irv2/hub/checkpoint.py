@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import weights
+from ..data.pipeline import remember_training
 from ..errors import UserError
 from ..serialization import read_checkpoint
 
@@ -18,7 +19,7 @@ _logger = logging.getLogger(__name__)
 
 OURS = 'inception_resnet_v2_npu'
 ARCHITECTURES = {'npu': OURS, 'timm': 'inception_resnet_v2'}
-PREPROCESSING = ('img_size', 'input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
+PREPROCESSING = ('img_size', 'mean', 'std', 'crop_pct', 'interpolation')  # options of `hub export`
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Checkpoint:
         args: The options of the training.
         epoch: The last epoch of the training, from 0.
         class_to_idx: The index of each class, by name.
+        pipeline: The image pipeline of the training, as entries of a ``pretrained_cfg``.
         averaged: True if the weights are the moving average.
         measured: True if the figures in the report of the run are those of these weights.
     """
@@ -38,6 +40,7 @@ class Checkpoint:
     args: dict[str, Any] = field(default_factory=dict)
     epoch: int | None = None
     class_to_idx: dict[str, int] | None = None
+    pipeline: dict[str, Any] | None = None
     averaged: bool = False
     measured: bool = True
 
@@ -52,12 +55,12 @@ class Checkpoint:
             'in_chans': 3 if stem is None else stem.shape[1],
         }
 
-    def label_names(self) -> list[str] | None:
-        """Return the names of the logits, if the training had classes; the zoo's network has one logit more."""
-        if not self.class_to_idx:
-            return None
-        names = {index: name for name, index in self.class_to_idx.items()}
-        return [names.get(index, f'unused_{index}') for index in range(self.model_arguments['num_classes'])]
+    def describe(self, pretrained_cfg: dict[str, Any]) -> None:
+        """Put the image pipeline and the names of the classes into a ``pretrained_cfg``."""
+        content = {'args': self.args, 'training': {'class_to_idx': self.class_to_idx, 'pipeline': self.pipeline}}
+        remember_training(pretrained_cfg, content, self.model_arguments['num_classes'])
+        size = pretrained_cfg['input_size'][1:]
+        pretrained_cfg['input_size'] = (self.model_arguments['in_chans'], *size)
 
 
 def read(path: Path, ema: bool | None) -> Checkpoint:
@@ -79,7 +82,7 @@ def read(path: Path, ema: bool | None) -> Checkpoint:
                         'export those.')
     averaged = ema is not False and average is not None
     state_dict = content['state_dict' + ('_ema' if averaged else '')]
+    training = content.get('training') or {}
     return Checkpoint(
-        weights.convert(state_dict, to='timm'),
-        content.get('args') or {}, content.get('epoch'), (content.get('training') or {}).get('class_to_idx'),
-        averaged=averaged, measured=averaged or average is None)
+        weights.convert(state_dict, to='timm'), content.get('args') or {}, content.get('epoch'),
+        training.get('class_to_idx'), training.get('pipeline'), averaged=averaged, measured=averaged or average is None)

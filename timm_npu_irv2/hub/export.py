@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -14,10 +14,12 @@ from timm.data import ImageNetInfo
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from ..data.classes import clean_name, map_classes, number_classes
+from ..data.splits import find_split
 from ..errors import UserError, one_line
 from ..serialization import atomic_write, make_folder, save_weights
 from . import card
-from .checkpoint import ARCHITECTURES, PREPROCESSING, Checkpoint, read
+from .checkpoint import ARCHITECTURES, Checkpoint, read
 from .client import CARD, CONFIG, CURVES, WEIGHTS
 
 __all__ = ['export']
@@ -62,13 +64,16 @@ def export(
     source, folder = Path(checkpoint), Path(folder)
     content = read(source, ema)
     model = _build(content, ARCHITECTURES[target], source).to(getattr(torch, dtype))
-    names = _read_names(Path(class_names)) if class_names else content.label_names()
+    cfg = cast(dict, model.pretrained_cfg)
+    content.describe(cfg)
+    names = cfg.pop('label_names', None)
+    if class_names:
+        names = _read_names(Path(class_names), names)
     if names is not None and len(names) != model.num_classes:
         raise UserError(f'--class-names {class_names} has {len(names)} names, {source} has {model.num_classes} logits: '
                         'one name for each is needed.')
     figures = _figures(source, content, Path(report) if report else None)
-    settings = {key: content.args.get(key) for key in PREPROCESSING} | (preprocessing or {})
-    config = _config(model, names, license, {key: value for key, value in settings.items() if value is not None})
+    config = _config(model, names, license, preprocessing or {})
     make_folder(folder)
     save_weights(model.state_dict(), folder / WEIGHTS)
     atomic_write(folder / CONFIG, json.dumps(config, indent=2) + '\n')
@@ -92,15 +97,21 @@ def _build(content: Checkpoint, architecture: str, source: Path) -> nn.Module:
     return model.eval()
 
 
-def _read_names(source: Path) -> list[str]:
-    """Return the lines of a file, or the names of the folders in a folder (or in its train/), sorted."""
+def _read_names(source: Path, trained: Sequence[str] | None) -> list[str]:
+    """Return the lines of a file, or the classes of a data set, in the order of the training if it had these names."""
+    if source.is_dir():
+        root = find_split(source, 'train')
+        folders = (path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith('.'))
+        found = list(number_classes(folders))
+        if trained is None or set(found).isdisjoint(trained):
+            return found
+        map_classes(found, {name: index for index, name in enumerate(trained)})
+        return list(trained)
     try:
-        if source.is_dir():
-            root = source / 'train' if (source / 'train').is_dir() else source
-            return sorted(path.name for path in root.iterdir() if path.is_dir())
-        return [line.strip() for line in source.read_text(encoding='utf-8').splitlines() if line.strip()]
+        lines = [clean_name(line) for line in source.read_text(encoding='utf-8').splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'--class-names {source}: {one_line(error)}') from error
+    return [line for line in lines if line]
 
 
 def _config(
@@ -111,6 +122,8 @@ def _config(
 ) -> dict[str, Any]:
     """Return what timm writes into config.json."""
     config: dict[str, Any] = {'pretrained_cfg': {'tag': '', 'license': license, 'hf_hub_filename': WEIGHTS}}
+    if mode := cast(dict, model.pretrained_cfg).pop('input_img_mode', None):
+        config['input_img_mode'] = mode  # outside of pretrained_cfg, in which timm takes no entries but its own
     if names:
         config['label_names'] = names
         known = ImageNetInfo('imagenet-22k')

@@ -11,10 +11,12 @@ from timm.models import get_pretrained_cfg
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
+from ..data.pipeline import remember_training, trained_channels
 from ..errors import UserError, one_line
-from ..serialization import atomic_file, load_weights, make_folder
-from .checkpoint import ARCHITECTURES, OURS, PREPROCESSING, read
+from ..serialization import atomic_file, make_folder, read_checkpoint, read_json
+from .checkpoint import ARCHITECTURES, OURS, read
 from .client import (
+    CONFIG,
     OPTIONAL,
     REQUIRED,
     WEIGHTS,
@@ -53,7 +55,8 @@ def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> nn.Module:
         if architecture not in ARCHITECTURES.values():
             raise UserError(f'{name} is a {architecture}, not an Inception-ResNet-v2: load it with timm.create_model.')
         pretrained_cfg['architecture'] = OURS
-        return timm.create_model(OURS, pretrained=True, pretrained_cfg=pretrained_cfg, **{**arguments, **kwargs})
+        model = timm.create_model(OURS, pretrained=True, pretrained_cfg=pretrained_cfg, **{**arguments, **kwargs})
+        return _with_mode(model, read_json(folder / CONFIG).get('input_img_mode'))
     except (KeyError, RuntimeError, OSError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -85,10 +88,16 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str = '',
             kwargs = {'pretrained_cfg_overlay': {'hf_hub_filename': WEIGHTS}, **kwargs}
         if Path(checkpoint_path).suffix in ('.npz', '.npy'):  # arrays of JAX, which some models of timm's can read
             return timm.create_model(name, checkpoint_path=checkpoint_path, **kwargs)
-        model = timm.create_model(name, pretrained=pretrained, **kwargs)
-        if checkpoint_path:
-            model.load_state_dict(load_weights(checkpoint_path, use_ema=True))
-        return model
+        content = read_checkpoint(checkpoint_path) if checkpoint_path else {}
+        trained = {'num_classes': (content.get('training') or {}).get('num_classes'),
+                   'in_chans': trained_channels(content)}
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        model: Any = timm.create_model(name, pretrained=pretrained, **{**kwargs, **trained, **given})
+        if content:
+            model.load_state_dict(content.get('state_dict_ema') or content['state_dict'])
+            remember_training(model.pretrained_cfg, content, model.num_classes)
+        source, _, repo = name.partition(':')
+        return _with_mode(model, read_json(Path(repo, CONFIG)).get('input_img_mode')) if repo else model
 
 
 def create(pretrained: bool | str | os.PathLike = False, **kwargs: Any) -> nn.Module:
@@ -121,16 +130,21 @@ def _from_file(path: Path, **kwargs: Any) -> nn.Module:
     arguments = content.model_arguments
     registered: Any = get_pretrained_cfg(OURS)
     cfg: dict[str, Any] = registered.to_dict()
-    cfg |= {key: content.args[key] for key in PREPROCESSING if key in cfg and content.args.get(key)}
-    size = content.args.get('img_size')
-    cfg['input_size'] = (arguments['in_chans'], *([size, size] if size else cfg['input_size'][1:]))
-    cfg |= {'num_classes': arguments['num_classes'], 'state_dict': content.state_dict,
-            'label_names': content.label_names()}
+    content.describe(cfg)
+    mode = cfg.pop('input_img_mode', None)
+    cfg |= {'num_classes': arguments['num_classes'], 'state_dict': content.state_dict}
     try:
         model: Any = timm.create_model(OURS, pretrained=True, pretrained_cfg=cfg, **{**arguments, **kwargs})
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f'{path} does not fit {OURS}: {one_line(error)}') from error
     del model.pretrained_cfg['state_dict']  # or the weights would be in memory twice
+    return _with_mode(model, mode)
+
+
+def _with_mode(model: Any, mode: str | None) -> nn.Module:
+    """Return the model with the PIL mode of its images in ``pretrained_cfg``, where timm takes none."""
+    if mode:
+        model.pretrained_cfg['input_img_mode'] = mode
     return model
 
 

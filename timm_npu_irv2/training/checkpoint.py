@@ -56,6 +56,7 @@ def training_state(trainer: Trainer, info: RunInfo, extra: _State | None = None)
         extra: Further entries of the checkpoint.
     """
     processes = gather_objects(_process_state(trainer), trainer.world)
+    pipeline = getattr(trainer.loader, 'pipeline', None)
     if not trainer.world.is_primary:
         return None
     return {
@@ -69,7 +70,8 @@ def training_state(trainer: Trainer, info: RunInfo, extra: _State | None = None)
         'training': {
             'position': vars(trainer.position),
             'num_classes': info.num_classes,
-            'class_to_idx': getattr(trainer.loader, 'class_to_idx', None),  # for the hub
+            'class_to_idx': getattr(trainer.loader, 'class_to_idx', None),  # for all who use the network
+            'pipeline': pipeline.to_config() if pipeline else None,  # likewise
             'scheduler': _scheduler_state(trainer),
             'throughput': (trainer.throughput.images, trainer.throughput.seconds),
             'skipped': (trainer.precision.skipped_steps, trainer.precision.skipped_in_a_row),
@@ -183,6 +185,7 @@ def resume(
     """
     checkpoint = read_checkpoint(path)
     _check_fits(checkpoint, path, info)
+    _check_classes(checkpoint, path, getattr(trainer.loader, 'class_to_idx', None))
     _load_weights(trainer, checkpoint, path)
     if load_optimizer:
         _load_optimizer(trainer, checkpoint, path)
@@ -206,6 +209,20 @@ def _check_fits(checkpoint: _State, path: Path, info: RunInfo) -> None:
     if found != info.num_classes:
         raise UserError(f'{path} is a checkpoint with {found} classes, not {info.num_classes}: use --num-classes '
                         f'{found}, or --pretrained-path to start a new run from its weights.')
+
+
+def _check_classes(checkpoint: _State, path: Path, class_to_idx: dict[str, int] | None) -> None:
+    """Raise UserError if the data has other classes, or in another order, than the run had."""
+    trained = (checkpoint.get('training') or {}).get('class_to_idx')
+    if trained is None or class_to_idx is None or trained == class_to_idx:
+        return
+    changes = [f"{what} '{name}'" for what, names in (('without', trained.keys() - class_to_idx.keys()),
+                                                      ('with', class_to_idx.keys() - trained.keys()))
+               for name in sorted(names, key=str)]
+    raise UserError(f"{path} is of a run with other classes than the data, which is {', '.join(changes[:3])}"
+                    f"{', …' if changes[3:] else ''}: restore the class folders, or use --pretrained-path to start a "
+                    'new run from its weights.' if changes else
+                    f'{path} is of a run that numbered the same classes in another order: use --class-map.')
 
 
 def _load_weights(trainer: Trainer, checkpoint: _State, path: Path) -> None:

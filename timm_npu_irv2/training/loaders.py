@@ -2,6 +2,7 @@
 
 import logging
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from timm.data.mixup import FastCollateMixup
 from torch.utils.data import Dataset, IterableDataset
 
 from ..data.augmentation import Augmentation
-from ..data.dataset import check_num_classes, check_same_classes, open_dataset
+from ..data.dataset import check_apart, check_num_classes, open_dataset
 from ..data.loader import DeviceLoader, create_eval_loader, create_train_loader, create_train_sampler
 from ..data.pipeline import ImagePipeline
 from ..data.samplers import TrainBatchSampler
@@ -25,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 def build_train_loader(
         args: Namespace,
-        data_config: dict[str, Any],
+        pipeline: ImagePipeline,
         world: World,
         *,
         num_classes: int,
@@ -36,7 +37,7 @@ def build_train_loader(
 
     Args:
         args: Options of train.py.
-        data_config: Data config of ``timm.data.resolve_data_config``.
+        pipeline: Image pipeline of the network.
         world: This process among all, and its device.
         num_classes: Number of classes of the network.
         batch_size: Images of this process in a batch.
@@ -45,7 +46,6 @@ def build_train_loader(
     Raises:
         UserError: The data is missing or empty, or does not fit the options or the network.
     """
-    pipeline = ImagePipeline.from_config(data_config, args.input_img_mode)
     dataset = _open(args, args.train_split, pipeline, is_training=True, batch_size=batch_size,
                     repeats=args.epoch_repeats, num_samples=args.train_num_samples)
     if isinstance(dataset, IterableDataset):
@@ -71,7 +71,7 @@ def build_train_loader(
 
 def build_eval_loader(
         args: Namespace,
-        data_config: dict[str, Any],
+        pipeline: ImagePipeline,
         world: World,
         *,
         split: str,
@@ -79,35 +79,39 @@ def build_eval_loader(
         num_classes: int | None = None,
         num_samples: int | None = None,
         dtype: torch.dtype = torch.float32,
+        class_to_idx: Mapping[str, int] | None = None,
         train_loader: DeviceLoader | StreamLoader | None = None,
 ) -> DeviceLoader | StreamLoader:
     """Return the loader of an evaluation set in its order: rank r yields samples r, r + world.size, …, each once.
 
     Args:
         args: Options of train.py or validate.py.
-        data_config: Data config of ``timm.data.resolve_data_config``.
+        pipeline: Image pipeline of the network.
         world: This process among all, and its device.
         split: Name of the split.
         batch_size: Images of this process in a batch.
         num_classes: Number of classes of the network; None for no check.
         num_samples: Number of samples in a stream that does not know it.
         dtype: Type of the images.
-        train_loader: Loader of the training set, whose classes must be the same.
+        class_to_idx: Class indices of the network by name; None to number the classes of the data in their order.
+        train_loader: Loader of the training set, which gives the class indices.
 
     Raises:
-        UserError: The data is missing or empty, or has other classes than the training set or more than the network.
+        UserError: The data is missing or empty, or has a class that the network does not know.
     """
     if args.tta > 2:
         raise UserError(f'--tta {args.tta}: there are two views of an image, itself and its mirror image; use --tta 2.')
-    pipeline = ImagePipeline.from_config(data_config, args.input_img_mode)
-    dataset = _open(args, split, pipeline, is_training=False, batch_size=batch_size, num_samples=num_samples)
+    if train_loader is not None:
+        class_to_idx = train_loader.class_to_idx
+    dataset = _open(args, split, pipeline, class_to_idx=class_to_idx, is_training=False, batch_size=batch_size,
+                    num_samples=num_samples)
     if isinstance(dataset, IterableDataset):
         return create_stream_loader(
             dataset, pipeline, world, batch_size=batch_size, num_workers=args.workers, pin_memory=args.pin_mem,
             use_prefetcher=not args.no_prefetcher, dtype=dtype)
     check_num_classes(dataset, num_classes)
     if train_loader is not None:
-        check_same_classes(train_loader.samples, dataset)
+        check_apart(train_loader.samples, dataset)
     return create_eval_loader(
         dataset, pipeline, world, batch_size=batch_size, num_workers=args.workers,
         use_prefetcher=not args.no_prefetcher, on_bad_image=args.on_bad_image, mirror=args.tta == 2, dtype=dtype)
