@@ -5,6 +5,7 @@ them, which kernels and optimizers its vendor ships, and how to wait for it. Not
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.metadata
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from .chips import find_generation, load_facts
 from .errors import DeviceUnavailable, UserError
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     'grad_scaler',
     'half_dtype',
     'is_out_of_memory',
+    'lack_of_fused_sgd',
     'load_backends',
     'memory_format',
     'peak_memory',
@@ -63,7 +66,6 @@ class Backend:
         memory_format: The layout in which convolutions run fastest, for images and for weights.
         half: The 16-bit type of mixed precision.
         visible: The environment variable that selects the devices a process sees, if there is one.
-        add_relu: ATen's ``_add_relu`` is used. The CPU's is not: it turns NaN into 0, which would hide a diverged run.
         cheap_elu: An ELU takes no longer than a ReLU, since both wait for memory. A CPU waits for its arithmetic.
         slow_slices: BatchNorm of a slice of channels is slower than copying the slice first. So it is on a CPU, where
             ATen vectorizes only what has no gaps: with the copy it takes an eighth to two fifths of the time
@@ -75,7 +77,6 @@ class Backend:
     memory_format: torch.memory_format = torch.contiguous_format
     half: torch.dtype = torch.float16
     visible: str | None = None
-    add_relu: bool = False
     cheap_elu: bool = True
     slow_slices: bool = False
 
@@ -86,12 +87,6 @@ class Backend:
             return ()
         return (torch.float32, torch.bfloat16) if _onednn_has_bfloat16() else (torch.float32,)
 
-    @property
-    def fused_sgd(self) -> bool:
-        """Support of ``torch.optim.SGD(fused=True)``; on the NPU it is aclnnFusedSgd."""
-        key = {'npu': 'PrivateUse1', 'cuda': 'CUDA', 'cpu': 'CPU'}[self.type]
-        return torch._C._dispatch_has_kernel_for_dispatch_key('aten::_fused_sgd_', key)
-
 
 @functools.cache
 def _onednn_has_bfloat16() -> bool:
@@ -101,7 +96,7 @@ def _onednn_has_bfloat16() -> bool:
 # torch_npu refuses channels_last tensors: convolutions choose their own layout on the NPU. A CPU has no float16
 # convolutions worth using, but bfloat16 ones.
 _BACKENDS = {
-    'npu': Backend('npu', 'hccl', visible='ASCEND_RT_VISIBLE_DEVICES', add_relu=True),
+    'npu': Backend('npu', 'hccl', visible='ASCEND_RT_VISIBLE_DEVICES'),
     'cuda': Backend('cuda', 'nccl', torch.channels_last, visible='CUDA_VISIBLE_DEVICES'),
     'cpu': Backend('cpu', 'gloo', torch.channels_last, torch.bfloat16, cheap_elu=False, slow_slices=True),
 }
@@ -210,24 +205,37 @@ def configure(
         device: torch.device,
         allow_internal_format: bool | None = None,
         jit_compile: bool | None = None,
+        allow_hf32: bool | None = None,
+        deterministic: bool = False,
 ) -> None:
     """Set the backend's switches for the training of a convolutional network.
 
+    None leaves torch_npu's choice for the chip: internal formats and compilation at run time on the 910A, neither on
+    A2 and A3; HF32 for convolutions, not for products of matrices.
+
     Args:
         device: The device that the process runs on.
-        allow_internal_format: On an NPU, permission for convolutions to keep tensors in private layouts (the fast
-            path of the 910A). None leaves torch_npu's choice.
+        allow_internal_format: On an NPU, permission for convolutions to keep tensors in private layouts.
         jit_compile: On an NPU, compilation of operators at run time for the shapes they meet, instead of the
-            precompiled ones. None means False, the faster choice wherever the precompiled operators exist.
+            precompiled ones.
+        allow_hf32: On an NPU, permission for convolutions and products of float32 tensors to round them to HF32.
+        deterministic: The same bits in every run, from operators and from the sums of HCCL.
     """
+    if deterministic:
+        os.environ.setdefault('HCCL_DETERMINISTIC', 'true')
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not deterministic
     elif device.type == 'npu':
         npu = _runtime('npu')
-        npu.set_compile_mode(jit_compile=bool(jit_compile))
+        if jit_compile is not None:
+            npu.set_compile_mode(jit_compile=jit_compile)
         if allow_internal_format is not None:
             npu.config.allow_internal_format = allow_internal_format
+        if allow_hf32 is not None:
+            npu.conv.allow_hf32 = npu.matmul.allow_hf32 = allow_hf32
 
 
 def memory_format(device: torch.device | str) -> torch.memory_format:
@@ -334,6 +342,34 @@ def fused_optimizer_class(
     if torch.device(device).type != 'npu' or importlib.util.find_spec(package) is None:
         return None
     return getattr(importlib.import_module(module), name, None)
+
+
+def lack_of_fused_sgd(device: torch.device, momentum: float) -> str:
+    """Return the reason why ``torch.optim.SGD(fused=True)`` does not run on ``device``; '' if it does.
+
+    On an NPU it is aclnnFusedSgd, which came with CANN 9.1.0 and torch_npu of July 2026, and which needs a momentum.
+    """
+    key = {'npu': 'PrivateUse1', 'cuda': 'CUDA', 'cpu': 'CPU'}[device.type]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key('aten::_fused_sgd_', key):
+        return f'this version of {"torch_npu" if device.type == "npu" else "torch"} has no fused SGD'
+    if device.type != 'npu':
+        return ''
+    generation = find_generation(_runtime('npu').get_device_name(device))
+    if generation is not None and 'FusedSgd' in load_facts()['operators']['missing'][generation]:
+        return f'the chips of generation {generation} have no fused SGD'
+    if not _cann_has('aclnnFusedSgd'):
+        return 'this version of CANN has no fused SGD'
+    return '' if momentum > 0 else 'fused SGD needs a momentum here'
+
+
+@functools.cache
+def _cann_has(function: str) -> bool:
+    """Return True if one of CANN's libraries of operators exports a function."""
+    for library in ('libopapi_nn.so', 'libopapi.so'):  # from CANN 8.5 on the operators are in several libraries
+        with contextlib.suppress(OSError):
+            if hasattr(ctypes.CDLL(library), function):
+                return True
+    return False
 
 
 def grad_scaler(device: torch.device) -> torch.amp.GradScaler:

@@ -154,7 +154,10 @@ def _create(
 
 def _create_equivalent(fused: _Fused, groups: list[Any], kwargs: dict[str, Any]) -> Optimizer:
     same_with = dict(fused.same_with)
-    if kwargs.get('foreach') is not None or not all(map(_is_dense, _flat(groups))):
+    parameters = _flat(groups)
+    if kwargs.get('foreach') is not None or not all(map(_is_dense, parameters)) or (
+            fused.equivalent is torch.optim.SGD and parameters
+            and devices.lack_of_fused_sgd(parameters[0].device, kwargs.get('momentum', 0.0))):
         same_with.pop('fused', None)
     optimizer = _construct(fused, fused.equivalent, groups, {**same_with, **kwargs})
     # Tells GradScaler not to call `step` after an overflow. A fused SGD whose first step it skips by a flag keeps

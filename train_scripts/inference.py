@@ -25,7 +25,7 @@ from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import hub
 from timm_npu_irv2.cli.checks import check_rules
 from timm_npu_irv2.cli.evaluation import describe_precision, prepare_model
-from timm_npu_irv2.cli.flags import INERT, OUR_MODEL, REFUSED, pick
+from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, device_switches, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.cli.table import EXTENSIONS, by_key, to_format, to_json
@@ -81,7 +81,7 @@ FLAGS = (
              rest={'choices': ('center', 'squash', 'border')}),
     )),
     Group('Device and precision', (
-        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', 'allow_internal_format', 'jit_compile'),
+        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', *DEVICE_SWITCHES),
         Flag('--fast', 'use 16-bit weights and images where that is faster: float16, on some CPUs bfloat16', bool,
              False),
         Flag('-b --batch-size', 'number of images in a batch', int, 256, '[1, inf)', {'metavar': 'N'}),
@@ -159,7 +159,7 @@ def main(argv: Sequence[str]) -> int:
     world = initialize(args.device)
     try:
         start_log(world.is_primary)
-        devices.configure(world.device, args.allow_internal_format or None, args.jit_compile)
+        devices.configure(world.device, **device_switches(args))
         infer(args, world.device)
     finally:
         shutdown(world)

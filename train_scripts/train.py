@@ -23,7 +23,7 @@ from timm.utils import random_seed
 
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import hub
-from timm_npu_irv2.cli.flags import OUR_MODEL
+from timm_npu_irv2.cli.flags import OUR_MODEL, device_switches
 from timm_npu_irv2.cli.parser import as_yaml
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.data.pipeline import ImagePipeline
@@ -142,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
 def run_in(world: World, args: Namespace, started: float) -> None:
     """Run this process's part of the training. At the end nothing of it is left but its files."""
     start_log(world.is_primary)
-    devices.configure(world.device, args.allow_internal_format or None, args.jit_compile)
+    devices.configure(world.device, **device_switches(args))
     stop_request = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
     out_of_memory = setup.translate_out_of_memory(world, args.batch_size, args.grad_accum_steps)
     lost_process = setup.translate_lost_process_errors(world, '--resume auto continues from the newest checkpoint.')

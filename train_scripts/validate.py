@@ -31,7 +31,7 @@ from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import hub, serialization
 from timm_npu_irv2.cli.checks import check_image_size, check_rules
 from timm_npu_irv2.cli.evaluation import describe_precision, prepare_model
-from timm_npu_irv2.cli.flags import INERT, OUR_MODEL, REFUSED, TRAIN_FLAGS, pick
+from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, TRAIN_FLAGS, device_switches, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.cli.table import to_csv
@@ -97,7 +97,7 @@ FLAGS = (
              rest={'metavar': 'N'}),
     )),
     Group('Device and precision', (
-        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', 'allow_internal_format', 'jit_compile',
+        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', *DEVICE_SWITCHES,
               'dist_url', 'dist_backend'),
     )),
     Group('Running and results', (
@@ -181,7 +181,7 @@ def main(argv: Sequence[str]) -> int:
     world = initialize(args.device, dist_url=args.dist_url, backend=args.dist_backend)
     try:
         start_log(world.is_primary)
-        devices.configure(world.device, args.allow_internal_format or None, args.jit_compile)
+        devices.configure(world.device, **device_switches(args))
         candidates = find_candidates(args.model, args.checkpoint)
         with setup.translate_lost_process_errors(world, 'Start again.'):
             if len(candidates) == 1:

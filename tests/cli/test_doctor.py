@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from timm_npu_irv2.cli.doctor import diagnose, find_generation, load_facts
+from timm_npu_irv2.chips import find_generation, load_facts
+from timm_npu_irv2.cli.doctor import diagnose
 
 
 def doctor(*words: str, **variables: str) -> subprocess.CompletedProcess:
@@ -84,4 +85,4 @@ def test_devices_out_of_order_are_put_in_order():
     ('Ascend910B4-1', 'A2'), ('Ascend910_9382', 'A3'), ('Ascend310P3', '310P'), ('Ascend950PR_9589', '950'),
     ('NVIDIA H100 80GB HBM3', None)])
 def test_a_chips_name_tells_its_generation(chip, generation):
-    assert find_generation(chip, load_facts()) == generation
+    assert find_generation(chip) == generation

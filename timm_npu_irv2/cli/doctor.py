@@ -8,7 +8,6 @@ come here for. Torch is tried in processes of its own.
 
 import argparse
 import importlib.metadata
-import importlib.resources
 import json
 import os
 import platform
@@ -22,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ['Finding', 'diagnose', 'find_generation', 'load_facts', 'main']
+from ..chips import find_generation, load_facts
+
+__all__ = ['Finding', 'diagnose', 'main']
 
 SIGNS = {'ok': '✓', 'info': '·', 'warning': '!', 'problem': '✗'}
 PACKAGES = ('torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors')
@@ -46,11 +47,6 @@ class Finding:
     value: str
     meaning: str = ''
     remedy: str = ''
-
-
-def load_facts() -> dict[str, Any]:
-    """Return the published facts about CANN and chips, each part with its source (``ascend.json``)."""
-    return json.loads(importlib.resources.files('timm_npu_irv2').joinpath('ascend.json').read_text(encoding='utf-8'))
 
 
 def diagnose(environ: Mapping[str, str] = os.environ, root: Path = Path('/')) -> list[Finding]:
@@ -193,19 +189,13 @@ def _chips(facts: Mapping[str, Any], names: Sequence[str], memory: Sequence[int]
     for name in dict.fromkeys(names):
         size = max(each for each, of in zip(memory, names, strict=True) if of == name) / 2 ** 30
         yield Finding('device', 'ok', f'{names.count(name)} × {name}, {size:.0f} GiB each')
-        generation = find_generation(name, facts)
+        generation = find_generation(name)
         if generation is None:
             continue
         half = 'float16 and bfloat16' if facts['generations'][generation]['bfloat16'] else 'float16, no bfloat16'
         yield Finding('chip', 'info', f'generation {generation}: {half}')
         for operator, meaning in facts['operators']['missing'][generation].items():
             yield Finding('operator', 'warning', f'{operator} does not exist on {generation}', meaning)
-
-
-def find_generation(chip: str, facts: Mapping[str, Any]) -> str | None:
-    """Return the generation of a chip by the name that its driver gives it; None for one that is no NPU."""
-    generations = facts['generations'].items()
-    return next((generation for generation, fact in generations if re.fullmatch(fact['names'], chip)), None)
 
 
 def _variables(environ: Mapping[str, str], npus: int) -> Iterator[Finding]:

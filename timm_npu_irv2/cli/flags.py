@@ -5,12 +5,15 @@ spellings. What the NPU and the ModelZoo add has groups of its own.
 """
 
 import re
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Namespace
 from typing import Any
 
 from .parser import Flag, Group, key_values
 
-__all__ = ['INERT', 'OUR_MODEL', 'RECIPE', 'REFUSED', 'TRAIN_FLAGS', 'loss_scale', 'model_name', 'pick']
+__all__ = [
+    'DEVICE_SWITCHES', 'INERT', 'OUR_MODEL', 'RECIPE', 'REFUSED', 'TRAIN_FLAGS', 'device_switches', 'loss_scale',
+    'model_name', 'pick',
+]
 
 OUR_MODEL = 'inception_resnet_v2_npu'
 
@@ -42,9 +45,14 @@ def _switch(names: str, help: str, recipe: bool = False) -> Flag:
     return Flag(names, help, bool, False, recipe=recipe)
 
 
+def _three_state(names: str, help: str) -> Flag:
+    return Flag(names, help, bool, None)
+
+
 NATURAL, POSITIVE, SHARE, ANY_SIZE = '[0, inf)', '[1, inf)', '[0, 1]', '(0, inf)'
 INTERPOLATIONS = ('', 'random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 HALVES = ('float16', 'bfloat16')
+DEVICE_SWITCHES = ('allow_internal_format', 'jit_compile', 'allow_hf32', 'deterministic')
 
 _data = Group('Data set', (
     _flag('data', 'data set folder; same as --data-dir', nargs='?', metavar='DIR'),
@@ -131,8 +139,13 @@ _device = Group('Device and precision', (
     _switch('--no-ddp-bb', 'do not broadcast buffers before each forward pass of DistributedDataParallel'),
     _switch('--synchronize-step', 'wait for the device at the end of each step'),
     _flag('--device-modules', 'Python modules to import first, such as other plugins', nargs='+', metavar='MODULE'),
-    _switch('--allow-internal-format', 'NPU: allow private layouts for convolutions, the fast path of the 910A'),
-    _switch('--jit-compile', 'NPU: compile operators for the shapes they meet instead of using prebuilt ones'),
+    _three_state('--allow-internal-format', "NPU: allow private layouts for convolutions (default: torch_npu's choice "
+                 'for the chip)'),
+    _three_state('--jit-compile', 'NPU: compile operators for the shapes they meet instead of using prebuilt ones '
+                 "(default: torch_npu's choice for the chip)"),
+    _three_state('--allow-hf32', "NPU: round float32 to HF32 in convolutions and products (default: torch_npu's "
+                 'choice: convolutions only)'),
+    _switch('--deterministic', 'use deterministic algorithms: the same bits in every run, in more time', recipe=True),
 ))
 
 _processes = Group('Processes', (
@@ -373,6 +386,11 @@ REFUSED: dict[str, str] = dict.fromkeys((
     '--naflex-patch-size-probs', '--naflex-loss-scale', '--naflex-patchify-channels-first',
 ), 'NaFlex loaders feed sequences of patches to vision transformers, and Inception-ResNet-v2 is a convolutional '
    "network. Use --img-size or --train-img-sizes, or timm's own train.py for a transformer.")
+
+
+def device_switches(args: Namespace) -> dict[str, bool | None]:
+    """Return the options that ``device.configure`` takes, for a script that has all of them."""
+    return {name: getattr(args, name) for name in DEVICE_SWITCHES}
 
 
 def pick(*names: str) -> tuple[Flag, ...]:

@@ -27,7 +27,8 @@ class Flag:
     Attributes:
         names: Spellings, separated by blanks. The first long one names the attribute.
         help: Meaning. The parser adds the default.
-        type: Function that converts a word to the value; ``bool`` makes a switch.
+        type: Function that converts a word to the value; ``bool`` makes a switch, with the default None one of three
+            states: --NAME, --no-NAME, neither.
         default: Value if the option is not given.
         within: Interval of its numbers, such as '[1, inf)'. Numbers are finite in any case.
         rest: Further arguments of ``add_argument`` (nargs, const, choices, metavar).
@@ -148,7 +149,8 @@ def _add_flag(section: argparse._ArgumentGroup, flag: Flag) -> None:
     if not flag.names.startswith('-'):
         section.add_argument(flag.names, help=text, default=flag.default, **flag.rest)
     elif flag.type is bool:
-        section.add_argument(*flag.names.split(), dest=flag.dest, action='store_true', help=text)
+        action: Any = 'store_true' if flag.default is False else argparse.BooleanOptionalAction
+        section.add_argument(*flag.names.split(), dest=flag.dest, action=action, default=flag.default, help=text)
     else:
         settings = {'dest': flag.dest, 'type': flag.type, 'default': flag.default, 'help': text, **flag.rest}
         section.add_argument(*flag.names.split(), **settings)
@@ -206,6 +208,8 @@ def _config_words(parser: _Parser, path: Path, refused: dict[str, str]) -> list[
 
 def _as_arguments(path: Path, action: argparse.Action, name: str, value: Any) -> list[str]:
     """Return one entry of a YAML file as words of a command line."""
+    if isinstance(action, argparse.BooleanOptionalAction) and isinstance(value, bool):
+        return [name if value else f'--no-{name[2:]}']
     if isinstance(action, argparse._StoreTrueAction):
         if not isinstance(value, bool):
             raise UserError(f"config {path}: '{name[2:]}' is a switch: expected true or false, not {value!r}.")

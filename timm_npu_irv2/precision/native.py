@@ -1,6 +1,7 @@
 """Precisions of torch itself: one dtype, autocast, and half-precision weights with float32 masters."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,6 +18,8 @@ from .loss_scale import FoldedScale, NoScale, StaticScale
 from .masters import FlatMasters, MasterPrecision, Masters, float32_twin
 
 __all__ = ['Autocast', 'FullPrecision', 'HalfWeights']
+
+_logger = logging.getLogger(__name__)
 
 
 class _Native(Precision):
@@ -148,9 +151,12 @@ class HalfWeights(MasterPrecision, _Native):
         if type(self._scaler) is StaticScale:
             self._scaler = FoldedScale(self._scaler.value)
             state_scale['momentum_buffer'] = self._scaler.value
-        groups = optimizer.param_groups
-        if all(g['fused'] is None and g['foreach'] is None and g['momentum'] > 0 for g in groups):
-            options['fused'] = devices.backend(parameters_of(optimizer)[0].device).fused_sgd
+        if all(group['fused'] is None and group['foreach'] is None for group in optimizer.param_groups):
+            least = min(group['momentum'] for group in optimizer.param_groups)
+            lack = devices.lack_of_fused_sgd(parameters_of(optimizer)[0].device, least)
+            options['fused'] = not lack
+            if lack:
+                _logger.info('SGD runs unfused on the flat buffers: %s.', lack)
         return FlatMasters(twin, masters, state_scale, options)
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
