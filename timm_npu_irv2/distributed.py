@@ -314,7 +314,9 @@ def _select_cards(kind: str, device_list: str | None) -> int:
     if not cards or max(cards) >= available:
         raise UserError(f'--device-list {device_list or "(all)"}: there are {available} {kind} device(s) here.')
     names = os.environ.get(visible, '').split(',')
-    os.environ[visible] = ','.join(names[card] if len(names) == available else str(card) for card in cards)
+    chosen = [names[card] if len(names) == available else str(card) for card in sorted(cards)]
+    # ASCEND_RT_VISIBLE_DEVICES must be ascending.
+    os.environ[visible] = ','.join(sorted(chosen, key=int) if all(map(str.isdecimal, chosen)) else chosen)
     return len(cards)
 
 

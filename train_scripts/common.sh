@@ -14,8 +14,9 @@ fail() {  # fail MESSAGE: one line, exit code 2
 load_cann() {  # the environment of CANN, if it is installed and not loaded yet
     local file
     [[ -z ${ASCEND_OPP_PATH:-} ]] || return 0
+    # `cann` is the newer name of the folder; without root CANN is installed below the home folder.
     for file in "${ASCEND_TOOLKIT_HOME:-}/set_env.sh" "${ASCEND_TOOLKIT_HOME:-}/../set_env.sh" \
-            /usr/local/Ascend/ascend-toolkit/set_env.sh /usr/local/Ascend/cann/set_env.sh; do
+            {/usr/local,"${HOME:-}"}/Ascend/cann/set_env.sh {/usr/local,"${HOME:-}"}/Ascend/ascend-toolkit/set_env.sh; do
         if [[ -f $file ]]; then
             set +eu  # the vendor's script reads variables that need not be set
             # shellcheck disable=SC1090
@@ -29,12 +30,34 @@ load_cann() {  # the environment of CANN, if it is installed and not loaded yet
 set_defaults() {  # set_defaults PROCESSES: what suits an NPU and a busy processor; what is set already stays
     export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2}            # launch operators from a thread of their own
     export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1200}   # cards may start minutes apart
-    export HCCL_WHITELIST_DISABLE=${HCCL_WHITELIST_DISABLE:-1}  # no list of allowed machines
-    export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}  # less fragmentation
+    if [[ -z ${PYTORCH_ALLOC_CONF:-} ]]; then  # torch_npu ends the process if both are set
+        export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}  # less fragmentation
+    fi
+    if [[ -n ${SOCKET_IFNAME:-} ]]; then  # the network interface that joins several machines
+        export HCCL_SOCKET_IFNAME=${HCCL_SOCKET_IFNAME:-$SOCKET_IFNAME} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$SOCKET_IFNAME}
+    fi
     local cores
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}  # threads that wait soon give way: twenty times faster beside others
+}
+
+set_hccl_ports() {  # HCCL listens on 32 ports from 60000 on: others for a second job on this machine (error EJ0003)
+    local file address state port base listening=' '
+    [[ -z ${HCCL_IF_BASE_PORT:-} ]] || return 0
+    for file in /proc/net/tcp /proc/net/tcp6; do
+        [[ -r $file ]] || continue
+        while read -r _ address _ state _; do
+            if [[ $state == 0A ]]; then listening+="$((16#${address##*:})) "; fi
+        done < "$file"
+    done
+    for ((base = 60000; base + 32 <= 65536; base += 32)); do
+        for ((port = base; port < base + 32; port++)); do
+            [[ $listening != *" $port "* ]] || continue 2
+        done
+        [[ $base == 60000 ]] || export HCCL_IF_BASE_PORT=$base
+        return 0
+    done
 }
 
 launch() {  # launch SCRIPT PROCESSES OPTION...: run one of the Python scripts in so many processes per machine
@@ -50,6 +73,7 @@ launch() {  # launch SCRIPT PROCESSES OPTION...: run one of the Python scripts i
     fi
     # Whatever can be known to be wrong is one line here, and not one from each process.
     "$PYTHON" "$SCRIPTS/preflight.py" "${0##*/}" "$script" "$processes" "$@"
+    set_hccl_ports
     local meeting=(--standalone)  # one machine: a free port
     if [[ $nodes != 1 ]]; then
         meeting=(--nnodes "$nodes" --node-rank "${NODE_RANK:-0}")

@@ -119,6 +119,50 @@ def test_the_environment_of_the_npu_has_defaults_that_give_way(tmp_path):
     assert result.stdout == '2 7 3\n'
 
 
+PRINTED = ('${PYTORCH_NPU_ALLOC_CONF-none} ${HCCL_IF_BASE_PORT-none} ${HCCL_SOCKET_IFNAME-none} '
+           '${GLOO_SOCKET_IFNAME-none} ${HCCL_WHITELIST_DISABLE-none}')
+
+
+def variables_of(tmp_path: Path, *words: str, **environment: str) -> list[str]:
+    python = tmp_path / 'python'
+    python.write_text(f'#!/usr/bin/env bash\n[[ $1 == *preflight.py ]] || echo "{PRINTED}"\n')
+    python.chmod(0o755)
+    return run('dist_train_npu.sh', *words, PYTHON=str(python), **environment).stdout.split()
+
+
+def test_no_allocator_variable_stands_beside_the_users(tmp_path):
+    assert variables_of(tmp_path, '1')[0] == 'expandable_segments:True'
+    assert variables_of(tmp_path, '1', PYTORCH_ALLOC_CONF='max_split_size_mb:64')[0] == 'none'
+    assert variables_of(tmp_path, '1', PYTORCH_NPU_ALLOC_CONF='max_split_size_mb:64')[0] == 'max_split_size_mb:64'
+
+
+def test_a_second_job_gets_other_ports_for_hccl(tmp_path):
+    assert variables_of(tmp_path, '2', HCCL_IF_BASE_PORT='61000')[1] == '61000'
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 60031))
+        listener.listen()
+        base = int(variables_of(tmp_path, '2')[1])
+    assert base > 60031 and base % 32 == 60000 % 32
+
+
+def test_one_name_of_an_interface_serves_hccl_and_gloo(tmp_path):
+    found = variables_of(tmp_path, '1', SOCKET_IFNAME='eth7', GLOO_SOCKET_IFNAME='eth8')
+    assert found[2:] == ['eth7', 'eth8', 'none']
+    assert variables_of(tmp_path, '1')[2:] == ['none', 'none', 'none']
+
+
+@pytest.mark.parametrize('folders, first', [
+    (('Ascend/cann', 'Ascend/ascend-toolkit'), 'Ascend/cann'), (('Ascend/ascend-toolkit',), 'Ascend/ascend-toolkit')])
+def test_cann_below_the_home_folder_is_loaded_the_newer_one_first(tmp_path, folders, first):
+    python = tmp_path / 'python'
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / 'set_env.sh').write_text(f'export ASCEND_OPP_PATH={folder}\n')
+    python.write_text('#!/usr/bin/env bash\necho "$ASCEND_OPP_PATH"\n')
+    python.chmod(0o755)
+    assert run('train_full_1p.sh', PYTHON=str(python), HOME=str(tmp_path)).stdout == f'{first}\n'
+
+
 def test_cann_is_loaded_where_it_is(tmp_path):
     toolkit, python = tmp_path / 'a b', tmp_path / 'python'
     toolkit.mkdir()
