@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from . import schema
 from .errors import CannotWrite, UserError, first_line
 
 __all__ = ['EXTENSION', 'atomic_file', 'atomic_link', 'atomic_write', 'load_weights', 'make_folder', 'read_checkpoint',
@@ -242,7 +243,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         averaged ones, under ``state_dict_ema``, without the prefixes of DDP and torch.compile; ``args`` is a dict.
 
     Raises:
-        UserError: The file is missing, torn, tampered with, holds no weights, or would run code if it were unpickled.
+        UserError: The file is missing, torn, tampered with, holds no weights, would run code if it were unpickled, or
+            is not as :mod:`.schema` describes.
     """
     path = Path(path)
     if not path.is_file():
@@ -255,7 +257,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f'{path} cannot be read as a checkpoint: {first_line(error)}') from error
     if not isinstance(content, dict):
         raise UserError(f'{path} is not a checkpoint: it holds a {type(content).__name__}.')
-    return _with_usual_names(content, path)
+    with schema.naming(path):
+        schema.check_size(content, MOST_INFLATED * path.stat().st_size)
+        content = _with_usual_names(content, path)
+        schema.check_checkpoint(content)
+    return content
 
 
 def load_weights(path: str | os.PathLike, use_ema: bool = False) -> dict[str, Tensor]:
@@ -286,6 +292,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f'{path} cannot be read as JSON: {reason}') from error
     if not isinstance(content, dict):
         raise UserError(f'{path}: expected an object, not a {type(content).__name__}.')
+    with schema.naming(path):
+        schema.check_size(content, 0)
     return content
 
 

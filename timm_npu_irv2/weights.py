@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnknownDialect, UserError
+from .escaping import printable
 from .serialization import load_weights, save_weights
 
 __all__ = ['DIALECTS', 'convert', 'detect_dialect', 'merged_layers']
@@ -217,9 +218,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         dialect = detect_dialect(source)
         save_weights(convert(source, to=args.to), args.output)
     except UserError as error:
-        print(f'{parser.prog}: error: {error}', file=sys.stderr)
+        print(printable(f'{parser.prog}: error: {error}'), file=sys.stderr)
         return 2
-    print(f'{args.input} ({dialect}) -> {args.output} ({args.to}), {len(source)} tensors read')
+    print(printable(f'{args.input} ({dialect}) -> {args.output} ({args.to}), {len(source)} tensors read'))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -48,10 +49,22 @@ def run(state_dict, tmp_path_factory) -> Path:
     return folder
 
 
+def training_entry(**more) -> dict:
+    """What train.py's checkpoints hold under 'training'."""
+    version, values, following = random.getstate()
+    process = {'meter': {'loss': 0.5, 'hits': 3, 'count': 8}, 'random': {
+        'torch': torch.get_rng_state(), 'device': None, 'python': (version, values, following),
+        'numpy': ('MT19937', torch.zeros(624, dtype=torch.int64), 3, 0, 0.0)}}
+    return {
+        'position': {'epoch': 6, 'batch': 0, 'updates': 12}, 'num_classes': 4, 'scheduler': None,
+        'class_to_idx': {name: index for index, name in enumerate(CLASSES)}, 'throughput': (96, 1.5),
+        'skipped': (0, 0), 'processes': [process], **more}
+
+
 def save_checkpoint(path: Path, state_dict, epoch: int, **more) -> Path:
     torch.save({
         'epoch': epoch, 'version': 2, 'arch': OURS, 'args': ARGS, 'state_dict': weights.convert(state_dict, to='npu'),
-        'training': {'class_to_idx': {name: index for index, name in enumerate(CLASSES)}}, **more}, path)
+        'training': training_entry(), **more}, path)
     return path
 
 

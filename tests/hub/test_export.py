@@ -22,6 +22,7 @@ from .conftest import (
     images,
     logits,
     save_checkpoint,
+    training_entry,
 )
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -121,7 +122,8 @@ def test_names_of_classes_are_as_many_as_the_logits(run, tmp_path, capsys):
 
 
 def test_logits_without_a_class_are_named_unused(state_dict, tmp_path):
-    path = save_checkpoint(tmp_path / 'a.pth.tar', state_dict, 5, training={'class_to_idx': {'b': 1, 'a': 0}})
+    training = training_entry(class_to_idx={'b': 1, 'a': 0})
+    path = save_checkpoint(tmp_path / 'a.pth.tar', state_dict, 5, training=training)
     hub.export(path, tmp_path / 'out')
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == [
         'a', 'b', 'unused_2', 'unused_3']
@@ -141,7 +143,7 @@ def test_a_data_set_gives_the_names_of_its_classes(run, tmp_path):
     (['other.pth', 'out'], 'not weights of Inception-ResNet-v2'),
     (['last.pth.tar', 'out', '--ema'], 'no averaged weights'),
     (['last.pth.tar', 'report.json'], 'cannot write report.json: File exists.'),
-    (['last.pth.tar', 'out', '--report', 'curves.png'], 'not a report'),
+    (['last.pth.tar', 'out', '--report', 'curves.png'], 'curves.png cannot be read as JSON'),
 ])
 def test_mistakes_are_told_in_a_line(run, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(run)

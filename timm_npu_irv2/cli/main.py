@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..escaping import printable
 
 __all__ = ['COMMANDS', 'Command', 'main', 'scripts_dir']
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"unknown command '{words[0]}': use one of {', '.join(COMMANDS)}.")
         return _run(COMMANDS[words[0]], words[1:])
     except UserError as error:
-        print(f'{PROGRAM}: error: {error}', file=sys.stderr)
+        print(printable(f'{PROGRAM}: error: {error}'), file=sys.stderr)
         return 2
 
 

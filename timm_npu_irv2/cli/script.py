@@ -7,13 +7,22 @@ import time
 from collections.abc import Callable, Sequence
 
 from ..errors import Stopped, UserError
+from ..escaping import printable
 
 __all__ = ['run_script', 'start_log']
 
 
+class _OneLine(logging.Formatter):
+    """A format in which names of files and classes can neither begin a line nor control the terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
+        return printable(super().formatMessage(record))
+
+
 def start_log(is_primary: bool = True) -> None:
     """Log plain lines to stderr: all of them in the primary process, warnings in the others."""
-    logging.basicConfig(format='%(message)s', stream=sys.stderr, force=True)
+    logging.basicConfig(stream=sys.stderr, force=True)
+    logging.getLogger().handlers[0].setFormatter(_OneLine('%(message)s'))
     logging.getLogger().setLevel(logging.INFO if is_primary else logging.WARNING)
     logging.captureWarnings(not is_primary)
 
@@ -25,7 +34,7 @@ def run_script(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[s
     except UserError as error:
         if os.environ.get('RANK', '0') != '0':
             time.sleep(10)  # most errors occur in all processes: rank 0 reports first, and torchrun ends the others
-        print(f'{name}: error: {error}', file=sys.stderr, flush=True)
+        print(printable(f'{name}: error: {error}'), file=sys.stderr, flush=True)
         return 2
     except Stopped as stopped:
         logging.getLogger(name).info(stopped)

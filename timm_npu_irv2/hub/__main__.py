@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import UserError
+from ..escaping import printable
 from .checkpoint import ARCHITECTURES, PREPROCESSING
 from .client import push
 from .export import export
@@ -59,14 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             export(args.checkpoint, args.folder, target=args.target, ema=args.ema, dtype=args.dtype,
                    class_names=args.class_names, report=args.report, license=args.license, datasets=args.datasets,
                    preprocessing=given)
-            print(f"Wrote {args.folder}. Load it with timm.create_model('local-dir:{args.folder}', pretrained=True), "
-                  f'or publish it with `{parser.prog} push {args.folder} OWNER/NAME`.')
+            folder = printable(args.folder)
+            print(f"Wrote {folder}. Load it with timm.create_model('local-dir:{folder}', pretrained=True), or publish it "
+                  f'with `{parser.prog} push {folder} OWNER/NAME`.')
         elif args.command == 'push':
             print(push(args.folder, args.repo, private=args.private, revision=args.revision))
         else:
-            print(f'{pull(args.repo, args.folder, revision=args.revision)} was downloaded and verified')
+            print(printable(f'{pull(args.repo, args.folder, revision=args.revision)} was downloaded and verified'))
     except UserError as error:
-        print(f'{parser.prog}: error: {error}', file=sys.stderr)
+        print(printable(f'{parser.prog}: error: {error}'), file=sys.stderr)
         return 2
     return 0
 

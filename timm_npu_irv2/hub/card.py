@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..cli.flags import RECIPE
+from ..escaping import markdown_code, markdown_fence, markdown_text
 
 __all__ = ['address', 'write']
 
@@ -30,7 +31,7 @@ _NEEDS = {
 }
 
 _BODY = '''\
-# {name}
+# {title}
 
 Inception-ResNet-v2 ([Szegedy et al., 2016](https://arxiv.org/abs/1602.07261)) for the classification of images, \
 {classes} classes, {size} px. {needs}
@@ -111,8 +112,9 @@ def write(
         curves: The name of the picture of the training.
     """
     size = config['pretrained_cfg']['input_size']
+    folder = name if re.fullmatch(r'[\w.\-]+', name) else 'FOLDER'  # nothing that ends the string it stands in
     body = _BODY.format(
-        name=name, id=f'local-dir:{name}', needs=_NEEDS[target], classes=config['num_classes'], size=size[-1],
+        title=markdown_text(name), id=f'local-dir:{folder}', needs=_NEEDS[target], classes=config['num_classes'], size=size[-1],
         channels=size[0], mode='RGB' if size[0] == 3 else 'L', top=min(5, config['num_classes']))
     parts = [body, _results(figures, averaged, dtype), _training(recipe, figures), _labels(config)]
     if curves:
@@ -179,11 +181,12 @@ def _training(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     lines = ['## How it was trained\n']
     device, versions = figures.get('device') or {}, figures.get('versions') or {}
     if figures.get('seconds') and device:
-        lines += [f'{figures["epochs"]} epochs in {figures["seconds"] / 3600:.1f} hours on {figures["world_size"]} × '
-                  f'{device["type"]} ({device["name"]}), {figures["precision"]}; '
-                  f'{", ".join(f"{package} {version}" for package, version in versions.items())}.\n']
+        story = (f'{figures["epochs"]} epochs in {figures["seconds"] / 3600:.1f} hours on {figures["world_size"]} × '
+                 f'{device["type"]} ({device["name"]}), {figures["precision"]}; '
+                 f'{", ".join(f"{package} {version}" for package, version in versions.items())}.')
+        lines += [f'{markdown_text(story)}\n']
     recipe_text = yaml.safe_dump(published, sort_keys=False, default_flow_style=None, width=110)
-    return '\n'.join([*lines, 'The recipe, which `train.py -c` reads:\n', f'```yaml\n{recipe_text}```', ''])
+    return '\n'.join([*lines, 'The recipe, which `train.py -c` reads:\n', markdown_fence(recipe_text, 'yaml'), ''])
 
 
 def _matters(key: str, recipe: Mapping[str, Any]) -> bool:
@@ -202,6 +205,6 @@ def _labels(config: Mapping[str, Any]) -> str:
     names = config.get('label_names')
     if not names:
         return ''
-    shown = ', '.join(f'`{name}`' for name in names[:10])
+    shown = ', '.join(markdown_code(name) for name in names[:10])
     more = f' … and {len(names) - 10} more, in `config.json`' if len(names) > 10 else ''
     return f'## Classes\n\n{shown}{more}.\n'

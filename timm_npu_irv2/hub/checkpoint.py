@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import weights
+from .. import schema, weights
 from ..data.pipeline import remember_training
 from ..errors import UserError
 from ..serialization import read_checkpoint
@@ -27,6 +27,7 @@ class Checkpoint:
     """Weights and what their file knows about them; the latter is empty unless train.py, ours or timm's, wrote it.
 
     Attributes:
+        path: The file.
         state_dict: The weights, in timm's dialect.
         args: The options of the training.
         epoch: The last epoch of the training, from 0.
@@ -36,6 +37,7 @@ class Checkpoint:
         measured: True if the figures in the report of the run are those of these weights.
     """
 
+    path: Path
     state_dict: dict[str, Tensor]
     args: dict[str, Any] = field(default_factory=dict)
     epoch: int | None = None
@@ -46,14 +48,17 @@ class Checkpoint:
 
     @functools.cached_property
     def model_arguments(self) -> dict[str, Any]:
-        """Arguments of ``timm.create_model`` for a network that these weights fit."""
+        """Arguments of ``timm.create_model`` for a network that these weights fit, checked by :mod:`.schema`."""
         classifier, stem = (self.state_dict.get(f'{name}.weight') for name in ('classif', 'conv2d_1a.conv'))
-        return {
+        arguments = {
             'global_pool': self.args.get('gp'),
             **(self.args.get('model_kwargs') or {}),
             'num_classes': 0 if classifier is None else len(classifier),
             'in_chans': 3 if stem is None else stem.shape[1],
         }
+        with schema.naming(self.path):
+            schema.check_model_arguments(arguments, OURS)
+        return arguments
 
     def describe(self, pretrained_cfg: dict[str, Any]) -> None:
         """Put the image pipeline and the names of the classes into a ``pretrained_cfg``."""
@@ -84,5 +89,5 @@ def read(path: Path, ema: bool | None) -> Checkpoint:
     state_dict = content['state_dict' + ('_ema' if averaged else '')]
     training = content.get('training') or {}
     return Checkpoint(
-        weights.convert(state_dict, to='timm'), content.get('args') or {}, content.get('epoch'),
+        path, weights.convert(state_dict, to='timm'), content.get('args') or {}, content.get('epoch'),
         training.get('class_to_idx'), training.get('pipeline'), averaged=averaged, measured=averaged or average is None)

@@ -14,10 +14,11 @@ from timm.data import ImageNetInfo
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from .. import schema
 from ..data.classes import clean_name, map_classes, number_classes
 from ..data.splits import find_split
 from ..errors import UserError, one_line
-from ..serialization import atomic_write, make_folder, save_weights
+from ..serialization import atomic_write, make_folder, read_json, save_weights
 from . import card
 from .checkpoint import ARCHITECTURES, Checkpoint, read
 from .client import CARD, CONFIG, CURVES, WEIGHTS
@@ -147,12 +148,13 @@ def _figures(source: Path, content: Checkpoint, report: Path | None) -> dict[str
     given, path = report is not None, report or source.parent / 'report.json'
     if not given and not (path.is_file() and content.epoch is not None):
         return {}
-    try:
-        figures = json.loads(path.read_text(encoding='utf-8'))
-        if given:
-            return {**figures, 'top1': float(figures['top1'])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f'{path} is not a report with a top1: {one_line(error)}') from error
+    figures = read_json(path)
+    with schema.naming(path):
+        schema.check_report(figures)
+    if given and figures.get('top1') is None:
+        raise UserError(f'{path} is not a report with a top1.')
+    if given:
+        return figures
     last = figures.get('last_epoch') or {}
     if content.epoch == last.get('epoch'):
         figures |= {key: last.get(f'eval_{key}') for key in ('top1', 'top5', 'loss')}

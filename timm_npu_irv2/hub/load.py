@@ -9,11 +9,12 @@ import timm
 from huggingface_hub import try_to_load_from_cache
 from timm.models import get_pretrained_cfg
 from timm.models._hub import load_model_config_from_path
-from torch import nn
+from torch import Tensor, nn
 
+from .. import schema
 from ..data.pipeline import remember_training, trained_channels
 from ..errors import UserError, one_line
-from ..serialization import atomic_file, make_folder, read_checkpoint, read_json
+from ..serialization import atomic_file, load_weights, make_folder, read_checkpoint, read_json
 from .checkpoint import ARCHITECTURES, OURS, read
 from .client import (
     CONFIG,
@@ -50,17 +51,47 @@ def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> nn.Module:
     else:
         folder = download(*split_revision(rest if source == 'hf-hub' else name))
     check_folder(folder)
+    architecture = _check_config(folder, name)
+    if architecture not in ARCHITECTURES.values():
+        raise UserError(f'{name} is a {architecture}, not an Inception-ResNet-v2: load it with timm.create_model.')
     try:
-        pretrained_cfg, architecture, arguments = load_model_config_from_path(folder)
-        if architecture not in ARCHITECTURES.values():
-            raise UserError(f'{name} is a {architecture}, not an Inception-ResNet-v2: load it with timm.create_model.')
-        pretrained_cfg['architecture'] = OURS
-        model = timm.create_model(OURS, pretrained=True, pretrained_cfg=pretrained_cfg, **{**arguments, **kwargs})
-        return _with_mode(model, read_json(folder / CONFIG).get('input_img_mode'))
-    except (KeyError, RuntimeError, OSError, TypeError, ValueError) as error:
+        pretrained_cfg, _, arguments = load_model_config_from_path(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{name} cannot be loaded: {one_line(error)}') from error
+    model = _build(pretrained_cfg, load_weights(folder / WEIGHTS), {**arguments, **kwargs}, name)
+    return _with_mode(model, read_json(folder / CONFIG).get('input_img_mode'))
+
+
+def _build(pretrained_cfg: dict[str, Any], state_dict: dict[str, Tensor], arguments: dict[str, Any], name: str) -> Any:
+    """Return this package's network with weights that timm adapts to ``arguments``; ``name`` is for messages."""
+    registered: Any = get_pretrained_cfg(OURS)
+    cfg = {**pretrained_cfg, 'architecture': OURS, 'first_conv': registered.first_conv,
+           'classifier': registered.classifier, 'source': '', 'state_dict': state_dict}
+    try:
+        model: Any = timm.create_model(OURS, pretrained=True, pretrained_cfg=cfg, **arguments)
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f'{name} cannot be loaded: {one_line(error)}') from error
+        raise UserError(f'{name} does not fit {OURS}: {one_line(error)}') from error
+    model.pretrained_cfg.pop('state_dict', None)  # or the weights would be in memory twice
+    return model
+
+
+def _check_config(folder: Path, name: str) -> str:
+    """Return the architecture in a folder's config.json, which is checked: it names no place to load from.
+
+    Raises:
+        UserError: The file is missing, or not as :mod:`.schema` describes.
+    """
+    config, path = read_json(folder / CONFIG), folder / CONFIG
+    with schema.naming(path):
+        schema.check_config(config, split_revision(name.removeprefix('hf-hub:'))[0])
+    classes = {config.get('num_classes'), config.get('model_args', {}).get('num_classes')} - {None}
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    features = 1536 if config['architecture'] in ARCHITECTURES.values() else 64  # fewer than any network has
+    if any(count * features * 2 > size for count in classes):  # in half precision
+        raise UserError(f'{path} is refused: the weights are too small for {max(classes)} classes.')
+    return config['architecture']
 
 
 def create_model(name: str, pretrained: bool = False, checkpoint_path: str = '', **kwargs: Any) -> nn.Module:
@@ -78,7 +109,11 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str = '',
     source, _, repo = name.partition(':')
     with translate_hub_errors(checkpoint_path or name):
         if source == 'hf-hub':
-            name = f'local-dir:{download(*split_revision(repo))}'
+            folder = download(*split_revision(repo))
+            _check_config(folder, name)
+            name = f'local-dir:{folder}'
+        elif source == 'local-dir':
+            _check_config(Path(repo), name)
         cfg = get_pretrained_cfg(name, allow_unregistered=True) if pretrained and not repo else None
         if cfg is not None and cfg.hf_hub_id and 'pretrained_cfg' not in kwargs:
             # timm asks for both formats again and again before it gives up: a minute without a network.
@@ -132,13 +167,8 @@ def _from_file(path: Path, **kwargs: Any) -> nn.Module:
     cfg: dict[str, Any] = registered.to_dict()
     content.describe(cfg)
     mode = cfg.pop('input_img_mode', None)
-    cfg |= {'num_classes': arguments['num_classes'], 'state_dict': content.state_dict}
-    try:
-        model: Any = timm.create_model(OURS, pretrained=True, pretrained_cfg=cfg, **{**arguments, **kwargs})
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f'{path} does not fit {OURS}: {one_line(error)}') from error
-    del model.pretrained_cfg['state_dict']  # or the weights would be in memory twice
-    return _with_mode(model, mode)
+    cfg['num_classes'] = arguments['num_classes']
+    return _with_mode(_build(cfg, content.state_dict, {**arguments, **kwargs}, str(path)), mode)
 
 
 def _with_mode(model: Any, mode: str | None) -> nn.Module:
