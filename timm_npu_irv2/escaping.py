@@ -4,10 +4,11 @@ Names of classes, tensors and files and the values of options may hold anything.
 escape sequences and marks of direction in a terminal, backticks and tags in Markdown, a leading = in a spreadsheet.
 """
 
+import json
 import re
 from typing import Any
 
-__all__ = ['csv_cell', 'markdown_code', 'markdown_fence', 'markdown_text', 'printable']
+__all__ = ['csv_cell', 'json_text', 'markdown_code', 'markdown_fence', 'markdown_text', 'printable']
 
 
 def printable(text: str) -> str:
@@ -19,12 +20,23 @@ def printable(text: str) -> str:
     return ''.join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
-def csv_cell(value: Any) -> Any:
-    """Return a cell that no spreadsheet takes for a formula: a text that begins like one gets an apostrophe before it.
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return JSON that keeps letters outside ASCII, but is :func:`printable`: it may be shown in a terminal."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return ''.join(character if character.isprintable() or character == '\n' else json.dumps(character)[1:-1]
+                   for character in text)
 
-    Numbers stay numbers. See https://owasp.org/www-community/attacks/CSV_Injection.
+
+def csv_cell(value: Any) -> Any:
+    r"""Return a cell that no spreadsheet takes for a formula: a text that begins like one gets an apostrophe before it.
+
+    Numbers stay numbers. A carriage return, which would end the row unquoted, is written as \r.
+    See https://owasp.org/www-community/attacks/CSV_Injection.
     """
-    return f"'{value}" if isinstance(value, str) and value.startswith(('=', '+', '-', '@', '\t', '\r', '\n')) else value
+    if not isinstance(value, str):
+        return value
+    value = value.replace('\r', '\\r')
+    return f"'{value}" if value.startswith(('=', '+', '-', '@', '\t', '\n')) else value
 
 
 def markdown_text(text: str) -> str:

@@ -3,189 +3,40 @@
 Such a file may come from anybody. It is checked once, when it is read, and a file that is not as described here is
 refused in one line. Unknown entries of a checkpoint are ignored; unknown arguments of a model are refused, since what
 they do is decided by whoever takes them.
-
-A rule is a function of a value and of the name of its place. It raises :class:`Mismatch`, or returns nothing.
 """
 
-import contextlib
 import inspect
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .rules import (
+    MOST,
+    Mismatch,
+    Rule,
+    absent,
+    either,
+    expect,
+    known_entries,
+    many,
+    mapping,
+    number,
+    one_of,
+    optional,
+    plain,
+    record,
+    show,
+    tensor,
+    text,
+)
 
-__all__ = ['check_checkpoint', 'check_config', 'check_inference_config', 'check_like', 'check_model_arguments',
-           'check_report', 'check_size', 'naming']
+__all__ = ['check_checkpoint', 'check_config', 'check_inference_config', 'check_model_arguments', 'check_report',
+           'restored_optimizer']
 
-Rule = Callable[[Any, str], None]
-
-MOST_EPOCHS, MOST = 10**6, 2**53  # the latter is the largest range in which float64 counts exactly
-MOST_CLASSES, MOST_CHANNELS, LARGEST_IMAGE = 10**6, 1024, 2**14
-LONGEST_TEXT = 10_000
-MOST_ENTRIES, DEEPEST = 2 * 10**6, 40  # nested containers can be small and yet unfold to any size
-
-
-class Mismatch(ValueError):
-    """A value that is not as a file may have it."""
-
-
-@contextlib.contextmanager
-def naming(path: Any) -> Iterator[None]:
-    """Turn a :class:`Mismatch` into a UserError that names the file."""
-    try:
-        yield
-    except Mismatch as error:
-        raise UserError(f'{path} is refused: {error}.') from error
-
-
-def _expect(condition: bool, value: Any, where: str, expected: str) -> None:
-    if not condition:
-        raise Mismatch(f'{where} is {_show(value)}, expected {expected}')
-
-
-def _show(value: Any) -> str:
-    """Return a short description of a value; a long number or a container is not written out."""
-    if isinstance(value, bool | float) or (isinstance(value, int) and value.bit_length() < 80) or value is None:
-        return repr(value)
-    if isinstance(value, str):
-        return repr(value[:40]) + ('…' if len(value) > 40 else '')
-    if isinstance(value, Tensor):
-        return f'a tensor of {value.dtype} with shape {tuple(value.shape)}'
-    if isinstance(value, int):
-        return f'a number of {value.bit_length()} bits'
-    return f'of type {type(value).__name__}' + (f' with {len(value)} entries' if hasattr(value, '__len__') else '')
-
-
-# Rules
-
-
-def number(low: float = -MOST, high: float = MOST, integer: bool = False, finite: bool = True) -> Rule:
-    """Return the rule for a number from ``low`` to ``high``."""
-    kind = 'an integer' if integer else 'a number'
-
-    def rule(value: Any, where: str) -> None:
-        known = isinstance(value, int if integer else int | float) and not isinstance(value, bool)
-        fits = known and (low <= value <= high or (not finite and isinstance(value, float)))
-        _expect(fits, value, where, f'{kind} from {low:.16g} to {high:.16g}')
-
-    return rule
-
-
-def text(longest: int = LONGEST_TEXT, pattern: str = '') -> Rule:
-    """Return the rule for a string, which may have to match ``pattern`` as a whole."""
-    expected = f'a text of the form {pattern}' if pattern else f'a text of at most {longest} characters'
-    pattern = pattern or r'(?s:.*)'
-
-    def rule(value: Any, where: str) -> None:
-        fits = isinstance(value, str) and len(value) <= longest and re.fullmatch(pattern, value) is not None
-        _expect(fits, value, where, expected)
-
-    return rule
-
-
-def one_of(*choices: Any) -> Rule:
-    """Return the rule for one of a few values."""
-    return lambda value, where: _expect(
-        any(type(value) is type(choice) and value == choice for choice in choices), value, where,
-        f'one of {", ".join(map(repr, choices))}')
-
-
-def optional(rule: Rule) -> Rule:
-    """Return the rule for a value that may be None."""
-    return lambda value, where: None if value is None else rule(value, where)
-
-
-def either(*rules: Rule) -> Rule:
-    """Return the rule for a value that one of ``rules`` accepts; the last one makes the message."""
-
-    def rule(value: Any, where: str) -> None:
-        for each in rules[:-1]:
-            with contextlib.suppress(Mismatch):
-                return each(value, where)
-        return rules[-1](value, where)
-
-    return rule
-
-
-def many(each: Rule, least: int = 0, most: int = MOST_CLASSES) -> Rule:
-    """Return the rule for a list or tuple of ``least`` to ``most`` values."""
-
-    def rule(value: Any, where: str) -> None:
-        count = f'{least} values' if least == most else f'{least} to {most} values'
-        _expect(isinstance(value, list | tuple) and least <= len(value) <= most, value, where, f'a list of {count}')
-        for index, item in enumerate(value):
-            each(item, f'{where}[{index}]')
-
-    return rule
-
-
-def mapping(each: Rule, key: Rule | None = None, most: int = MOST_CLASSES) -> Rule:
-    """Return the rule for a dict of values of one kind, with texts for keys if nothing else is said."""
-    key = key or text(1000)
-
-    def rule(value: Any, where: str) -> None:
-        _expect(isinstance(value, dict) and len(value) <= most, value, where, f'a dict of at most {most} entries')
-        for name, item in value.items():
-            key(name, f'a name in {where}')
-            each(item, f'{where}[{_show(name)}]')
-
-    return rule
-
-
-def record(required: Mapping[str, Rule], others: Mapping[str, Rule] | None = None) -> Rule:
-    """Return the rule for a dict with ``required`` entries and perhaps ``others``; further entries are ignored."""
-
-    def rule(value: Any, where: str) -> None:
-        _expect(isinstance(value, dict), value, where or 'the file', 'a dict')
-        for name in required:
-            if name not in value:
-                raise Mismatch(f'{_place(where, name)} is missing')
-        for name, each in {**required, **(others or {})}.items():
-            if name in value:
-                each(value[name], _place(where, name))
-
-    return rule
-
-
-def _place(where: str, name: str) -> str:
-    return f'{where}.{name}' if where else name
-
-
-def tensor(dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> Rule:
-    """Return the rule for a tensor."""
-    expected = f'a tensor of {dtype or "any type"}' + (f' with shape {shape}' if shape is not None else '')
-    return lambda value, where: _expect(
-        isinstance(value, Tensor) and dtype in (None, value.dtype) and shape in (None, tuple(value.shape)),
-        value, where, expected)
-
-
-def plain(value: Any, where: str) -> None:
-    """Accept None, numbers, texts, and lists and dicts of them."""
-    if isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            plain(item, f'{where}[{index}]')
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            _expect(isinstance(name, str | int), name, f'a name in {where}', 'a text or an integer')
-            plain(item, f'{where}[{_show(name)}]')
-    else:
-        fits = value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 2**63)
-        _expect(fits or (isinstance(value, str) and len(value) <= LONGEST_TEXT), value, where, 'a plain value')
-
-
-def absent(reason: str) -> Rule:
-    """Return the rule for an entry that must be empty."""
-
-    def rule(value: Any, where: str) -> None:
-        if value:
-            raise Mismatch(f'{where} is {_show(value)}, but {reason}')
-
-    return rule
-
+MOST_EPOCHS, MOST_CLASSES, MOST_CHANNELS, LARGEST_IMAGE = 10**6, 10**6, 1024, 2**14
 
 # Models and their preprocessing
 
@@ -203,6 +54,8 @@ PREPROCESSING: dict[str, Rule] = {
     'std': optional(many(number(1e-6, 1e6), 1, MOST_CHANNELS)),
     'crop_pct': optional(number(1e-3, 100)),
     'crop_mode': optional(one_of('center', 'squash', 'border', 'random', '')),
+    'crop_border_pixels': optional(number(0, LARGEST_IMAGE, integer=True)),
+    'input_img_mode': optional(text(20, r'[A-Za-z]*')),
     'interpolation': optional(one_of('bilinear', 'bicubic', 'nearest', 'lanczos', 'box', 'hamming', 'random', '')),
 }
 
@@ -254,11 +107,11 @@ def check_model_arguments(arguments: Mapping[str, Any], architecture: str) -> No
         allowed = ', '.join(ARCHITECTURE)
         for name in arguments:
             if name not in ARCHITECTURE:
-                raise Mismatch(f'it sets the model argument {_show(name)}; a file may set only {allowed}')
+                raise Mismatch(f'it sets the model argument {show(name)}; a file may set only {allowed}')
         record({}, ARCHITECTURE)(arguments, 'model_args')
     for name in arguments:
         if name in _factory_arguments():
-            raise Mismatch(f'it sets the model argument {_show(name)}, which a file may not')
+            raise Mismatch(f'it sets the model argument {show(name)}, which a file may not')
 
 
 def _factory_arguments() -> set[str]:
@@ -278,6 +131,7 @@ def check_config(config: dict[str, Any], repository: str | None = None) -> None:
         repository: The repository that the file comes from, which it may name.
     """
     record({'architecture': _name}, {
+        'input_img_mode': PREPROCESSING['input_img_mode'],
         'num_classes': optional(number(0, MOST_CLASSES, integer=True)), 'global_pool': optional(text(100)),
         'label_names': optional(_names), 'labels': optional(_names),
         'label_descriptions': optional(either(mapping(text()), many(text()))),
@@ -286,7 +140,7 @@ def check_config(config: dict[str, Any], repository: str | None = None) -> None:
     inner = config.get('pretrained_cfg', config)
     record({}, _PRETRAINED_CFG)(inner, 'pretrained_cfg' if inner is not config else '')
     if inner.get('hf_hub_id') not in (None, '', repository):
-        raise Mismatch(f'it names another repository, {_show(inner["hf_hub_id"])}')
+        raise Mismatch(f'it names another repository, {show(inner["hf_hub_id"])}')
     check_model_arguments(config.get('model_args', {}), config['architecture'])
 
 
@@ -302,7 +156,7 @@ def check_inference_config(config: dict[str, Any]) -> None:
     }, {'pretrained_cfg': optional(record({}, _PRETRAINED_CFG))})(config, '')
     arguments, cfg = config['arguments'], config.get('pretrained_cfg') or {}
     if unknown := arguments.keys() - {'num_classes', 'in_chans', 'global_pool'}:
-        raise Mismatch(f'arguments has the unknown entry {_show(min(unknown))}')
+        raise Mismatch(f'arguments has the unknown entry {show(min(unknown))}')
     names = cfg.get('label_names')
     if names is not None and len(names) != arguments['num_classes']:
         raise Mismatch(f'it has {len(names)} label names for {arguments["num_classes"]} classes')
@@ -322,7 +176,7 @@ _OPTIMIZER = record({
     'param_groups': many(record({'params': many(either(text(1000), _integer))},
                                 {'lr': either(number(0, 1e6), tensor())}), 1, 10**5),
 })
-_PYTHON_RANDOM = many(either(number(0, 2**32 - 1, integer=True)), 625, 625)
+_PYTHON_RANDOM = many(number(0, 2**32 - 1, integer=True), 625, 625)
 _PROCESS = record({
     'random': record({
         'torch': tensor(torch.uint8),
@@ -338,7 +192,9 @@ _TRAINING = record({
     'processes': many(_PROCESS, 1, 10**5),
     'throughput': many(_seconds, 2, 2),
     'scheduler': optional(mapping(plain)),
-}, {'class_to_idx': optional(mapping(_integer)), 'skipped': many(_integer, 2, 2)})
+}, {
+    'class_to_idx': optional(mapping(_integer)), 'pipeline': optional(record({}, PREPROCESSING)),
+    'skipped': many(_integer, 2, 2)})
 _CHECKPOINT_NAME = text(1000, r'(?:.*/)?checkpoint-\d+\.pth\.tar')  # files of these names are removed in time
 _SAVER = record({}, {
     'checkpoint_files': many(many(optional(either(_CHECKPOINT_NAME, number(finite=False))), 2, 2)),
@@ -347,11 +203,26 @@ _SAVER = record({}, {
     'best_metric': optional(number(finite=False)),
     'epoch': number(0, MOST_EPOCHS, integer=True),
 })
+_GRAD_SCALER = record({
+    'scale': number(1e-30, 1e30), 'growth_factor': number(1, 1e6), 'backoff_factor': number(1e-6, 1),
+    'growth_interval': number(1, MOST, integer=True), '_growth_tracker': _integer,
+})
+
+
+def _loss_scale(value: Any, where: str) -> None:
+    """Accept the state of torch's GradScaler or of apex; of another kind of loss scale nothing is read."""
+    mapping(plain)(value, where)
+    if 'scale' in value:
+        _GRAD_SCALER(value, where)
+    if 'loss_scaler0' in value:
+        record({'loss_scale': number(1e-30, 1e30), 'unskipped': _integer})(value['loss_scaler0'], where)
+
+
 _CHECKPOINT = record({'state_dict': _state}, {
     'state_dict_ema': _state,
     'task_state': mapping(mapping(tensor())),
     'task_state_ema': mapping(mapping(tensor())),
-    'epoch': optional(number(0, MOST_EPOCHS, integer=True)),
+    'epoch': number(0, MOST_EPOCHS, integer=True),
     'version': number(0, 100, integer=True),
     'arch': optional(text(1000)),
     'args': record({}, {
@@ -359,7 +230,7 @@ _CHECKPOINT = record({'state_dict': _state}, {
         'model': optional(text(1000)), 'val_split': optional(text(1000)), 'num_classes': optional(_integer),
     }),
     'optimizer': optional(_OPTIMIZER),
-    'amp_scaler': optional(mapping(plain)),
+    'amp_scaler': optional(_loss_scale),
     'seconds': _seconds,
     'bad_images': mapping(text()),
     'saver': _SAVER,
@@ -373,68 +244,14 @@ def check_checkpoint(content: dict[str, Any]) -> None:
     if 'training' not in content:  # another program's
         return
     record({'arch': text(1000), 'epoch': _integer, 'training': _TRAINING})(content, '')
+    if unknown := content['training']['position'].keys() - {'epoch', 'batch', 'updates'}:
+        raise Mismatch(f'training.position has the unknown entry {show(min(unknown, key=str))}')
     for index, process in enumerate(content['training']['processes']):
         where, (_, keys, position, _, gauss) = f'training.processes[{index}].random', process['random']['numpy']
         tensor(torch.int64, (624,))(keys, f'{where}.numpy[1]')
         number(0, 624, integer=True)(position, f'{where}.numpy[2]')  # numpy itself reads beyond the end otherwise
         number()(gauss, f'{where}.numpy[4]')
         _PYTHON_RANDOM(process['random']['python'][1], f'{where}.python[1]')
-
-
-def check_size(content: Any, most_bytes: int) -> None:
-    """Raise :class:`Mismatch` if what was read from a file unfolds to more than a file of its size can hold.
-
-    Args:
-        content: Containers, plain values and tensors.
-        most_bytes: The most that all tensors together may have.
-    """
-    waiting, entries, unfolded, stored, storages = [(content, 0)], 0, 0, 0, set()
-    while waiting:
-        value, depth = waiting.pop()
-        entries += 1
-        if entries > MOST_ENTRIES or depth > DEEPEST:
-            raise Mismatch(f'it nests more than {DEEPEST} deep, or has more than {MOST_ENTRIES} entries')
-        if isinstance(value, Tensor):
-            if value.layout is not torch.strided or value.device.type != 'cpu' or value.is_quantized:
-                raise Mismatch(f'it holds a tensor that is not an ordinary one ({value.layout}, {value.device})')
-            storage = value.untyped_storage()
-            stored += 0 if storage.data_ptr() in storages else storage.nbytes()
-            storages.add(storage.data_ptr())
-            unfolded += value.numel() * value.element_size()
-            if max(stored, unfolded) > most_bytes:
-                raise Mismatch(f'its tensors unfold to more than {most_bytes} bytes')
-        else:
-            waiting += ((item, depth + 1) for item in _items(value))
-
-
-def _items(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return (*value.keys(), *value.values())
-    return value if isinstance(value, list | tuple | set | frozenset) else ()
-
-
-def check_like(value: Any, reference: Any, where: str) -> None:
-    """Raise :class:`Mismatch` unless ``value`` has the structure of ``reference``: names, types, and shapes of tensors.
-
-    Numbers may differ in kind, and where the reference is None anything plain will do.
-    """
-    if isinstance(reference, dict):
-        _expect(isinstance(value, dict) and value.keys() == reference.keys(), value, where,
-                f'a dict with {", ".join(map(str, reference)) or "no entries"}')
-        for name, item in reference.items():
-            check_like(value[name], item, _place(where, str(name)))
-    elif isinstance(reference, list | tuple):
-        many(lambda *_: None, len(reference), len(reference))(value, where)
-        for index, item in enumerate(reference):
-            check_like(value[index], item, f'{where}[{index}]')
-    elif isinstance(reference, Tensor):
-        tensor(reference.dtype, tuple(reference.shape))(value, where)
-    elif reference is None or value is None:
-        plain(value, where)
-    elif isinstance(reference, int | float) and not isinstance(reference, bool):
-        number(finite=False)(value, where)
-    else:
-        _expect(type(value) is type(reference), value, where, f'a {type(reference).__name__}')
 
 
 def check_report(report: dict[str, Any]) -> None:
@@ -449,3 +266,33 @@ def check_report(report: dict[str, Any]) -> None:
             'epoch': optional(_integer), 'eval_top1': percent, 'eval_top5': percent,
             'eval_loss': optional(number(finite=False))})),
     })(report, '')
+
+
+def restored_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what ``optimizer.load_state_dict`` may take of a checkpoint's entry.
+
+    Options of its groups that the file lacks are the optimizer's own, and those that the optimizer lacks are left out.
+
+    Raises:
+        Mismatch: An option is of another type, or a tensor does not fit its parameter.
+    """
+    groups, shapes = [], dict[Any, torch.Size]()
+    present = optimizer.state_dict()['param_groups']
+    every = zip(state['param_groups'], present, optimizer.param_groups, strict=True)
+    for index, (found, own, held) in enumerate(every):
+        where, options = f'optimizer.param_groups[{index}]', {k: v for k, v in own.items() if k != 'params'}
+        groups.append({**options, **known_entries(found, options, where), 'params': found['params']})
+        if len(held['params']) == len(own['params']):  # else the optimizer holds them in one buffer
+            shapes |= dict(zip(found['params'], (each.shape for each in held['params']), strict=True))
+    for key, entries in state['state'].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and key in shapes:
+                expect(_fits(value.shape, shapes[key]), value, f'optimizer.state[{show(key)}].{name}',
+                       f'a shape for a parameter of {tuple(shapes[key])}')
+    return {**state, 'param_groups': groups}
+
+
+def _fits(shape: torch.Size, parameter: torch.Size) -> bool:
+    """Return True if a parameter's state may have this shape: its own, a single number, or that with fewer axes."""
+    fewer = len(shape) < len(parameter) and not Counter(shape) - Counter(parameter)
+    return shape == parameter or shape.numel() == 1 or fewer

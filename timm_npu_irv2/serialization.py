@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from . import schema
+from . import rules, schema
 from .errors import CannotWrite, UserError, first_line
 
 __all__ = ['EXTENSION', 'atomic_file', 'atomic_link', 'atomic_write', 'load_weights', 'make_folder', 'read_checkpoint',
@@ -257,8 +257,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f'{path} cannot be read as a checkpoint: {first_line(error)}') from error
     if not isinstance(content, dict):
         raise UserError(f'{path} is not a checkpoint: it holds a {type(content).__name__}.')
-    with schema.naming(path):
-        schema.check_size(content, MOST_INFLATED * path.stat().st_size)
+    with rules.naming(path):
+        rules.check_size(content, MOST_INFLATED * path.stat().st_size)
         content = _with_usual_names(content, path)
         schema.check_checkpoint(content)
     return content
@@ -292,8 +292,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f'{path} cannot be read as JSON: {reason}') from error
     if not isinstance(content, dict):
         raise UserError(f'{path}: expected an object, not a {type(content).__name__}.')
-    with schema.naming(path):
-        schema.check_size(content, 0)
+    with rules.naming(path):
+        rules.check_size(content, 0)
     return content
 
 

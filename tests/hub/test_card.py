@@ -1,18 +1,22 @@
 """Model cards: the hub accepts them, and their code runs."""
 
+import html
 import json
 import re
 import shlex
 import subprocess
 
+import markdown_it
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from timm_npu_irv2 import hub
+from timm_npu_irv2.escaping import printable
 from timm_npu_irv2.hub.__main__ import main
 
-from .conftest import CLASSES, ROOT, command, environment, python
+from .conftest import ARGS, CLASSES, REPORT, ROOT, command, environment, python, save_checkpoint, training_entry
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -73,3 +77,21 @@ def test_the_commands_of_the_readme_are_known(online, tmp_path, monkeypatch, cap
     for words in (*commands, *(f'export a b {each}' for each in options)):
         assert main(shlex.split(words.replace('\n', ' '))) == 2  # not a mistake in the words, which would exit
         assert re.search('no such file|not an exported model|no such repository', capsys.readouterr().err)
+
+
+def test_names_in_a_card_form_no_markup(state_dict, tmp_path):
+    """The names of classes, the options of the training and the entries of the report come from files."""
+    evil = ['`<script>alert(1)</script>`', '``` \n<img src=x onerror=alert(1)>', '[x](javascript:alert(1))', '=1+1']
+    args = {**ARGS, 'opt': '```\n<script>alert(2)</script>', 'aa': '````'}
+    training = training_entry(class_to_idx={name: index for index, name in enumerate(evil)})
+    path = save_checkpoint(tmp_path / 'last.pth.tar', state_dict, 5, args=args, training=training)
+    device = {'type': 'npu', 'name': '<script>alert(3)</script>'}
+    (tmp_path / 'report.json').write_text(json.dumps({**REPORT, 'device': device, 'precision': '`O2'}))
+    folder = hub.export(path, tmp_path / "it's <b> `x`")
+    text = (folder / 'README.md').read_text()
+    document = markdown_it.MarkdownIt('gfm-like', {'linkify': False}).render(text.split('---\n', 2)[2])
+    assert '<script' not in document and '<img' not in document and '<b>' not in document
+    assert 'javascript:' not in re.sub('<code>.*?</code>', '', document, flags=re.DOTALL)
+    for name in evil:
+        assert html.escape(printable(name)).replace('&#x27;', "'") in document
+    assert "local-dir:FOLDER" in text and document.count('<pre>') == 5

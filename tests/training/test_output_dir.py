@@ -92,3 +92,24 @@ def test_only_rank_0_touches_the_folder(tmp_path):
 
 def test_without_a_name_it_is_the_date_the_model_and_the_image_size():
     assert default_name('a.b', 75).endswith('-a_b-75')
+
+
+@pytest.mark.parametrize('kind', ['symbolic', 'hard', 'pipe'])
+def test_a_lock_that_stands_for_another_file_is_refused_and_that_file_stays(tmp_path, kind):
+    """Whoever may write to the folder could else have any file of the user's emptied."""
+    victim, lock = tmp_path / 'victim', tmp_path / 'run' / '.lock'
+    victim.write_text('precious')
+    lock.parent.mkdir()
+    {'symbolic': lambda: lock.symlink_to(victim), 'hard': lambda: lock.hardlink_to(victim),
+     'pipe': lambda: os.mkfifo(lock)}[kind]()
+    said = refusal(tmp_path / 'run')
+    assert '.lock is a symbolic link: remove it' in said or '.lock is not a file of its own: remove it' in said
+    assert victim.read_text() == 'precious'
+
+
+def test_a_link_in_the_place_of_the_probe_is_not_followed(tmp_path):
+    victim = tmp_path / 'victim'
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / '.writable').symlink_to(victim)
+    enter(tmp_path / 'run')
+    assert not victim.exists()

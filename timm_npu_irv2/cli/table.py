@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError
+from ..escaping import csv_cell, json_text
 
 __all__ = ['EXTENSIONS', 'by_key', 'to_csv', 'to_format', 'to_json']
 
@@ -17,24 +18,21 @@ EXTENSIONS = {'csv': '.csv', 'json': '.json', 'json-record': '.json', 'json-spli
 
 def to_json(value: Any) -> str:
     """Return indented JSON that keeps letters outside ASCII."""
-    return json.dumps(value, indent=4, ensure_ascii=False) + '\n'
+    return json_text(value, indent=4) + '\n'
 
 
 def to_csv(rows: Sequence[Row]) -> str:
     """Return rows as CSV. Rows may have different columns; a list in a cell is JSON."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
-    writer.writeheader()
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    csv.writer(text, lineterminator='\n').writerow(map(csv_cell, columns))
+    writer = csv.DictWriter(text, columns, lineterminator='\n')
     writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 
 def _cell(value: Any) -> Any:
-    if isinstance(value, list):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, str) and value.startswith(('=', '+', '-', '@', '\t', '\r')):
-        return f"'{value}"  # a spreadsheet would run it as a formula
-    return value
+    return csv_cell(json_text(value) if isinstance(value, list) else value)
 
 
 def by_key(rows: Sequence[Row], key: str) -> dict[str, dict[str, Any]]:
@@ -58,7 +56,7 @@ def to_format(rows: Sequence[Row], format: str, key: str) -> str | bytes:
     if format == 'json':
         return to_json(by_key(rows, key))
     if format == 'json-record':
-        return ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+        return ''.join(json_text(row) + '\n' for row in rows)
     if format == 'json-split':
         columns = list(rows[0]) if rows else []
         return json.dumps({'columns': columns, 'data': [list(row.values()) for row in rows]}, indent=4)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from .. import device as devices
-from ..errors import UserError, first_line
-from ..serialization import atomic_write, load_weights, make_folder, save_weights
+from .. import rules, schema
+from ..errors import UserError
+from ..serialization import atomic_write, load_weights, make_folder, read_json, save_weights
 from .network import InferenceNetwork
 
 __all__ = ['load', 'save']
@@ -50,23 +51,20 @@ def load(
         dtype: The type of weights and output; None for the one that they were saved in.
 
     Raises:
-        UserError: There is no such network, or it is damaged.
+        UserError: There is no such network, it is damaged, or a file is not as :mod:`.schema` describes.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        if config['format'] != FORMAT:
-            raise UserError(f'{folder} is not a network for inference: its config.json is of another kind.')
-        network = InferenceNetwork(**config['arguments'], device='meta')
-        state_dict = load_weights(folder / WEIGHTS)
-        device = devices.resolve_device(str(device) if device else None)
-        dtype = dtype or getattr(torch, config['dtype'])
-        state_dict = {key: value.to(device, dtype) for key, value in state_dict.items()}
-        network.load_state_dict(state_dict, assign=True)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = getattr(error, 'strerror', None) or first_line(error)
-        raise UserError(f'{folder} cannot be loaded as a network for inference: {reason}') from error
+    config = read_json(folder / CONFIG)
+    if config.get('format') != FORMAT:
+        raise UserError(f'{folder} is not a network for inference: its config.json is of another kind.')
+    with rules.naming(folder / CONFIG):
+        schema.check_inference_config(config)
+    state_dict = load_weights(folder / WEIGHTS)
+    network, stored = InferenceNetwork(**config['arguments'], device='meta'), getattr(torch, config['dtype'])
+    device, dtype = devices.resolve_device(str(device) if device else None), dtype or stored
+    with rules.naming(folder / WEIGHTS):
+        expected = {key: value.to(stored) for key, value in network.state_dict().items()}
+        rules.check_like(state_dict, expected, '')
+    network.load_state_dict({key: value.to(device, dtype) for key, value in state_dict.items()}, assign=True)
     network.pretrained_cfg = config.get('pretrained_cfg') or {}
     return network.freeze()

@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                    class_names=args.class_names, report=args.report, license=args.license, datasets=args.datasets,
                    preprocessing=given)
             folder = printable(args.folder)
-            print(f"Wrote {folder}. Load it with timm.create_model('local-dir:{folder}', pretrained=True), or publish it "
-                  f'with `{parser.prog} push {folder} OWNER/NAME`.')
+            print(f"Wrote {folder}. Load it with timm.create_model('local-dir:{folder}', pretrained=True), or publish "
+                  f'it with `{parser.prog} push {folder} OWNER/NAME`.')
         elif args.command == 'push':
             print(push(args.folder, args.repo, private=args.private, revision=args.revision))
         else:

@@ -114,8 +114,9 @@ def write(
     size = config['pretrained_cfg']['input_size']
     folder = name if re.fullmatch(r'[\w.\-]+', name) else 'FOLDER'  # nothing that ends the string it stands in
     body = _BODY.format(
-        title=markdown_text(name), id=f'local-dir:{folder}', needs=_NEEDS[target], classes=config['num_classes'], size=size[-1],
-        channels=size[0], mode='RGB' if size[0] == 3 else 'L', top=min(5, config['num_classes']))
+        title=markdown_text(name), id=f'local-dir:{folder}', needs=_NEEDS[target],
+        classes=config['num_classes'], top=min(5, config['num_classes']), size=size[-1], channels=size[0],
+        mode='RGB' if size[0] == 3 else 'L')
     parts = [body, _results(figures, averaged, dtype), _training(recipe, figures), _labels(config)]
     if curves:
         parts.append(f'![Loss, accuracy, learning rate and throughput over the epochs]({curves})\n')

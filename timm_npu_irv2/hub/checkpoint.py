@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import schema, weights
+from .. import rules, schema, weights
 from ..data.pipeline import remember_training
 from ..errors import UserError
 from ..serialization import read_checkpoint
@@ -56,7 +56,7 @@ class Checkpoint:
             'num_classes': 0 if classifier is None else len(classifier),
             'in_chans': 3 if stem is None else stem.shape[1],
         }
-        with schema.naming(self.path):
+        with rules.naming(self.path):
             schema.check_model_arguments(arguments, OURS)
         return arguments
 

@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from .. import schema
+from .. import rules, schema
 from ..data.classes import clean_name, map_classes, number_classes
 from ..data.splits import find_split
 from ..errors import UserError, one_line
@@ -149,7 +149,7 @@ def _figures(source: Path, content: Checkpoint, report: Path | None) -> dict[str
     if not given and not (path.is_file() and content.epoch is not None):
         return {}
     figures = read_json(path)
-    with schema.naming(path):
+    with rules.naming(path):
         schema.check_report(figures)
     if given and figures.get('top1') is None:
         raise UserError(f'{path} is not a report with a top1.')

@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg
 from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
-from .. import schema
+from .. import rules, schema
 from ..data.pipeline import remember_training, trained_channels
 from ..errors import UserError, one_line
 from ..serialization import atomic_file, load_weights, make_folder, read_checkpoint, read_json
@@ -84,7 +84,7 @@ def _check_config(folder: Path, name: str) -> str:
         UserError: The file is missing, or not as :mod:`.schema` describes.
     """
     config, path = read_json(folder / CONFIG), folder / CONFIG
-    with schema.naming(path):
+    with rules.naming(path):
         schema.check_config(config, split_revision(name.removeprefix('hf-hub:'))[0])
     classes = {config.get('num_classes'), config.get('model_args', {}).get('num_classes')} - {None}
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

@@ -18,6 +18,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .. import device as devices
+from .. import rules, schema
 from ..distributed import World, gather_objects
 from ..errors import UserError
 from ..serialization import read_checkpoint
@@ -194,7 +195,8 @@ def resume(
     else:
         trainer.position = _position(trainer, checkpoint)
         if load_optimizer and checkpoint.get('training') is not None:
-            _load_exactly(trainer, checkpoint['training'])
+            with rules.naming(path):
+                _load_exactly(trainer, checkpoint['training'])
     _logger.info(f'Resumed from {path}: epoch {trainer.position.epoch}, batch {trainer.position.batch}.')
     return checkpoint
 
@@ -247,7 +249,8 @@ def _load_optimizer(trainer: Trainer, checkpoint: _State, path: Path) -> None:
     if state is None or [len(group['params']) for group in state['param_groups']] != own:
         _logger.warning(f'{path} has no optimizer state that fits this network: the optimizer starts anew.')
         return
-    trainer.optimizer.load_state_dict(state)
+    with rules.naming(path):
+        trainer.optimizer.load_state_dict(schema.restored_optimizer(state, trainer.optimizer))
     if checkpoint.get('amp_scaler'):
         trainer.precision.load_state_dict(checkpoint['amp_scaler'])
 
@@ -263,8 +266,10 @@ def _load_exactly(trainer: Trainer, training: _State) -> None:
     world, processes = trainer.world, training['processes']
     trainer.throughput.images, trainer.throughput.seconds = training['throughput']
     trainer.precision.skipped_steps, trainer.precision.skipped_in_a_row = training.get('skipped', (0, 0))
-    if training['scheduler'] is not None and hasattr(trainer.scheduler, 'lr_scheduler'):
-        trainer.scheduler.lr_scheduler.load_state_dict(training['scheduler'])
+    own_scheduler = _scheduler_state(trainer)
+    if training['scheduler'] is not None and own_scheduler is not None:
+        trainer.scheduler.lr_scheduler.load_state_dict(
+            rules.known_entries(training['scheduler'], own_scheduler, 'training.scheduler'))
     if len(processes) != world.size:
         _logger.warning(f'The checkpoint is of {len(processes)} process(es), this run has {world.size}: it continues, '
                         'but not with the same bits.')
@@ -272,6 +277,11 @@ def _load_exactly(trainer: Trainer, training: _State) -> None:
             trainer.position = Position(trainer.position.epoch, 0, trainer.position.epoch * trainer.updates_per_epoch)
         return
     own = processes[world.rank]
+    where, present = f'training.processes[{world.rank}]', _random_state(world)
+    if own['random']['device'] is None or present['device'] is None:  # the run goes on on another kind of device
+        present.pop('device')
+    rules.known_entries(own['random'], present, f'{where}.random')
+    rules.known_entries(own.get('buffers', {}), _buffers(trainer), f'{where}.buffers')
     trainer.meter.load_state_dict(own['meter'])
     _set_random_state(own['random'], world)
     for name, buffers in own.get('buffers', {}).items():

@@ -34,6 +34,7 @@ from ..distributed import World, is_lost_peer
 from ..errors import UserError, first_line
 from ..optim import combines_gradients, create_optimizer
 from ..precision import Precision, create_precision
+from ..serialization import load_weights
 from .engine import Position, TrainSettings
 from .loaders import mixup_active
 
@@ -134,7 +135,11 @@ def _recompute(model: Any, args: Namespace) -> None:
 
 
 def _create(args: Namespace) -> nn.Module:
-    overlay = {'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else None  # -1: adapt the head
+    pretrained, initial = args.pretrained_path, args.initial_checkpoint
+    overlay: dict[str, Any] | None = None
+    if pretrained:  # -1: adapt the head
+        source = {'file': pretrained} if _is_numpy(pretrained) else {'state_dict': load_weights(pretrained, True)}
+        overlay = {**source, 'num_classes': -1}
     options = {
         'pretrained': args.pretrained or bool(args.pretrained_path),
         'pretrained_cfg_overlay': overlay,
@@ -145,9 +150,18 @@ def _create(args: Namespace) -> nn.Module:
         'drop_block_rate': args.drop_block,
         'global_pool': args.gp,
         'scriptable': args.torchscript,
-        'checkpoint_path': args.initial_checkpoint,
+        'checkpoint_path': initial if _is_numpy(initial) else '',
     }
-    return create_model(args.model, **{**options, **args.model_kwargs})
+    model: Any = create_model(args.model, **{**options, **args.model_kwargs})
+    model.pretrained_cfg.pop('state_dict', None)  # or the weights would be in memory twice
+    if initial and not _is_numpy(initial):
+        model.load_state_dict(load_weights(initial, use_ema=True))
+    return model
+
+
+def _is_numpy(path: str | None) -> bool:
+    """Return True for arrays of JAX, which some models of timm's read by themselves."""
+    return Path(path or '').suffix in ('.npz', '.npy')
 
 
 @torch.no_grad()
