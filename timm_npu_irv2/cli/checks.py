@@ -1,14 +1,16 @@
 """Checks of options that several scripts share."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from timm.models import get_pretrained_cfg
 
+from .. import device as devices
 from ..errors import UserError
 from .flags import OUR_MODEL
 
-__all__ = ['check_image_size', 'check_rules']
+__all__ = ['check_compile_backend', 'check_image_size', 'check_rules', 'name_option']
 
 
 def check_rules(rules: Iterable[tuple[Any, str]]) -> None:
@@ -33,3 +35,35 @@ def check_image_size(model: str, sizes: Iterable[int]) -> None:
     size = min(sizes, default=smallest)
     if model.startswith('inception_resnet_v2') and size < smallest:
         raise UserError(f'image size {size}: Inception-ResNet-v2 needs at least {smallest} pixels.')
+
+
+def check_compile_backend(name: str | None) -> None:
+    """Raise UserError if torch.compile has no backend of this name; None is no backend."""
+    if name is None:
+        return
+    import torch._dynamo  # noqa: PLC0415 - takes seconds, and is needed for torch.compile only
+
+    backends = torch._dynamo.list_backends(exclude_tags=None)
+    if name not in backends:
+        raise UserError(f"--torchcompile {name}: no such backend; use one of {', '.join(sorted(backends))}.")
+
+
+@contextlib.contextmanager
+def name_option(option: str) -> Iterator[None]:
+    """Turn an error in the construction of an object of timm or torch into one line that names the option.
+
+    Args:
+        option: The option that the object is constructed from, with its value.
+
+    Raises:
+        UserError: Anything but exhausted memory, whose advice comes from elsewhere.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # timm and torch check arguments by whatever fails first
+        if devices.is_out_of_memory(error):
+            raise
+        reason = ' '.join((str(error) or type(error).__name__).split())[:300]
+        raise UserError(f'{option}: {reason}') from error

@@ -5,7 +5,7 @@ spellings. What the NPU and the ModelZoo add has groups of its own.
 """
 
 import re
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from typing import Any
 
 from .parser import Flag, Group, key_values
@@ -29,6 +29,39 @@ def loss_scale(text: str) -> float | str:
     return text if text == 'dynamic' else float(text)
 
 
+def auto_augment(text: str) -> str:
+    """Return a policy that timm's AutoAugment, RandAugment or AugMix accepts.
+
+    Raises:
+        ArgumentTypeError: Unknown policy, or a number in it that is out of range.
+    """
+    from timm.data import auto_augment as policies  # noqa: PLC0415 - takes a second to import
+
+    kinds = {'rand': policies.rand_augment_transform, 'augmix': policies.augment_and_mix_transform}
+    limits = {'mstd': 1000.0, 'mmax': 100.0}
+    try:
+        for name, number in re.findall(r'-([a-z]+)([\d.]+)', text):
+            if float(number) > limits.get(name, 30.0):
+                raise ValueError
+        if text:
+            kinds.get(text.partition('-')[0], policies.auto_augment_transform)(text, {'img_mean': (128, 128, 128)})
+    except Exception as error:  # whatever the parsers of timm raise
+        raise ArgumentTypeError(
+            f"'{text}' is not an AutoAugment policy: use v0, original, 3a, rand-m9-mstd0.5, augmix-m3.") from error
+    return text
+
+
+def module_name(text: str) -> str:
+    """Return the name of a Python module.
+
+    Raises:
+        ArgumentTypeError: Not the form of a name.
+    """
+    if not all(part.isidentifier() for part in text.split('.')):
+        raise ArgumentTypeError(f"'{text}' is not the name of a Python module.")
+    return text
+
+
 def _flag(
         names: str,
         help: str,
@@ -49,7 +82,8 @@ def _three_state(names: str, help: str) -> Flag:
     return Flag(names, help, bool, None)
 
 
-NATURAL, POSITIVE, SHARE, ANY_SIZE = '[0, inf)', '[1, inf)', '[0, 1]', '(0, inf)'
+NATURAL, POSITIVE, SHARE = '[0, inf)', '[1, inf)', '[0, 1]'
+SIZE, BATCH, EPOCHS = '[1, 4096]', '[1, 100000]', '[0, 100000]'
 INTERPOLATIONS = ('', 'random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 HALVES = ('float16', 'bfloat16')
 DEVICE_SWITCHES = ('allow_internal_format', 'jit_compile', 'allow_hf32', 'deterministic')
@@ -86,40 +120,44 @@ _model = Group('Model', (
     _flag('--resume', "checkpoint to continue from; 'auto': the newest one in the output folder", default='',
           metavar='FILE'),
     _switch('--no-resume-opt', 'resume the weights only, not the optimizer, loss scale and random state'),
-    _flag('--num-classes', "number of classes (default: the model's)", int, None, POSITIVE, recipe=True, metavar='N'),
+    _flag('--num-classes', "number of classes (default: the model's)", int, None, '[1, 100000]', recipe=True,
+          metavar='N'),
     _flag('--gp', "global pooling: avg, max, avgmax, ... (default: the model's)", recipe=True, metavar='POOL'),
-    _flag('--img-size', "height and width of the images in pixels (default: the model's)", int, None, POSITIVE,
+    _flag('--img-size', "height and width of the images in pixels (default: the model's)", int, None, SIZE,
           recipe=True, metavar='N'),
-    _flag('--in-chans', 'number of image channels (default: 3)', int, None, POSITIVE, recipe=True, metavar='N'),
-    _flag('--input-size', "image channels, height and width (default: the model's)", int, None, POSITIVE, recipe=True,
+    _flag('--in-chans', 'number of image channels (default: 3)', int, None, '[1, 4]', recipe=True, metavar='N'),
+    _flag('--input-size', "image channels, height and width (default: the model's)", int, None, SIZE, recipe=True,
           nargs=3, metavar='N'),
-    _flag('--crop-pct', 'part of the resized validation image that the centre crop keeps', float, None, ANY_SIZE,
+    _flag('--crop-pct', 'part of the resized validation image that the centre crop keeps', float, None, '[0.1, 1]',
           recipe=True, metavar='PCT'),
-    _flag('--mean', "pixel mean per channel, of pixels from 0 to 1 (default: the model's)", float, recipe=True,
+    _flag('--mean', "pixel mean per channel, of pixels from 0 to 1 (default: the model's)", float, None, '[0, 1]',
+          recipe=True,
           nargs='+', metavar='X'),
     _flag('--std', "pixel standard deviation per channel, of pixels from 0 to 1 (default: the model's)", float, None,
-          ANY_SIZE, recipe=True, nargs='+', metavar='X'),
+          '[0.001, 10]', recipe=True, nargs='+', metavar='X'),
     _flag('--interpolation', "resize method of validation (default: the model's)", default='', recipe=True,
           choices=INTERPOLATIONS, metavar='NAME'),
     _flag('-b --batch-size', 'batch size of a process; with --multiprocessing-distributed, as in the ModelZoo, batch '
-          'size of all devices together', int, 128, POSITIVE, recipe=True, metavar='N'),
-    _flag('-vb --validation-batch-size', 'validation batch size (default: --batch-size)', int, None, POSITIVE,
+          'size of all devices together', int, 128, BATCH, recipe=True, metavar='N'),
+    _flag('-vb --validation-batch-size', 'validation batch size (default: --batch-size)', int, None, BATCH,
           metavar='N'),
     _flag('--fuser', 'fuser of TorchScript', default='', choices=('', 'te', 'old', 'nvfuser')),
-    _flag('--grad-accum-steps', 'number of batches whose gradients are accumulated for one update', int, 1, NATURAL,
-          recipe=True, metavar='N'),
+    _flag('--grad-accum-steps', 'number of batches whose gradients are accumulated for one update', int, 1,
+          '[0, 100000]', recipe=True, metavar='N'),
     _switch('--grad-checkpointing', 'recompute activations in the backward pass: less memory, more time'),
     _flag('--recompute', "part of inception_resnet_v2_npu to recompute in the backward pass: 'cheap' for all but its "
           "convolutions (half of the memory), 'all' for the same as --grad-checkpointing", choices=('cheap', 'all')),
     _switch('--fast-norm', "timm's experimental fast normalisation layers"),
     _flag('--model-kwargs', 'further arguments of the model, as name=value', key_values, recipe=True, nargs='*',
           metavar='K=V'),
-    _flag('--head-init-scale', 'factor on the initial weights of the classifier', float, metavar='F'),
-    _flag('--head-init-bias', 'initial bias of the classifier', float, metavar='F'),
+    _flag('--head-init-scale', 'factor on the initial weights of the classifier', float, None, '[-1000000, 1000000]',
+          metavar='F'),
+    _flag('--head-init-bias', 'initial bias of the classifier', float, None, '[-1000000, 1000000]', metavar='F'),
     _switch('--torchscript', 'compile the model with torch.jit.script'),
     _flag('--torchcompile', 'compile the model with torch.compile and this backend (inductor if none is given)',
           nargs='?', const='inductor', metavar='BACKEND'),
-    _flag('--torchcompile-mode', 'mode of torch.compile', metavar='MODE'),
+    _flag('--torchcompile-mode', 'mode of torch.compile', choices=(
+        'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')),
 ))
 
 _device = Group('Device and precision', (
@@ -132,13 +170,14 @@ _device = Group('Device and precision', (
     _flag('--opt-level', 'O0: float32. O1: autocast. O2: half-precision weights with float32 BatchNorm and float32 '
           'master weights. O1 and O2 imply --amp', recipe=True, choices=('O0', 'O1', 'O2')),
     _flag('--loss-scale', "loss scale: a number, or 'dynamic' (default: dynamic for float16, none otherwise)",
-          loss_scale, None, ANY_SIZE, recipe=True, metavar='N'),
+          loss_scale, None, '(0, 1e30]', recipe=True, metavar='N'),
     _flag('--model-dtype', 'type of weights and images without --amp (default: float32)', choices=('float32', *HALVES)),
     _flag('--grad-compress', 'type in which float32 gradients travel between devices: half the traffic, some rounding',
           choices=('fp16', 'bf16')),
     _switch('--no-ddp-bb', 'do not broadcast buffers before each forward pass of DistributedDataParallel'),
     _switch('--synchronize-step', 'wait for the device at the end of each step'),
-    _flag('--device-modules', 'Python modules to import first, such as other plugins', nargs='+', metavar='MODULE'),
+    _flag('--device-modules', 'Python modules to import first, such as other plugins', module_name, nargs='+',
+          metavar='MODULE'),
     _three_state('--allow-internal-format', "NPU: allow private layouts for convolutions (default: torch_npu's choice "
                  'for the chip)'),
     _three_state('--jit-compile', 'NPU: compile operators for the shapes they meet instead of using prebuilt ones '
@@ -156,30 +195,30 @@ _processes = Group('Processes', (
           'port)', metavar='URL'),
     _flag('--dist-backend', "backend of torch.distributed (default: the device's: hccl, nccl, gloo)", metavar='NAME'),
     _flag('--world-size', 'number of machines with --multiprocessing-distributed, otherwise number of processes', int,
-          None, POSITIVE, metavar='N'),
+          None, '[1, 65536]', metavar='N'),
     _flag('--rank', 'index of this machine with --multiprocessing-distributed, otherwise of this process', int, None,
-          NATURAL, metavar='N'),
+          '[0, 65536)', metavar='N'),
 ))
 
 _optimizer = Group('Optimizer', (
     _flag('--opt', 'optimizer; npufusedsgd, npufusedadam, npufusedadamw, ... are the fused ones of the NPU',
           default='sgd', recipe=True, metavar='NAME'),
-    _flag('--opt-eps', "epsilon of the optimizer (default: the optimizer's)", float, None, NATURAL, recipe=True,
+    _flag('--opt-eps', "epsilon of the optimizer (default: the optimizer's)", float, None, '[0, 1]', recipe=True,
           metavar='EPS'),
-    _flag('--opt-betas', "betas of the optimizer (default: the optimizer's)", float, None, SHARE, recipe=True,
+    _flag('--opt-betas', "betas of the optimizer (default: the optimizer's)", float, None, '[0, 1)', recipe=True,
           nargs='+', metavar='BETA'),
-    _flag('--momentum --mom', 'momentum', float, 0.9, NATURAL, recipe=True, metavar='M'),
-    _flag('--weight-decay --wd', 'weight decay', float, 2e-5, NATURAL, recipe=True, metavar='W'),
+    _flag('--momentum --mom', 'momentum', float, 0.9, '[0, 1)', recipe=True, metavar='M'),
+    _flag('--weight-decay --wd', 'weight decay', float, 2e-5, '[0, 100]', recipe=True, metavar='W'),
     _flag('--clip-grad', 'limit of the gradient clipping (default: no clipping)', float, None, NATURAL, recipe=True,
           metavar='NORM'),
     _flag('--clip-mode', 'gradient clipping by norm, by value, or adaptive (agc)', default='norm', recipe=True,
           choices=('norm', 'value', 'agc')),
-    _flag('--layer-decay', 'factor on the learning rate from each layer to the one below it', float, None, ANY_SIZE,
+    _flag('--layer-decay', 'factor on the learning rate from each layer to the one below it', float, None, '(0, 1]',
           recipe=True, metavar='F'),
-    _flag('--layer-decay-min-scale', 'smallest learning rate factor of --layer-decay', float, 0.0, NATURAL,
+    _flag('--layer-decay-min-scale', 'smallest learning rate factor of --layer-decay', float, 0.0, '[0, 1]',
           metavar='F'),
     _flag('--layer-decay-no-opt-scale', 'learning rate factor of --layer-decay below which layers are frozen', float,
-          None, NATURAL, metavar='F'),
+          None, '[0, 1]', metavar='F'),
     _flag('--opt-kwargs', 'further arguments of the optimizer, as name=value', key_values, recipe=True, nargs='*',
           metavar='K=V'),
 ))
@@ -197,28 +236,30 @@ _schedule = Group('Learning rate schedule', (
           choices=('', 'linear', 'sqrt')),
     _flag('--lr-noise', 'part of the epochs at which learning rate noise starts, and optionally ends', float, None,
           SHARE, nargs='+', metavar='PCT'),
-    _flag('--lr-noise-pct', 'limit of the learning rate noise, as part of the rate', float, 0.67, NATURAL,
+    _flag('--lr-noise-pct', 'limit of the learning rate noise, as part of the rate', float, 0.67, '[0.01, 10]',
           metavar='PCT'),
-    _flag('--lr-noise-std', 'standard deviation of the learning rate noise', float, 1.0, NATURAL, metavar='STD'),
-    _flag('--lr-cycle-mul', 'factor on the length of each next learning rate cycle', float, 1.0, ANY_SIZE, metavar='F'),
-    _flag('--lr-cycle-decay', 'factor on the learning rate of each next cycle', float, 0.5, NATURAL, metavar='F'),
-    _flag('--lr-cycle-limit', 'number of learning rate cycles', int, 1, POSITIVE, metavar='N'),
-    _flag('--lr-k-decay', 'k of k-decay, for cosine and poly', float, 1.0, ANY_SIZE, metavar='K'),
+    _flag('--lr-noise-std', 'standard deviation of the learning rate noise', float, 1.0, '[0, 10]', metavar='STD'),
+    _flag('--lr-cycle-mul', 'factor on the length of each next learning rate cycle', float, 1.0, '[1, 100]',
+          metavar='F'),
+    _flag('--lr-cycle-decay', 'factor on the learning rate of each next cycle', float, 0.5, '[0, 1]', metavar='F'),
+    _flag('--lr-cycle-limit', 'number of learning rate cycles', int, 1, '[1, 10000]', metavar='N'),
+    _flag('--lr-k-decay', 'k of k-decay, for cosine and poly', float, 1.0, '[0.01, 100]', metavar='K'),
     _flag('--warmup-lr', 'initial learning rate of the warm-up', float, 1e-5, NATURAL, recipe=True, metavar='LR'),
     _flag('--min-lr', 'lowest learning rate', float, 0.0, NATURAL, recipe=True, metavar='LR'),
-    _flag('--epochs --epoch', 'number of epochs; 0 only evaluates', int, 300, NATURAL, recipe=True, metavar='N'),
-    _flag('--epoch-repeats', 'passes over the data set per epoch, 0 for one', float, 0.0, NATURAL, metavar='N'),
-    _flag('--start-epoch', "first epoch (default: the checkpoint's, otherwise 0)", int, None, NATURAL, metavar='N'),
+    _flag('--epochs --epoch', 'number of epochs; 0 only evaluates', int, 300, EPOCHS, recipe=True, metavar='N'),
+    _flag('--epoch-repeats', 'passes over the data set per epoch, 0 for one', float, 0.0, '[0, 1000]', metavar='N'),
+    _flag('--start-epoch', "first epoch (default: the checkpoint's, otherwise 0)", int, None, EPOCHS, metavar='N'),
     _flag('--decay-milestones', 'epochs at which multistep lowers the learning rate, increasing', int, [90, 180, 270],
-          NATURAL, recipe=True, nargs='+', metavar='N'),
-    _flag('--decay-epochs', 'epochs from one decay of the step schedule to the next', float, 90.0, ANY_SIZE,
+          EPOCHS, recipe=True, nargs='+', metavar='N'),
+    _flag('--decay-epochs', 'epochs from one decay of the step schedule to the next', float, 90.0, '[0.01, 100000]',
           recipe=True, metavar='N'),
-    _flag('--warmup-epochs', 'epochs of warm-up', int, 5, NATURAL, recipe=True, metavar='N'),
+    _flag('--warmup-epochs', 'epochs of warm-up (default: 5, or half of --epochs if it is at most 5)', int, None,
+          EPOCHS, recipe=True, metavar='N'),
     _switch('--warmup-prefix', 'warm up before the schedule instead of within it'),
-    _flag('--cooldown-epochs', 'epochs at --min-lr after the schedule', int, 0, NATURAL, recipe=True, metavar='N'),
+    _flag('--cooldown-epochs', 'epochs at --min-lr after the schedule', int, 0, EPOCHS, recipe=True, metavar='N'),
     _flag('--patience-epochs', 'epochs without improvement after which plateau lowers the learning rate', int, 10,
-          NATURAL, metavar='N'),
-    _flag('--decay-rate --dr', 'factor on the learning rate at each decay', float, 0.1, NATURAL, recipe=True,
+          EPOCHS, metavar='N'),
+    _flag('--decay-rate --dr', 'factor on the learning rate at each decay', float, 0.1, '[0, 100]', recipe=True,
           metavar='F'),
 ))
 
@@ -226,35 +267,37 @@ _augmentation = Group('Augmentation and regularisation', (
     _switch('--no-aug', 'disable all augmentation, whatever other options say', recipe=True),
     _flag('--train-crop-mode', 'random crop of training images: resized (rrc), or with the ratio kept and a centre '
           '(rkrc) or random (rkrr) crop', recipe=True, choices=('rrc', 'rkrc', 'rkrr')),
-    _flag('--scale', 'smallest and largest area of the random crop, as part of the image', float, [0.08, 1.0], ANY_SIZE,
+    _flag('--scale', 'smallest and largest area of the random crop, as part of the image', float, [0.08, 1.0],
+          '[0.001, 2]',
           recipe=True, nargs='+', metavar='PCT'),
-    _flag('--ratio', 'smallest and largest aspect ratio of the random crop', float, [3 / 4, 4 / 3], ANY_SIZE,
+    _flag('--ratio', 'smallest and largest aspect ratio of the random crop', float, [3 / 4, 4 / 3], '[0.1, 10]',
           recipe=True, nargs='+', metavar='RATIO'),
     _flag('--hflip', 'probability of a horizontal flip', float, 0.5, SHARE, recipe=True, metavar='P'),
     _flag('--vflip', 'probability of a vertical flip', float, 0.0, SHARE, recipe=True, metavar='P'),
-    _flag('--color-jitter', 'strength of the colour jitter', float, 0.4, NATURAL, recipe=True, metavar='F'),
+    _flag('--color-jitter', 'strength of the colour jitter', float, 0.4, '[0, 10]', recipe=True, metavar='F'),
     _flag('--color-jitter-prob', 'probability of the colour jitter (default: always)', float, None, SHARE, metavar='P'),
     _flag('--grayscale-prob', 'probability of conversion to greyscale', float, None, SHARE, metavar='P'),
     _flag('--gaussian-blur-prob', 'probability of a Gaussian blur', float, None, SHARE, metavar='P'),
-    _flag('--aa', "AutoAugment policy: 'v0', 'original', 'rand-m9-mstd0.5', 'augmix-m3', ...", recipe=True,
+    _flag('--aa', "AutoAugment policy: 'v0', 'original', 'rand-m9-mstd0.5', 'augmix-m3', ...", auto_augment,
+          recipe=True,
           metavar='NAME'),
-    _flag('--aug-repeats', 'number of times each sample is repeated, for several processes', float, 0.0, NATURAL,
+    _flag('--aug-repeats', 'number of times each sample is repeated, for several processes', float, 0.0, '[0, 100]',
           recipe=True, metavar='N'),
-    _flag('--aug-splits', 'augmentation splits: 0, or at least 2', int, 0, NATURAL, metavar='N'),
+    _flag('--aug-splits', 'augmentation splits: 0, or at least 2', int, 0, '[0, 16]', metavar='N'),
     _switch('--jsd-loss', 'Jensen-Shannon divergence plus cross entropy; needs --aug-splits'),
     _switch('--bce-loss', 'binary cross entropy', recipe=True),
     _switch('--bce-sum', 'sum the binary cross entropy over the classes instead of averaging it'),
     _flag('--bce-target-thresh', 'threshold that makes the targets of the binary cross entropy 0 or 1', float, None,
           SHARE, metavar='P'),
-    _flag('--bce-pos-weight', 'weight of positive targets in the binary cross entropy', float, None, NATURAL,
+    _flag('--bce-pos-weight', 'weight of positive targets in the binary cross entropy', float, None, '[0, 1000000]',
           metavar='W'),
     _flag('--reprob', 'probability of random erasing', float, 0.0, SHARE, recipe=True, metavar='P'),
     _flag('--remode', 'fill of random erasing: zeros (const), one colour (rand) or noise (pixel)', default='pixel',
           recipe=True, choices=('const', 'rand', 'pixel')),
-    _flag('--recount', 'largest number of rectangles of random erasing', int, 1, POSITIVE, recipe=True, metavar='N'),
+    _flag('--recount', 'largest number of rectangles of random erasing', int, 1, '[1, 100]', recipe=True, metavar='N'),
     _switch('--resplit', 'do not erase in the first, clean augmentation split'),
-    _flag('--mixup', 'alpha of Mixup; 0 disables it', float, 0.0, NATURAL, recipe=True, metavar='A'),
-    _flag('--cutmix', 'alpha of CutMix; 0 disables it', float, 0.0, NATURAL, recipe=True, metavar='A'),
+    _flag('--mixup', 'alpha of Mixup; 0 disables it', float, 0.0, '[0, 100]', recipe=True, metavar='A'),
+    _flag('--cutmix', 'alpha of CutMix; 0 disables it', float, 0.0, '[0, 100]', recipe=True, metavar='A'),
     _flag('--cutmix-minmax', 'smallest and largest side of the CutMix rectangle, as part of the image; enables CutMix',
           float, None, SHARE, nargs='+', metavar='F'),
     _flag('--mixup-prob', 'probability of Mixup or CutMix', float, 1.0, SHARE, recipe=True, metavar='P'),
@@ -262,7 +305,7 @@ _augmentation = Group('Augmentation and regularisation', (
           metavar='P'),
     _flag('--mixup-mode', 'unit that Mixup and CutMix draw parameters for: batch, pair of images, or image',
           default='batch', choices=('batch', 'pair', 'elem')),
-    _flag('--mixup-off-epoch', 'first epoch without Mixup and CutMix, 0 for never', int, 0, NATURAL, recipe=True,
+    _flag('--mixup-off-epoch', 'first epoch without Mixup and CutMix, 0 for never', int, 0, EPOCHS, recipe=True,
           metavar='N'),
     _flag('--smoothing --label-smoothing', 'label smoothing', float, 0.1, '[0, 1)', recipe=True, metavar='F'),
     _flag('--train-interpolation', 'resize method of training', default='random', recipe=True, choices=INTERPOLATIONS,
@@ -275,7 +318,7 @@ _augmentation = Group('Augmentation and regularisation', (
 
 _batch_norm = Group('Batch normalisation', (
     _flag('--bn-momentum', "BatchNorm momentum (default: the model's)", float, None, SHARE, recipe=True, metavar='M'),
-    _flag('--bn-eps', "BatchNorm epsilon (default: the model's)", float, None, ANY_SIZE, recipe=True, metavar='EPS'),
+    _flag('--bn-eps', "BatchNorm epsilon (default: the model's)", float, None, '(0, 1]', recipe=True, metavar='EPS'),
     _switch('--sync-bn', 'compute BatchNorm statistics over all processes', recipe=True),
     _flag('--dist-bn', "way to share running statistics after each epoch: 'reduce', 'broadcast', or '' for none",
           default='reduce', choices=('reduce', 'broadcast', '')),
@@ -295,7 +338,7 @@ _misc = Group('Running, logging and saving', (
     _flag('--val-interval', 'epochs from one validation and checkpoint to the next', int, 1, POSITIVE, metavar='N'),
     _flag('--recovery-interval', 'updates from one recovery checkpoint to the next, 0 for none', int, 0, NATURAL,
           metavar='N'),
-    _flag('--checkpoint-hist', 'number of best checkpoints to keep', int, 10, POSITIVE, metavar='N'),
+    _flag('--checkpoint-hist', 'number of best checkpoints to keep', int, 10, '[1, 1000]', metavar='N'),
     _flag('-j --workers', 'loading processes per training process', int, 4, NATURAL, metavar='N'),
     _flag('--worker-seeding', 'seeding of loading processes, for streams; other data sets do not depend on it',
           default='all', choices=('all', 'part')),
@@ -319,19 +362,19 @@ _misc = Group('Running, logging and saving', (
 ))
 
 _sizes = Group('Training with several image sizes', (
-    _flag('--train-img-sizes', 'image sizes, one of which is drawn for each batch', int, None, POSITIVE, nargs='+',
+    _flag('--train-img-sizes', 'image sizes, one of which is drawn for each batch', int, None, SIZE, nargs='+',
           metavar='N'),
-    _flag('--train-batch-sizes', 'batch size for each image size (default: --batch-size)', int, None, POSITIVE,
+    _flag('--train-batch-sizes', 'batch size for each image size (default: --batch-size)', int, None, BATCH,
           nargs='+', metavar='N'),
-    _flag('--train-size-probs', 'weight of each image size in the draw (default: equal)', float, None, NATURAL,
+    _flag('--train-size-probs', 'weight of each image size in the draw (default: equal)', float, None, '[0, 1000000]',
           nargs='+', metavar='P'),
     _flag('--train-size-schedule', 'draw of the image size: constant, or progressive from the first to the last',
           default='constant', choices=('constant', 'progressive')),
-    _flag('--train-size-schedule-spread', 'width of the progressive draw, in sizes', float, 0.65, NATURAL,
+    _flag('--train-size-schedule-spread', 'width of the progressive draw, in sizes', float, 0.65, '[0.01, 100]',
           metavar='F'),
     _flag('--train-size-random-mix', 'uniform part of the progressive draw', float, 0.1, SHARE, metavar='P'),
     _flag('--train-batches-per-epoch --train-steps-per-epoch', 'batches in an epoch (default: as the data gives)', int,
-          None, POSITIVE, metavar='N'),
+          None, '[1, 10000000]', metavar='N'),
     _flag('--variable-batch-loss-scale', 'growth of the loss with the batch size, relative to the average one',
           default='none', choices=('none', 'sqrt', 'linear')),
 ))
@@ -341,13 +384,13 @@ _distillation = Group('Distillation', (
     _flag('--kd-distill-type', "output of the teacher to match; 'token' is for models with a distillation head",
           default='logit', choices=('logit', 'feature', 'token')),
     _flag('--kd-loss-type', 'distillation loss on logits', default='kl', choices=('kl',)),
-    _flag('--distill-loss-weight', 'weight of the distillation loss', float, None, NATURAL, metavar='W'),
+    _flag('--distill-loss-weight', 'weight of the distillation loss', float, None, '[0, 1000000]', metavar='W'),
     _flag('--task-loss-weight', 'weight of the classification loss; if given alone, the distillation loss gets 1 minus '
-          'this', float, None, NATURAL, metavar='W'),
-    _flag('--kd-temperature', 'softmax temperature of distillation', float, 4.0, ANY_SIZE, metavar='T'),
-    _flag('--kd-student-feature-dim', 'feature width of the student (default: detected)', int, None, POSITIVE,
+          'this', float, None, '[0, 1000000]', metavar='W'),
+    _flag('--kd-temperature', 'softmax temperature of distillation', float, 4.0, '[0.01, 1000]', metavar='T'),
+    _flag('--kd-student-feature-dim', 'feature width of the student (default: detected)', int, None, '[1, 100000]',
           metavar='N'),
-    _flag('--kd-teacher-feature-dim', 'feature width of the teacher (default: detected)', int, None, POSITIVE,
+    _flag('--kd-teacher-feature-dim', 'feature width of the teacher (default: detected)', int, None, '[1, 100000]',
           metavar='N'),
     _flag('--kd-token-distill-type', 'targets of token distillation', default='soft', choices=('soft', 'hard')),
 ))

@@ -19,6 +19,8 @@ from ..errors import UserError
 
 __all__ = ['Flag', 'Group', 'as_yaml', 'key_values', 'parse_flags']
 
+MAX_INT = 2 ** 32  # what torch, timm and NumPy take as a size, a count or a seed
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -71,7 +73,7 @@ def key_values(text: str) -> tuple[str, Any]:
         raise ValueError('expected name=value')
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deeply
         return key, value
 
 
@@ -116,7 +118,12 @@ def parse_flags(
 
 def as_yaml(args: argparse.Namespace) -> str:
     """Return the options as the text of a YAML file that ``-c`` reads back to the same options."""
-    return yaml.safe_dump(vars(args), default_flow_style=False)
+    return yaml.dump(vars(args), Dumper=_ConfigDumper, default_flow_style=False)
+
+
+class _ConfigDumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,7 +133,8 @@ class _Parser(argparse.ArgumentParser):
         unknown = re.match(r'unrecognized arguments: (--[^\s=]+)', message)
         if unknown:
             message = f'unknown option {unknown[1]}{_suggestion(unknown[1], self._option_string_actions)}'
-        raise UserError(message.replace('argument ', '', 1) if message.startswith('argument ') else message)
+        message = message.removeprefix('argument ')
+        raise UserError(message if len(message) <= 500 else f'{message[:500]} …')
 
 
 def _build_parser(groups: Iterable[Group], prog: str, description: str) -> _Parser:
@@ -188,9 +196,11 @@ def _config_file(arguments: Sequence[str]) -> Path | None:
 def _config_words(parser: _Parser, path: Path, refused: dict[str, str]) -> list[str]:
     """Return the YAML file as a command line, so that the same rules apply to both."""
     try:
-        options = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f'cannot read the config {path}: {" ".join(str(error).split())}') from error
+        options = yaml.load(path.read_text(encoding='utf-8'), _ConfigLoader) or {}
+    except RecursionError as error:
+        raise UserError(f'cannot read the config {path}: it is nested too deeply.') from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f'cannot read the config {path}: {" ".join(str(error).split())[:300]}') from error
     if not isinstance(options, dict):
         raise UserError(f'config {path}: expected lines of the form `option: value`.')
     words: list[str] = []
@@ -204,6 +214,34 @@ def _config_words(parser: _Parser, path: Path, refused: dict[str, str]) -> list[
         else:
             words += _as_arguments(path, parser._option_string_actions[name], name, value)
     return words
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """YAML without its traps: numbers are decimal, a key occurs once, and nothing refers to something else.
+
+    YAML 1.1 reads ``010`` as 8 and ``1:30`` as 90; here they are text, which the type of the option then reads.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, 'references (*) are not supported')
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value).replace('_', '-')
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' occurs twice")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_ConfigLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(':')[2] in ('bool', 'null')]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+for _tag, _pattern in (('int', r'[-+]?(?:0|[1-9][0-9]*)'), ('float', r'[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?')):
+    _ConfigLoader.add_implicit_resolver(f'tag:yaml.org,2002:{_tag}', re.compile(f'^(?:{_pattern})$'), list('-+.0123456789'))
 
 
 def _as_arguments(path: Path, action: argparse.Action, name: str, value: Any) -> list[str]:
@@ -231,11 +269,16 @@ def _check_range(flag: Flag, value: Any) -> None:
     for number in value if isinstance(value, list | tuple) else [value]:
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
+        if isinstance(number, int) and abs(number) >= MAX_INT:
+            raise UserError(f'{_long_name(flag)} {_as_words(number)[:30]}: must be less than {MAX_INT}.')
         above = number >= low if flag.within[0] == '[' else number > low
         below = number <= high if flag.within[-1] == ']' else number < high
         if not (math.isfinite(number) and above and below):
-            name = next((n for n in flag.names.split() if n.startswith('--')), flag.names)
-            raise UserError(f'{name} {_as_words(number)}: must be {_in_words(flag.within, low, high)}.')
+            raise UserError(f'{_long_name(flag)} {_as_words(number)}: must be {_in_words(flag.within, low, high)}.')
+
+
+def _long_name(flag: Flag) -> str:
+    return next((name for name in flag.names.split() if name.startswith('--')), flag.names)
 
 
 def _in_words(within: str, low: float, high: float) -> str:

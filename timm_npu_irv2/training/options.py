@@ -4,6 +4,7 @@ Every mistake raises a :class:`UserError` of one line. Neither the device nor th
 """
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +12,17 @@ from typing import Any
 import torch
 
 from .. import precision
-from ..cli.checks import check_image_size, check_rules
+from ..cli.checks import check_compile_backend, check_image_size, check_rules
 from ..cli.flags import REFUSED, TRAIN_FLAGS
 from ..cli.parser import parse_flags
 
 __all__ = ['parse_args', 'precision_options']
 
 PUBLISHED = ('inception_resnet_v2_npu', 'inception_resnet_v2')  # models that hub.export accepts
+WARMUP_EPOCHS = 5  # timm's default
+DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+NOT_ARCHITECTURE = ('features_only', 'out_indices', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay',
+                    'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'num_classes', 'in_chans')
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,8 +43,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     _settle(args)
     check_image_size(args.model, _image_sizes(args))
     precision.check_options(**precision_options(args))
-    for rules in _model_rules, _loss_rules, _process_rules, _schedule_rules:
+    for rules in _data_rules, _model_rules, _loss_rules, _process_rules, _schedule_rules:
         check_rules(rules(args))
+    check_compile_backend(args.torchcompile)
     return args
 
 
@@ -50,6 +56,8 @@ def _settle(args: argparse.Namespace) -> None:
     if args.opt_level is not None:
         args.amp = args.opt_level != 'O0'
     args.grad_accum_steps = max(1, args.grad_accum_steps)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = WARMUP_EPOCHS if args.epochs > WARMUP_EPOCHS or args.warmup_prefix else args.epochs // 2
 
 
 _Rules = list[tuple[Any, str]]
@@ -60,6 +68,23 @@ def _image_sizes(args: argparse.Namespace) -> list[int]:
     return [size for size in sizes if size]
 
 
+def _data_rules(args: argparse.Namespace) -> _Rules:
+    most = max(64, 4 * (os.cpu_count() or 1))
+    return [
+        *dataset_rules(args.dataset),
+        (args.workers > most, f'--workers {args.workers}: this machine has {os.cpu_count()} CPU cores; use at most {most}.'),
+    ]
+
+
+def dataset_rules(name: str) -> _Rules:
+    """Return the rules for the name of a data set."""
+    kind, slash, rest = name.partition('/')
+    known = kind.lower() in DATASET_TYPES if slash else kind in ('', 'folder')
+    return [(not known or (slash and not rest),
+             f"--dataset '{name}': expected <type>/<name> with one of the types {', '.join(DATASET_TYPES)}, or nothing "
+             'for a folder of images.')]
+
+
 def _model_rules(args: argparse.Namespace) -> _Rules:
     channels = args.in_chans or (args.input_size or [3])[0]
     return [
@@ -68,6 +93,9 @@ def _model_rules(args: argparse.Namespace) -> _Rules:
         (args.in_chans and args.input_size and args.input_size[0] != args.in_chans,
          '--in-chans and --input-size give different numbers of channels: use one of them.'),
         (args.torchscript and args.torchcompile, '--torchscript and --torchcompile exclude each other.'),
+        (args.torchscript and args.opt_level == 'O2', '--torchscript and --opt-level O2 exclude each other.'),
+        *((name in args.model_kwargs, f'--model-kwargs {name}=…: not an argument of the architecture; see --help.')
+          for name in NOT_ARCHITECTURE),
         (args.torchscript and args.sync_bn, '--torchscript cannot script the layers of --sync-bn: leave one out.'),
         (args.torchscript and args.kd_model_name, '--torchscript and --kd-model-name exclude each other.'),
         (args.sync_bn and args.split_bn, '--sync-bn and --split-bn exclude each other.'),
@@ -91,6 +119,10 @@ def _loss_rules(args: argparse.Namespace) -> _Rules:
         *((values is not None and (len(values) != 2 or values[0] > values[1]),
            f'{name}: expected two numbers, the smaller one first.')
           for name, values in ranges.items()),
+        (args.scale[-1] > 1 and args.train_crop_mode in (None, 'rrc'),
+         '--scale: the area of the random crop must be at most 1.'),
+        (args.cutmix_minmax is not None and args.cutmix_minmax[-1] - args.cutmix_minmax[0] < 0.05,
+         '--cutmix-minmax: the two numbers must differ by at least 0.05.'),
         (args.train_img_sizes and args.aug_splits > 1, '--train-img-sizes does not work with --aug-splits.'),
         (args.train_img_sizes and args.use_multi_epochs_loader,
          '--train-img-sizes does not work with --use-multi-epochs-loader.'),
@@ -132,7 +164,17 @@ def _process_rules(args: argparse.Namespace) -> _Rules:
 
 def _schedule_rules(args: argparse.Namespace) -> _Rules:
     sizes = args.train_img_sizes or ()
+    epochs = args.epochs + args.cooldown_epochs + (args.warmup_epochs if args.warmup_prefix else 0)
     return [
+        (args.epochs and not args.warmup_prefix and args.warmup_epochs > args.epochs and args.sched != 'none',
+         f'--warmup-epochs {args.warmup_epochs} must not exceed --epochs {args.epochs}, unless --warmup-prefix is given.'),
+        (args.epochs and (args.start_epoch or 0) >= epochs,
+         f'--start-epoch {args.start_epoch}: the training ends after {epochs} epoch(s).'),
+        (args.sched == 'plateau' and args.sched_on_updates, '--sched plateau does not work with --sched-on-updates.'),
+        (args.decay_rate > 1 and args.sched in ('step', 'multistep', 'plateau'),
+         f'--decay-rate {args.decay_rate:g}: must be at most 1 for --sched {args.sched}.'),
+        (args.lr_noise is not None and sorted(args.lr_noise) != args.lr_noise,
+         '--lr-noise: expected the smaller number first.'),
         (args.lr_noise is not None and len(args.lr_noise) > 2, '--lr-noise: expected one or two numbers.'),
         (sorted(set(args.decay_milestones)) != args.decay_milestones, '--decay-milestones must be increasing.'),
         *((values is not None and len(values) != len(sizes), f'{name}: expected one for each of --train-img-sizes.')
