@@ -240,8 +240,12 @@ class _ConfigLoader(yaml.SafeLoader):
 _ConfigLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(':')[2] in ('bool', 'null')]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-for _tag, _pattern in (('int', r'[-+]?(?:0|[1-9][0-9]*)'), ('float', r'[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?')):
-    _ConfigLoader.add_implicit_resolver(f'tag:yaml.org,2002:{_tag}', re.compile(f'^(?:{_pattern})$'), list('-+.0123456789'))
+for _kind, _pattern in (
+        ('int', r'[-+]?(?:0|[1-9][0-9]*)'),
+        ('float', r'[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?'),
+):
+    _ConfigLoader.add_implicit_resolver(
+        f'tag:yaml.org,2002:{_kind}', re.compile(f'^(?:{_pattern})$'), list('-+.0123456789'))
 
 
 def _as_arguments(path: Path, action: argparse.Action, name: str, value: Any) -> list[str]:

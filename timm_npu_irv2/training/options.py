@@ -72,7 +72,8 @@ def _data_rules(args: argparse.Namespace) -> _Rules:
     most = max(64, 4 * (os.cpu_count() or 1))
     return [
         *dataset_rules(args.dataset),
-        (args.workers > most, f'--workers {args.workers}: this machine has {os.cpu_count()} CPU cores; use at most {most}.'),
+        (args.workers > most,
+         f'--workers {args.workers}: this machine has {os.cpu_count()} CPU cores; use at most {most}.'),
     ]
 
 
@@ -167,7 +168,7 @@ def _schedule_rules(args: argparse.Namespace) -> _Rules:
     epochs = args.epochs + args.cooldown_epochs + (args.warmup_epochs if args.warmup_prefix else 0)
     return [
         (args.epochs and not args.warmup_prefix and args.warmup_epochs > args.epochs and args.sched != 'none',
-         f'--warmup-epochs {args.warmup_epochs} must not exceed --epochs {args.epochs}, unless --warmup-prefix is given.'),
+         f'--warmup-epochs {args.warmup_epochs} must not exceed --epochs {args.epochs}, without --warmup-prefix.'),
         (args.epochs and (args.start_epoch or 0) >= epochs,
          f'--start-epoch {args.start_epoch}: the training ends after {epochs} epoch(s).'),
         (args.sched == 'plateau' and args.sched_on_updates, '--sched plateau does not work with --sched-on-updates.'),

@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import device as devices
+from ..cli.checks import name_option
 from ..data.worker import is_lost_worker
 from ..distributed import World, is_lost_peer
 from ..errors import UserError, first_line
@@ -37,6 +38,7 @@ from ..precision import Precision, create_precision
 from ..serialization import load_weights
 from .engine import Position, TrainSettings
 from .loaders import mixup_active
+from .options import WARMUP_EPOCHS, precision_options
 
 __all__ = [
     'build_model',
@@ -60,6 +62,8 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
+MOST_EPOCHS = 10 ** 6
+
 
 def set_global_options(args: Namespace) -> None:
     """Import --device-modules, and set the switches of whole libraries (--fuser, --fast-norm).
@@ -68,12 +72,11 @@ def set_global_options(args: Namespace) -> None:
         UserError: A module cannot be imported.
     """
     for module in args.device_modules or ():
-        try:
+        with name_option(f'--device-modules {module}'):
             importlib.import_module(module)
-        except ImportError as error:
-            raise UserError(f'--device-modules {module}: {error}') from error
     if args.fuser:
-        set_jit_fuser(args.fuser)
+        with name_option(f'--fuser {args.fuser}'):
+            set_jit_fuser(args.fuser)
     if args.fast_norm:
         set_fast_norm()
 
@@ -108,13 +111,9 @@ def build_model(args: Namespace) -> nn.Module:
     for option, path in given.items():
         if path and not Path(path).is_file():
             raise UserError(f'{option} {path}: no such file.')
-    try:
+    with name_option(f'--model {args.model}'):
         model = _create(args)
-    except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
-        if devices.is_out_of_memory(error):
-            raise
-        raise UserError(f'--model {args.model}: {_one_line(error)}') from error
-    _initialize_head(model, args)
+        _initialize_head(model, args)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = module.momentum if args.bn_momentum is None else args.bn_momentum
@@ -124,14 +123,11 @@ def build_model(args: Namespace) -> nn.Module:
     return model
 
 
-def _one_line(error: Exception) -> str:
-    return ' '.join(str(error).split())[:300]
-
-
 def _recompute(model: Any, args: Namespace) -> None:
     if args.recompute and not hasattr(model, 'recompute'):
         raise UserError(f'--recompute is for inception_resnet_v2_npu, not {args.model}: use --grad-checkpointing.')
-    model.set_grad_checkpointing(args.recompute or True)
+    with name_option('--recompute' if args.recompute else '--grad-checkpointing'):
+        model.set_grad_checkpointing(args.recompute or True)
 
 
 def _create(args: Namespace) -> nn.Module:
@@ -206,20 +202,15 @@ def place_model(
         if world.device.type == 'cpu':
             raise UserError('--sync-bn needs NPUs or GPUs: torch has no synchronized BatchNorm on a CPU.')
         model = convert_sync_batchnorm(model)
-    return torch.jit.script(model) if torchscript else model
+    if not torchscript:
+        return model
+    with name_option('--torchscript'):
+        return torch.jit.script(model)
 
 
 def build_precision(args: Namespace, world: World) -> Precision:
     """Return the precision of --amp, --amp-dtype, --amp-impl, --opt-level, --loss-scale and --model-dtype."""
-    return create_precision(
-        world.device,
-        amp=args.amp,
-        amp_impl=args.amp_impl,
-        amp_dtype=getattr(torch, args.amp_dtype) if args.amp_dtype else None,
-        opt_level=args.opt_level,
-        loss_scale=args.loss_scale,
-        model_dtype=getattr(torch, args.model_dtype) if args.model_dtype else None,
-    )
+    return create_precision(world.device, **precision_options(args))
 
 
 def build_task(model: nn.Module, args: Namespace, world: World) -> TrainingTask:
@@ -235,7 +226,7 @@ def build_task(model: nn.Module, args: Namespace, world: World) -> TrainingTask:
         'student_model': model, 'teacher_model': args.kd_model_name,
         'distill_loss_weight': args.distill_loss_weight, 'task_loss_weight': args.task_loss_weight}
     task: TrainingTask
-    try:
+    with name_option(f'--kd-model-name {args.kd_model_name}'):
         if args.kd_distill_type == 'feature':
             task = FeatureDistillationTask(
                 **common,
@@ -247,8 +238,6 @@ def build_task(model: nn.Module, args: Namespace, world: World) -> TrainingTask:
         else:
             task = TokenDistillationTask(
                 **common, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f'--kd-model-name {args.kd_model_name}: {_one_line(error)}') from error
     teacher: Any = task.teacher
     for parameter in teacher.parameters():
         parameter.requires_grad = False
@@ -296,7 +285,8 @@ def build_optimizer(model: nn.Module, args: Namespace, lr: float) -> torch.optim
     Raises:
         UserError: There is no such optimizer, or it does not take an option.
     """
-    return create_optimizer(model, args, lr=lr, **args.opt_kwargs)
+    with name_option(f'--opt {args.opt}'):
+        return create_optimizer(model, args, lr=lr, **args.opt_kwargs)
 
 
 def setup_ema(
@@ -378,10 +368,13 @@ def build_scheduler(
     if args.epochs == 0:
         return None, 0
     kwargs = scheduler_kwargs(args, decreasing_metric=decreasing_metric)
-    try:
-        return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
-    except ValueError as error:
-        raise UserError(f'--sched {args.sched}: {error}') from error
+    if args.epochs <= WARMUP_EPOCHS and args.warmup_epochs == args.epochs // 2:
+        _logger.info(f'Warm-up: {args.warmup_epochs} of {args.epochs} epoch(s), since {WARMUP_EPOCHS} do not fit.')
+    with name_option(f'--sched {args.sched}'):
+        scheduler, epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
+    if epochs > MOST_EPOCHS:
+        raise UserError(f'--lr-cycle-mul and --lr-cycle-limit make {epochs:.3g} epochs: use smaller values.')
+    return scheduler, epochs
 
 
 def fast_forward(scheduler: Any, position: Position) -> None:
