@@ -1,19 +1,15 @@
-"""The network that only infers gives the trained one's answers, wherever it is taken; the predictor pairs them."""
+"""The network that only infers gives the trained one's answers, wherever it is taken."""
 
 import copy
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 from tests.conftest import OURS, create_pair, fill, relative_error
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as devices
-from timm_npu_irv2.deploy import InferenceNetwork, Predictor, load, save, to_inference
+from timm_npu_irv2.deploy import InferenceNetwork, load, save, to_inference
 
 SIZE = 75
 CLASSES = 7
@@ -170,124 +166,6 @@ def test_compiled_with_freezing(network, images, expected):
     torch._dynamo.reset()
     with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
         assert relative_error(torch.compile(network)(images), expected) < 5e-6
-
-
-# --------------------------------------------------------------------------------------------------------- predictor
-
-
-class Echo(torch.nn.Module):
-    """Answers with the class that an image has in its first pixel, as a network of the right attributes would."""
-
-    def __init__(self, log):
-        super().__init__()
-        self.log = log
-
-    def forward(self, images):
-        self.log.append(len(images))
-        return torch.nn.functional.one_hot(images[:, 0, 0, 0].long(), 256).float()
-
-
-def marked(mark):
-    image = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
-    image[0, 0, 0] = mark
-    return image
-
-
-@pytest.fixture
-def small(network):
-    """The network, which takes images of SIZE pixels."""
-    network.pretrained_cfg['input_size'] = (3, SIZE, SIZE)
-    return network
-
-
-def test_ten_thousand_answers_go_to_those_who_asked(small):
-    batches = []
-
-    def ask(thread):
-        wrong = 0
-        for index in range(625):
-            mark = (thread * 37 + index) % 256
-            (answer,) = predictor.predict(marked(mark))
-            wrong += answer['indices'][0] != mark
-        return wrong
-
-    with Predictor(small, compiled=Echo(batches), batch_size=8) as predictor, ThreadPoolExecutor(16) as threads:
-        assert sum(threads.map(ask, range(16))) == 0
-    assert sum(batches) == 10_000
-    assert max(batches) <= 8
-    assert len(batches) < 10_000 / 3  # 16 callers fill batches
-
-
-def test_answers_are_the_networks(small, images):
-    with torch.inference_mode():
-        probabilities = small(images).softmax(-1)
-    with Predictor(small, topk=3) as predictor:
-        answers = predictor.predict(list(images))
-    for answer, row in zip(answers, probabilities, strict=True):
-        values, indices = row.topk(3)
-        assert answer['indices'] == indices.tolist()
-        assert answer['labels'] == [str(index) for index in answer['indices']]
-        assert answer['probabilities'] == pytest.approx(values.tolist(), rel=1e-4)
-
-
-def test_files_and_pillow_images_are_prepared_as_in_evaluation(small, tmp_path):
-    small.pretrained_cfg['label_names'] = [f'class {i}' for i in range(CLASSES)]
-    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / 'image.png')
-    config = timm.data.resolve_data_config(model=small)
-    transform = timm.data.create_transform(**config, is_training=False)
-    with torch.inference_mode():
-        expected = small(transform(Image.fromarray(pixels))[None]).softmax(-1)[0]
-    with Predictor(small, topk=CLASSES) as predictor:
-        from_file, from_memory = predictor.predict([tmp_path / 'image.png', Image.fromarray(pixels)])
-    assert from_file == from_memory
-    assert from_file['probabilities'] == pytest.approx(expected[from_file['indices']].tolist(), abs=1e-5)
-    assert from_file['labels'] == [f'class {index}' for index in from_file['indices']]
-    del small.pretrained_cfg['label_names']
-
-
-def test_an_error_reaches_its_callers_and_no_one_else(small, tmp_path):
-    (tmp_path / 'torn.jpg').write_bytes(b'\xff\xd8\xff')
-
-    class Refusing(Echo):
-        def forward(self, images):
-            if images[0, 0, 0, 0] == 13:
-                raise RuntimeError('the device is gone')
-            return super().forward(images)
-
-    with Predictor(small, compiled=Refusing([]), batch_size=1) as predictor:
-        with pytest.raises(RuntimeError, match='the device is gone'):
-            predictor.predict(marked(13))
-        with pytest.raises(UserError, match=r'torn\.jpg cannot be read'):
-            predictor.predict([marked(1), tmp_path / 'torn.jpg'])
-        with pytest.raises(UserError, match=r'the network takes torch.uint8 \(3, 75, 75\)'):
-            predictor.predict(torch.zeros(3, 80, 80, dtype=torch.uint8))
-        assert predictor.predict(marked(14))[0]['indices'][0] == 14
-
-
-def test_closing_answers_what_was_asked(small):
-    begun, go = threading.Event(), threading.Event()
-
-    class Slow(Echo):
-        def forward(self, images):
-            begun.set()
-            go.wait(10)
-            return super().forward(images)
-
-    predictor = Predictor(small, compiled=Slow([]), batch_size=2)
-    with ThreadPoolExecutor(5) as threads:
-        asked = [threads.submit(predictor.predict, marked(mark)) for mark in range(5)]
-        begun.wait(10)
-        while predictor._waiting.qsize() < 3:
-            pass
-        closing = threading.Thread(target=predictor.close)
-        closing.start()
-        go.set()
-        assert [answer.result(10)[0]['indices'][0] for answer in asked] == list(range(5))
-        closing.join(10)
-    with pytest.raises(RuntimeError, match='closed'):
-        predictor.predict(marked(1))
-    predictor.close()
 
 
 def test_it_is_an_ordinary_module():

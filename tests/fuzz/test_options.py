@@ -21,17 +21,18 @@ from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.training.options import parse_args
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'train_scripts'))
-import train  # noqa: E402
+import train
 
 FLAGS = {flag.dest: flag for group in TRAIN_FLAGS for flag in group.flags if flag.names.startswith('-')}
 SHORT = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 HOUR = 3600
 
-NUMBERS = ['0', '1', '2', '3', '0.5', '1.5', '-1', '1e-300', '1e18', '1e400', '99999999999999999999', 'nan', 'inf', '-inf',
-           '010', '1_0', '0x10', '1:30']
-WORDS = ['', 'xyz', ' ', 'P', '../..', '/', 'a=b', 'features_only=True', 'x=' + '[' * 200, '\x1b[31m', 'ä\u202e', '-', '--', 'none',
-         'rand-m9-n1', 'rand-mx', 'augmix-m3', 'v0', 'original-mstd0.5', 'dynamic', 'L', 'RGB', 'sgd', 'adamw', 'lookahead_adam',
-         'adahessian', 'eager', 'inductorr', 'torch/nonsense', 'nonsense', 'wds/', 'a' * 3000]
+NUMBERS = '0 1 2 3 0.5 1.5 -1 1e-300 1e18 1e400 99999999999999999999 nan inf -inf 010 1_0 0x10 1:30'.split()
+WORDS = [
+    *'xyz P ../.. / a=b features_only=True - -- none rand-m9-n1 rand-mx augmix-m3 v0 original-mstd0.5 dynamic L RGB'.split(),
+    *'sgd adamw lookahead_adam adahessian eager inductorr torch/nonsense nonsense wds/'.split(),
+    '', ' ', 'x=' + '[' * 200, '\x1b[31m', 'ä\u202e', 'a' * 3000,
+]
 
 
 def values(flag: Flag) -> st.SearchStrategy[list[str]]:
@@ -73,8 +74,10 @@ def test_any_command_line_is_parsed_or_refused_in_one_line(words):
 YAML = st.one_of(
     st.text(max_size=60),
     st.dictionaries(st.sampled_from([*FLAGS, 'nonsense', '1']), st.sampled_from([
-        '010', '1:30', '1e18', '[1, 2]', '[]', '{}', '{a: 1}', 'true', 'no', 'null', '~', '"x"', '[' * 300 + ']' * 300, '&a [1]',
-        '*a', '!!python/object:os.system {}', '.nan', '.inf', '2001-01-01', '|\n  x\n  y', '? a', "'", '0.5', '-1', '7'])).map(
+        '010', '1:30', '1e18', '[1, 2]', '[]', '{}', '{a: 1}', 'true', 'no', 'null', '~', '"x"',
+        '[' * 300 + ']' * 300, '&a [1]',
+        '*a', '!!python/object:os.system {}', '.nan', '.inf', '2001-01-01', '|\n  x\n  y', '? a', "'", '0.5', '-1',
+        '7'])).map(
         lambda entries: ''.join(f'{key}: {value}\n' for key, value in entries.items())),
 )
 
@@ -90,7 +93,8 @@ def test_any_config_is_read_or_refused_in_one_line(tmp_path_factory, text):
 
 @pytest.mark.parametrize(('text', 'said'), [
     ('lr: 0.1\nlr: 0.2', "'lr' occurs twice"), ('batch_size: 1\nbatch-size: 2', 'occurs twice'),
-    ('epochs: &a 3\nseed: *a', 'references'), ('epochs: 1:30', '1:30'), ('mean: ' + '[' * 2000 + ']' * 2000, 'nested too deeply'),
+    ('epochs: &a 3\nseed: *a', 'references'), ('epochs: 1:30', '1:30'), ('mean: ' + '[' * 2000 + ']' * 2000,
+    'nested too deeply'),
     ('epochs: 2001-01-01', '2001-01-01'),
 ])
 def test_a_trap_of_yaml_is_refused(tmp_path, text, said):
@@ -106,14 +110,19 @@ def test_a_leading_zero_in_yaml_is_decimal(tmp_path):
 
 
 @pytest.mark.parametrize(('words', 'said'), [
-    ('--crop-pct 100', 'at most 1'), ('--img-size 100000', '4096'), ('--aa xyz', 'AutoAugment'), ('--aa rand-n1000000', 'AutoAugment'),
+    ('--crop-pct 100', 'at most 1'), ('--img-size 100000', '4096'), ('--aa xyz', 'AutoAugment'),
+    ('--aa rand-n1000000', 'AutoAugment'),
     ('--torchcompile nonsense', 'no such backend'), ('--torchcompile --torchcompile-mode fast', 'max-autotune'),
     ('--sched plateau --sched-on-updates', 'plateau'), ('--opt-level O2 --torchscript', 'exclude'),
-    ('--model-kwargs features_only=True', 'features_only'), ('--epoch-repeats 1e18', '1000'), ('--cooldown-epochs 100000000000', '100000'),
-    ('--workers 500', 'CPU cores'), ('--epochs 1 --warmup-epochs 1000', '--warmup-epochs 1000'), ('--momentum 5', 'less than 1'),
+    ('--model-kwargs features_only=True', 'features_only'), ('--epoch-repeats 1e18', '1000'),
+    ('--cooldown-epochs 100000000000', '100000'),
+    ('--workers 500', 'CPU cores'), ('--epochs 1 --warmup-epochs 1000', '--warmup-epochs 1000'), ('--momentum 5',
+    'less than 1'),
     ('--scale 5 9', '--scale'), ('--scale 0.5 1.5', 'at most 1'), ('--dataset nonsense', '<type>/<name>'),
-    ('--dataset nonsense/x', '<type>/<name>'), ('--epochs 3 --start-epoch 3', 'ends after 3'), ('--lr-noise-pct 0', '0.01'),
-    ('--cutmix-minmax 0.5 0.5', 'differ'), ('--sched step --decay-rate 3', 'at most 1'), ('--lr-noise 0.9 0.1', 'smaller'),
+    ('--dataset nonsense/x', '<type>/<name>'), ('--epochs 3 --start-epoch 3', 'ends after 3'), ('--lr-noise-pct 0',
+    '0.01'),
+    ('--cutmix-minmax 0.5 0.5', 'differ'), ('--sched step --decay-rate 3', 'at most 1'), ('--lr-noise 0.9 0.1',
+    'smaller'),
 ])
 def test_nonsense_is_refused(words, said):
     with pytest.raises(UserError) as caught:
@@ -134,10 +143,11 @@ def test_the_default_warm_up_fits_into_a_short_run():
 
 
 # Left out: what needs a network, other processes or a long time, and where the results go.
-LEFT_OUT = {'dataset_download', 'pretrained', 'kd_model_name', 'log_wandb', 'push_to_hub', 'multiprocessing_distributed',
-            'world_size', 'rank', 'dist_url', 'dist_backend', 'addr', 'output', 'experiment', 'data_dir', 'dataset', 'config',
-            'epochs', 'cooldown_epochs', 'epoch_repeats', 'train_batches_per_epoch', 'lr_cycle_limit', 'lr_cycle_mul', 'workers',
-            'img_size', 'input_size', 'train_img_sizes', 'num_classes', 'torchcompile', 'aug_repeats', 'model', 'save_images'}
+LEFT_OUT = set(
+    'dataset_download pretrained kd_model_name log_wandb push_to_hub multiprocessing_distributed world_size rank dist_url '
+    'dist_backend addr output experiment data_dir dataset epochs cooldown_epochs epoch_repeats train_batches_per_epoch '
+    'lr_cycle_limit lr_cycle_mul workers img_size input_size train_img_sizes num_classes torchcompile aug_repeats model '
+    'save_images'.split())
 RUN_FLAGS = tuple(sorted(FLAGS.keys() - LEFT_OUT))
 
 
@@ -155,7 +165,8 @@ def images(tmp_path_factory) -> Path:
 
 def check_run(images: Path, words: list[str]) -> None:
     torch.set_num_threads(1)
-    tail = ['--model', 'test_resnet', '--device', 'cpu', '--num-classes', '2', '--img-size', '32', '-j', '0', '--epochs', '1']
+    tail = ['--model', 'test_resnet', '--device', 'cpu', '--num-classes', '2', '--img-size', '32', '-j', '0',
+    '--epochs', '1']
     output = ['--output', str(images / 'output'), '--experiment', str(time.monotonic_ns())]
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):

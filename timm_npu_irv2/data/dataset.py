@@ -127,7 +127,9 @@ def _create(
 ) -> Dataset:
     try:
         dataset = create_dataset(name, root=root, split=split, **options)
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the readers of timm and torchvision check arguments by whatever fails first
         raise UserError(f"data set '{name}', split '{split}': {first_line(error)}") from error
     found = class_to_idx(dataset)
     if expected and found and all(isinstance(each, str) for each in found):

@@ -2,7 +2,7 @@
 
 from .fold import to_inference
 from .network import InferenceNetwork
-from .predictor import Predictor
+from .predictor import Predictor, QueueFull
 from .store import load, save
 
-__all__ = ['InferenceNetwork', 'Predictor', 'load', 'save', 'to_inference']
+__all__ = ['InferenceNetwork', 'Predictor', 'QueueFull', 'load', 'save', 'to_inference']

@@ -1,44 +1,58 @@
-"""What a server calls: images in, answers out, with batches formed from the calls that come at the same time."""
+"""A predictor for servers: images in, classes out, with batches formed from simultaneous calls."""
 
+import io
+import math
 import os
-import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future
-from typing import Any
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from ..data.classes import class_info
 from ..data.decode import read_image, to_pil_mode
 from ..data.pipeline import MOST_CHANNELS, ImagePipeline
 from ..errors import UserError, first_line
 from .network import InferenceNetwork
 
-__all__ = ['Predictor']
+__all__ = ['Predictor', 'QueueFull']
 
-Picture = str | os.PathLike | Image.Image | Tensor
-Waiting = tuple[Tensor, Future]
+Picture = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
+
+
+class QueueFull(RuntimeError):
+    """Too many images are waiting for a :class:`Predictor`."""
+
+
+class _Waiting(NamedTuple):
+    image: Tensor
+    answer: Future[dict[str, Any]]
 
 
 class Predictor:
-    """Answers to images, from any number of threads.
+    """A classifier of images that may be called from any number of threads.
 
     A thread of its own runs the network. While it computes a batch, the images of other calls gather and become the
-    next one; each call decodes its own images.
+    next one; each call decodes its own images. Use it as a context manager, or call :meth:`close`.
 
     Args:
-        network: What ``to_inference`` or ``load`` gives.
-        topk: Classes in an answer, best first.
-        batch_size: Images in a batch at most.
+        network: Network of ``to_inference`` or ``load``.
+        topk: Number of classes in an answer.
+        batch_size: Largest number of images in a batch.
         max_wait: Seconds to wait for more images before a batch that is not full is computed.
-        compiled: What to run in the network's place, ``torch.compile(network)`` say.
+        compiled: Module to run instead of the network, such as ``torch.compile(network)``.
         input_img_mode: PIL mode of the images; None for that of the training.
+        max_waiting: Largest number of images that wait to be computed.
 
-    Use it as a context manager, or call :meth:`close`.
+    Raises:
+        UserError: An argument is out of range.
     """
 
     def __init__(
@@ -49,52 +63,83 @@ class Predictor:
             max_wait: float = 0.002,
             compiled: nn.Module | None = None,
             input_img_mode: str | None = None,
+            max_waiting: int = 1024,
     ) -> None:
-        if batch_size < 1 or topk < 1:
-            raise UserError('a predictor needs a batch_size and a topk of at least 1.')
-        self.topk, self.batch_size, self.max_wait = topk, batch_size, max_wait
+        if batch_size < 1 or topk < 1 or max_waiting < 1:
+            raise UserError('a predictor needs a batch_size, a topk and a max_waiting of at least 1.')
+        if not (math.isfinite(max_wait) and 0 <= max_wait <= threading.TIMEOUT_MAX):
+            raise UserError(f'max_wait {max_wait}: expected seconds, at least 0.')
+        self.topk, self.batch_size, self.max_wait, self.max_waiting = topk, batch_size, max_wait, max_waiting
         self._run = compiled if compiled is not None else network
         self._device = network.conv2d_1a.weight.device
-        self._labels = _label_names(network)
+        self._classes = class_info(network.pretrained_cfg, network.num_classes)
         self._shape = (network.in_chans, *network.pretrained_cfg.get('input_size', (3, 299, 299))[1:])
         if network.in_chans <= MOST_CHANNELS:
             pipeline = ImagePipeline.for_model(network, {'input_img_mode': input_img_mode})
             self._mode, self._transform = pipeline.input_img_mode, pipeline.transform()
-        self._waiting: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
-        self._submitting = threading.Lock()  # nothing is put behind the mark that ends the thread
+        self._queue: deque[_Waiting] = deque()
+        self._changed = threading.Condition()  # of the queue, or of _closed
         self._closed = False
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._serve, name='predictor', daemon=True)
         self._thread.start()
 
-    def predict(self, images: Picture | Sequence[Picture]) -> list[dict[str, Any]]:
-        """The answers to ``images``, in their order.
+    def predict(
+            self,
+            images: Picture | Iterable[Picture],
+            *,
+            timeout: float | None = None,
+            block: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Return the answers to images, in their order.
 
         Args:
-            images: Files, PIL images, or uint8 tensors (C, H, W) of the network's input size, which are taken as they
-                are; one or several.
+            images: One image or several: paths; the bytes of an image file; PIL images; uint8 arrays (H, W, 3) or
+                (H, W); uint8 tensors (C, H, W) of the network's input size, which are not resized.
+            timeout: Seconds until the answers must be there; None for no limit.
+            block: Wait for room if ``max_waiting`` images are waiting; False raises QueueFull instead.
 
         Returns:
-            For each image ``{'indices': [...], 'labels': [...], 'probabilities': [...]}``, best class first.
+            For each image ``{'indices': [...], 'labels': [...], 'probabilities': [...]}``, the most likely class first.
 
         Raises:
-            UserError: An image can't be read or has another size; none of the call's images is answered then.
-            RuntimeError: The predictor is closed.
+            UserError: An image cannot be read or has another size; none of the images of the call is computed then.
+            TimeoutError: ``timeout`` has passed. Images that are not being computed yet are dropped.
+            QueueFull: There is no room for the images, and ``block`` is false.
+            RuntimeError: The predictor is closed, or was made before a fork; or the network failed.
         """
-        if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, Tensor) and images.ndim == 3):
-            images = [images]
-        inputs = [self._prepare(image, index) for index, image in enumerate(images)]
-        with self._submitting:
-            if self._closed:
-                raise RuntimeError('the predictor is closed.')
-            answers = [self._submit(each) for each in inputs]
-        return [answer.result() for answer in answers]
+        if os.getpid() != self._process:
+            raise RuntimeError('a predictor does not survive a fork: make one in each process.')
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        inputs = [self._prepare(image, index) for index, image in enumerate(_as_list(images))]
+        answers: list[Future[dict[str, Any]]] = []
+        try:
+            answers += self._submit(inputs, deadline, block)
+            return [answer.result(_seconds_until(deadline)) for answer in answers]
+        except (TimeoutError, FutureTimeoutError) as error:
+            raise TimeoutError(f'no answer within {timeout} seconds.') from error
+        finally:
+            for answer in answers:
+                answer.cancel()
 
-    def close(self) -> None:
-        """Answer what has been asked, and end the thread."""
-        with self._submitting:
-            if not self._closed:
-                self._closed = True
-                self._waiting.put(None)
+    @property
+    def waiting(self) -> int:
+        """Number of images that wait to be computed."""
+        return len(self._queue)
+
+    def close(self, drain: bool = True) -> None:
+        """End the thread.
+
+        Args:
+            drain: Answer the images that are waiting; False lets their calls fail with a RuntimeError.
+        """
+        if os.getpid() != self._process:
+            return
+        with self._changed:
+            self._closed = True
+            if not drain:
+                self._fail_waiting()
+            self._changed.notify_all()
         self._thread.join()
 
     def __enter__(self) -> 'Predictor':
@@ -103,73 +148,143 @@ class Predictor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _prepare(self, image: Picture, index: int) -> Tensor:
-        """(C, H, W) uint8."""
+    def _prepare(self, image: Any, index: int) -> Tensor:
+        """Return an image as uint8 (C, H, W) on the CPU, checked so that it cannot fail a batch."""
         if isinstance(image, Tensor):
-            if image.dtype != torch.uint8 or tuple(image.shape) != self._shape:
-                raise UserError(f'image {index} is a tensor {image.dtype} {tuple(image.shape)}: the network takes '
-                                f'torch.uint8 {self._shape}.')
-            return image
+            return self._prepare_tensor(image, index)
         if self._shape[0] > MOST_CHANNELS:
-            raise UserError(f'the network takes {self._shape[0]} channels, which no image file has: give tensors.')
+            raise UserError(f'the network takes {self._shape[0]} channels, which no image file has: use tensors.')
+        name = f'image {index}' if not isinstance(image, str | os.PathLike) else str(image)
         try:
-            pixels = (to_pil_mode(image, self._mode) if isinstance(image, Image.Image)
-                      else read_image(image, self._mode))
-            return torch.as_tensor(self._transform(pixels))
-        except Exception as error:  # decoders fail in as many ways as files can be damaged
-            name = f'image {index}' if isinstance(image, Image.Image) else image
+            return torch.as_tensor(self._transform(_to_pil(image, self._mode)))
+        except Exception as error:  # Pillow's decoders raise many types
             raise UserError(f'{name} cannot be read: {first_line(error)}') from error
 
-    def _submit(self, image: Tensor) -> Future:
-        answer: Future = Future()
-        self._waiting.put((image, answer))
-        return answer
+    def _prepare_tensor(self, image: Tensor, index: int) -> Tensor:
+        if image.dtype != torch.uint8 or tuple(image.shape) != self._shape:
+            raise UserError(f'image {index} is a tensor {image.dtype} {tuple(image.shape)}: the network takes '
+                            f'torch.uint8 {self._shape}.')
+        if image.layout != torch.strided or image.is_meta:
+            raise UserError(f'image {index} is a tensor of layout {image.layout} on {image.device}: expected a dense '
+                            'tensor with data.')
+        try:
+            with torch.inference_mode():
+                return torch.empty(self._shape, dtype=torch.uint8).copy_(image.detach().as_subclass(Tensor))
+        except Exception as error:  # a subclass may refuse anything
+            raise UserError(f'image {index} cannot be read: {first_line(error)}') from error
+
+    def _submit(self, images: list[Tensor], deadline: float, block: bool) -> list[Future[dict[str, Any]]]:
+        answers: list[Future[dict[str, Any]]] = []
+        try:
+            with self._changed:
+                if not block and len(self._queue) + len(images) > self.max_waiting:
+                    raise QueueFull(f'{len(self._queue)} images are waiting, and {len(images)} more would exceed '
+                                    f'max_waiting={self.max_waiting}: try again later.')
+                for image in images:
+                    while not self._closed and len(self._queue) >= self.max_waiting:
+                        if not self._changed.wait(_seconds_until(deadline)):
+                            raise TimeoutError
+                    if self._closed:
+                        raise RuntimeError('the predictor is closed.')
+                    answers.append(Future())
+                    self._queue.append(_Waiting(image, answers[-1]))
+                    self._changed.notify_all()
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
+        return answers
 
     def _serve(self) -> None:
-        """The thread: batch after batch until the mark that ends it."""
-        while (first := self._waiting.get()) is not None:
-            batch, ends = self._gather(first)
-            try:
-                answers: list[Any] = self._answers(torch.stack([image for image, _ in batch]))
-            except Exception as error:  # it belongs to those who asked, and the thread goes on
-                for _, answer in batch:
-                    answer.set_exception(error)
-            else:
-                for (_, answer), content in zip(batch, answers, strict=True):
-                    answer.set_result(content)
-            if ends:
-                return
+        """Compute batch after batch until the predictor is closed."""
+        try:
+            while batch := self._next_batch():
+                self._answer([each for each in batch if each.answer.set_running_or_notify_cancel()])
+        finally:
+            with self._changed:
+                self._closed = True
+                self._fail_waiting()
+                self._changed.notify_all()
 
-    def _gather(self, first: Waiting) -> tuple[list[Waiting], bool]:
-        """A batch, and whether the end has been reached."""
-        batch, deadline = [first], time.monotonic() + self.max_wait
-        while len(batch) < self.batch_size:
-            try:
-                item = self._waiting.get(timeout=max(deadline - time.monotonic(), 0))
-            except queue.Empty:
-                break
-            if item is None:
-                return batch, True
-            batch.append(item)
-        return batch, False
+    def _next_batch(self) -> list[_Waiting]:
+        """Return the next images; none if the predictor is closed and all are answered."""
+        with self._changed:
+            while not self._queue and not self._closed:
+                self._changed.wait()
+            deadline = time.monotonic() + self.max_wait
+            while len(self._queue) < self.batch_size and not self._closed:
+                if (seconds := deadline - time.monotonic()) <= 0 or not self._changed.wait(seconds):
+                    break
+            batch = [self._queue.popleft() for _ in range(min(self.batch_size, len(self._queue)))]
+            self._changed.notify_all()
+            return batch
+
+    def _fail_waiting(self) -> None:
+        while self._queue:
+            answer = self._queue.popleft().answer
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(RuntimeError('the predictor was closed before it computed this image.'))
+
+    def _answer(self, batch: list[_Waiting]) -> None:
+        """Answer a batch; if the network fails, each image on its own, so that one cannot fail the others."""
+        if not batch:
+            return
+        try:
+            answers = self._compute(torch.stack([each.image for each in batch]))
+        except BaseException as error:  # SystemExit, too: every call gets an end
+            if len(batch) > 1:
+                for each in batch:
+                    self._answer([each])
+            elif isinstance(error, Exception):
+                batch[0].answer.set_exception(error)
+            else:
+                failure = RuntimeError(f'the network raised {type(error).__name__}: {error}')
+                failure.__cause__ = error
+                batch[0].answer.set_exception(failure)
+            return
+        for each, answer in zip(batch, answers, strict=True):
+            each.answer.set_result(answer)
 
     @torch.inference_mode()
-    def _answers(self, images: Tensor) -> list[dict[str, Any]]:
-        """(N, C, H, W) uint8 -> N answers."""
+    def _compute(self, images: Tensor) -> list[dict[str, Any]]:
+        """Return N answers to images (N, C, H, W) in uint8."""
         logits = self._run(images.to(self._device)).float()
+        if logits.ndim != 2 or len(logits) != len(images):
+            raise RuntimeError(f'the network returned {tuple(logits.shape)} for {len(images)} images; expected logits '
+                               f'({len(images)}, classes).')
         probabilities, indices = logits.softmax(-1).topk(min(self.topk, logits.shape[-1]))
         return [
-            {'indices': row, 'labels': [self._labels[index] if self._labels else str(index) for index in row],
-             'probabilities': values}
+            {'indices': row, 'labels': [self._label(index) for index in row], 'probabilities': values}
             for row, values in zip(indices.tolist(), probabilities.tolist(), strict=True)
         ]
 
+    def _label(self, index: int) -> str:
+        return self._classes.index_to_description(index) if self._classes is not None else str(index)
 
-def _label_names(network: InferenceNetwork) -> list[str] | None:
-    """What the classes are called: as was published with the model, else ImageNet's names if it has its classes."""
-    if names := network.pretrained_cfg.get('label_names'):
-        return list(names)
-    if subset := infer_imagenet_subset({'num_classes': network.num_classes}):
-        info = ImageNetInfo(subset)
-        return [info.index_to_description(index) for index in range(network.num_classes)]
-    return None
+
+def _as_list(images: Any) -> list[Any]:
+    """Return one image, or several, as a list."""
+    if isinstance(images, str | os.PathLike | bytes | Image.Image):
+        return [images]
+    if isinstance(images, Tensor | np.ndarray) and images.ndim in (2, 3):
+        return [images]
+    try:
+        return list(images)
+    except TypeError as error:
+        raise UserError(f'expected images, not {type(images).__name__}.') from error
+
+
+def _to_pil(image: Any, mode: str) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise ValueError(f'an array {image.dtype} {image.shape}, not uint8 (height, width, channels)')
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return to_pil_mode(image, mode)
+    if not isinstance(image, str | os.PathLike | bytes):
+        raise ValueError(f'a {type(image).__name__} is not an image')
+    return read_image(io.BytesIO(image) if isinstance(image, bytes) else image, mode)
+
+
+def _seconds_until(deadline: float) -> float | None:
+    return None if deadline == math.inf else max(deadline - time.monotonic(), 0)

@@ -93,6 +93,7 @@ def _model_rules(args: argparse.Namespace) -> _Rules:
          '--img-size and --input-size give different sizes: use one of them.'),
         (args.in_chans and args.input_size and args.input_size[0] != args.in_chans,
          '--in-chans and --input-size give different numbers of channels: use one of them.'),
+        (args.gp == '', '--gp: a classifier needs a pooling, such as avg.'),
         (args.torchscript and args.torchcompile, '--torchscript and --torchcompile exclude each other.'),
         (args.torchscript and args.opt_level == 'O2', '--torchscript and --opt-level O2 exclude each other.'),
         *((name in args.model_kwargs, f'--model-kwargs {name}=…: not an argument of the architecture; see --help.')
