@@ -29,8 +29,8 @@ HOUR = 3600
 
 NUMBERS = '0 1 2 3 0.5 1.5 -1 1e-300 1e18 1e400 99999999999999999999 nan inf -inf 010 1_0 0x10 1:30'.split()
 WORDS = [
-    *'xyz P ../.. / a=b features_only=True - -- none rand-m9-n1 rand-mx augmix-m3 v0 original-mstd0.5 dynamic L RGB'.split(),
-    *'sgd adamw lookahead_adam adahessian eager inductorr torch/nonsense nonsense wds/'.split(),
+    *'xyz P ../.. / a=b features_only=True - -- none rand-m9-n1 rand-mx augmix-m3 v0 original-mstd0.5'.split(),
+    *'dynamic L RGB sgd adamw lookahead_adam adahessian eager inductorr torch/nonsense nonsense wds/'.split(),
     '', ' ', 'x=' + '[' * 200, '\x1b[31m', 'ä\u202e', 'a' * 3000,
 ]
 
@@ -144,10 +144,10 @@ def test_the_default_warm_up_fits_into_a_short_run():
 
 # Left out: what needs a network, other processes or a long time, and where the results go.
 LEFT_OUT = set(
-    'dataset_download pretrained kd_model_name log_wandb push_to_hub multiprocessing_distributed world_size rank dist_url '
-    'dist_backend addr output experiment data_dir dataset epochs cooldown_epochs epoch_repeats train_batches_per_epoch '
-    'lr_cycle_limit lr_cycle_mul workers img_size input_size train_img_sizes num_classes torchcompile aug_repeats model '
-    'save_images'.split())
+    'dataset_download pretrained kd_model_name log_wandb push_to_hub multiprocessing_distributed world_size rank '
+    'dist_url dist_backend addr output experiment data_dir dataset epochs cooldown_epochs epoch_repeats train_batches_per_epoch '
+    'lr_cycle_limit lr_cycle_mul workers img_size input_size train_img_sizes num_classes torchcompile aug_repeats '
+    'model save_images'.split())
 RUN_FLAGS = tuple(sorted(FLAGS.keys() - LEFT_OUT))
 
 
