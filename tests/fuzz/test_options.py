@@ -145,7 +145,8 @@ def test_the_default_warm_up_fits_into_a_short_run():
 # Left out: what needs a network, other processes or a long time, and where the results go.
 LEFT_OUT = set(
     'dataset_download pretrained kd_model_name log_wandb push_to_hub multiprocessing_distributed world_size rank '
-    'dist_url dist_backend addr output experiment data_dir dataset epochs cooldown_epochs epoch_repeats train_batches_per_epoch '
+    'dist_url dist_backend addr output experiment data_dir dataset epochs cooldown_epochs epoch_repeats '
+    'train_batches_per_epoch '
     'lr_cycle_limit lr_cycle_mul workers img_size input_size train_img_sizes num_classes torchcompile aug_repeats '
     'model save_images'.split())
 RUN_FLAGS = tuple(sorted(FLAGS.keys() - LEFT_OUT))
