@@ -62,7 +62,10 @@ def to_inference(
     network = InferenceNetwork(num_classes=model.num_classes, in_chans=weight.shape[1],
                                global_pool=getattr(model.global_pool, 'pool_type', '') or '', device='meta')
     with torch.inference_mode(False), torch.no_grad():  # tensors whose changes `FusedConvolution` can notice
-        folded = fold(weights.convert(model.state_dict(), to='timm'), norm_eps, *normalization)
+        try:
+            folded = fold(weights.convert(model.state_dict(), to='timm'), norm_eps, *normalization)
+        except KeyError as error:
+            raise UserError(f'the network has no layer {error}: only a whole one can be folded.') from error
         network.load_state_dict({key: value.to(place, kind) for key, value in folded.items()}, assign=True)
     network.pretrained_cfg = cfg
     return network.freeze()

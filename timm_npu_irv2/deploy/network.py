@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..model import RUNS
+from ..shortcuts import is_eager
 from .convolution import FusedConvolution
 
 __all__ = ['InferenceNetwork']
@@ -204,7 +205,9 @@ class InferenceNetwork(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> the last feature map (N, 1536, H / 32, W / 32), sizes rounded down."""
-        if not torch.jit.is_scripting():
+        if torch.jit.is_scripting():
+            pass
+        elif is_eager(x):
             x = x.to(memory_format=devices.memory_format(self.conv2d_1a.weight.device))
         x = self._first(x)
         x = self.maxpool_3a(self.conv2d_2b(self.conv2d_2a(x)))
@@ -216,10 +219,9 @@ class InferenceNetwork(nn.Module):
 
     def _first(self, x: Tensor) -> Tensor:
         weight = self.conv2d_1a.weight
-        if not isinstance(x, Tensor):  # a proxy of FX, which stands for floating-point images
+        if not isinstance(x, Tensor) or x.is_floating_point():  # a proxy of FX stands for floating-point images
             return self.conv2d_1a(x.to(weight.dtype))
-        first = self.conv2d_1a if x.is_floating_point() else self.conv2d_1a_uint8
-        return first(x.to(weight.dtype))
+        return self.conv2d_1a_uint8(x.to(weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, num_classes)."""
