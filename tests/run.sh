@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All checks and tests, on a bare machine, in virtual environments that it makes here or under $TEST_ENVIRONMENTS:
 #     .venv-test   ruff, mypy, import-linter and the tests
+#     .venv-guests tests/guests once more, with other people's libraries that use networks
 #     .venv-npu    tests/ascend and tests/npu: the real torch_npu on a stand-in for CANN, which needs a CPU build of
 #                  torch and g++; where these can't be had the reason is printed
 # Arguments go to pytest, both times (for example: -k weights -x). It fails if anything failed.
@@ -46,6 +47,7 @@ install_npu() {
 }
 
 main=$environments/.venv-test
+guests=$environments/.venv-guests
 npu=$environments/.venv-npu
 failed=()
 
@@ -67,6 +69,13 @@ check 'import-linter' "$main/bin/lint-imports"
 # Two tests at a time; one thread each, since tests compare sums in one process with those in others.
 export OMP_NUM_THREADS=1
 check 'tests' "$main/bin/python" -m pytest -n 2 "$@"
+
+# Their dependencies are many, so they have an environment of their own; without it their tests are skipped.
+if prepare "$guests" install --editable '.[dev,guests]'; then
+    check 'guests' "$guests/bin/python" -m pytest -n 2 tests/guests "$@"
+else
+    say "SKIPPED: other people's libraries, which could not be installed (see above)"
+fi
 
 # Prints why the NPU tests cannot run here, or nothing.
 npu_obstacle() {
