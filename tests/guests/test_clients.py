@@ -62,7 +62,7 @@ def test_torch_pruning_removes_channels():
         pruner.step()
         sizes.append(sum(p.numel() for p in model.parameters()) / before)
         assert model(images()).shape == (2, 5)
-    assert sizes[0] < 0.7 and sizes[1] < 0.8
+    assert sizes[0] < 0.7 and sizes[1] < 0.9
 
 
 def test_accelerate_offloads_layer_by_layer():
