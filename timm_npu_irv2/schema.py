@@ -33,8 +33,8 @@ from .rules import (
     text,
 )
 
-__all__ = ['check_checkpoint', 'check_config', 'check_inference_config', 'check_model_arguments', 'check_report',
-           'restored_optimizer']
+__all__ = ['check_checkpoint', 'check_config', 'check_engine_config', 'check_inference_config', 'check_model_arguments',
+           'check_report', 'restored_optimizer']
 
 MOST_EPOCHS, MOST_CLASSES, MOST_CHANNELS, LARGEST_IMAGE = 10**6, 10**6, 1024, 2**14
 
@@ -165,6 +165,17 @@ def check_inference_config(config: dict[str, Any]) -> None:
     for name in 'mean', 'std':
         if cfg.get(name) and len(cfg[name]) not in (1, arguments['in_chans']):
             raise Mismatch(f'its {name} has {len(cfg[name])} values for {arguments["in_chans"]} channels')
+
+
+def check_engine_config(config: dict[str, Any]) -> None:
+    """Raise :class:`Mismatch` unless this may be the config.json of a network that an engine runs (``deploy.save``)."""
+    record({
+        'engine': text(100),
+        'dtype': one_of('float32', 'float16', 'bfloat16', 'int8'),
+        'sha256': text(64, r'[0-9a-f]{64}'),
+        'pretrained_cfg': record({name: many(number()) for name in ('mean', 'std')}),
+    })(config, '')
+    check_inference_config({**config, 'dtype': 'float32'})
 
 
 # Checkpoints

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import device as devices
-from ..deploy import InferenceNetwork, Predictor, load, onnx, save, to_inference
+from ..deploy import Predictor, load, onnx, save, to_inference
 from . import report
 from .timing import ratio, times_in_turn
 
@@ -200,7 +200,7 @@ def _memory_here(
 @torch.inference_mode()
 def _served(folder: Path, device: torch.device, args: argparse.Namespace) -> dict[str, list[float]]:
     """Return images per second of whole batches and of single images through a Predictor, measured in turn."""
-    network: InferenceNetwork = load(folder / 'ours', device, getattr(torch, args.dtype))
+    network = load(folder / 'ours', device, getattr(torch, args.dtype))
     shape = (3, args.img_size, args.img_size)
     network.pretrained_cfg['input_size'] = shape
     images = torch.randint(0, 256, (2 * CLIENTS, *shape), dtype=torch.uint8)

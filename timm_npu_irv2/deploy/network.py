@@ -196,6 +196,11 @@ class InferenceNetwork(nn.Module):
         )
         self.freeze()
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.conv2d_1a.weight.device
+
     def freeze(self) -> 'InferenceNetwork':
         """Lay out the weights for their device and exclude them from gradients; return the network."""
         device = self.conv2d_1a.weight.device

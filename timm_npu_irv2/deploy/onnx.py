@@ -19,7 +19,8 @@ from ..errors import UserError, first_line
 from ..serialization import atomic_write
 from .network import InferenceNetwork
 
-__all__ = ['OPSET', 'SOC_VERSIONS', 'AtcCommand', 'check', 'export', 'optional', 'preprocessing', 'session', 'write']
+__all__ = ['INPUT', 'OPSET', 'SOC_VERSIONS', 'AtcCommand', 'check', 'export', 'optional', 'preprocessing', 'session',
+           'write']
 
 # ATC supports all operators of this graph up to version 18; 13 is the lowest that allows quantisation per channel.
 OPSET = 13
@@ -29,8 +30,13 @@ PREPROCESSING = 'timm_npu_irv2.preprocessing'  # key in the metadata of the file
 SOC_VERSIONS = ('Ascend310P3', 'Ascend910B3')
 
 
-def optional(name: str) -> ModuleType:
-    """Import a package of the extra 'export'.
+def optional(name: str, extra: str = 'export', install: str = '') -> ModuleType:
+    """Import a package that only some users have.
+
+    Args:
+        name: Module to import.
+        extra: Extra of this package that installs it.
+        install: Advice for a package that no extra can install.
 
     Raises:
         UserError: It is not installed.
@@ -38,8 +44,8 @@ def optional(name: str) -> ModuleType:
     try:
         return __import__(name, fromlist=['*'])
     except ImportError as error:
-        missing = error.name or name
-        raise UserError(f"{missing} is not installed: pip install 'timm-npu-irv2[export]'.") from error
+        advice = install or f"pip install 'timm-npu-irv2[{extra}]'"
+        raise UserError(f'{error.name or name} is not installed: {advice}.') from error
 
 
 def export(

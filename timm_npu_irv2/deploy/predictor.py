@@ -20,6 +20,7 @@ from ..data.classes import class_info
 from ..data.decode import read_image, to_pil_mode
 from ..data.pipeline import MOST_CHANNELS, ImagePipeline
 from ..errors import UserError, first_line
+from .engines import EngineNetwork
 from .network import InferenceNetwork
 
 __all__ = ['Predictor', 'QueueFull']
@@ -57,7 +58,7 @@ class Predictor:
 
     def __init__(
             self,
-            network: InferenceNetwork,
+            network: InferenceNetwork | EngineNetwork,
             topk: int = 5,
             batch_size: int = 8,
             max_wait: float = 0.002,
@@ -71,7 +72,7 @@ class Predictor:
             raise UserError(f'max_wait {max_wait}: expected seconds, at least 0.')
         self.topk, self.batch_size, self.max_wait, self.max_waiting = topk, batch_size, max_wait, max_waiting
         self._run = compiled if compiled is not None else network
-        self._device = network.conv2d_1a.weight.device
+        self._device = network.device
         self._classes = class_info(network.pretrained_cfg, network.num_classes)
         self._shape = (network.in_chans, *network.pretrained_cfg.get('input_size', (3, 299, 299))[1:])
         if network.in_chans <= MOST_CHANNELS:

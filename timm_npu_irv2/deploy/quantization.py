@@ -1,11 +1,12 @@
 """An ONNX model in int8: post-training quantisation with ONNX Runtime's tools, and its loss of accuracy."""
 
+import contextlib
 import copy
-import itertools
+import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,31 @@ from ..data.pipeline import ImagePipeline
 from ..errors import UserError, first_line
 from .onnx import optional, session, write
 
-__all__ = ['Loss', 'ModelInputs', 'compare', 'quantize']
+__all__ = ['METHODS', 'Inputs', 'Loss', 'ModelInputs', 'Recipe', 'compare', 'quantize', 'quantize_best']
 
 _logger = logging.getLogger(__name__)
 _logger.setLevel(logging.INFO)  # of its own, since quantize() silences the root
+
+METHODS = ('minmax', 'entropy', 'percentile')  # of finding the range of an activation
+PAYS = 0.1  # share of the difference of the logits that float32 at both ends must remove to be worth its time
+
+Inputs = Iterable[tuple[np.ndarray, int]]  # batches of one image (1, C, H, W) with the index of its class, or -1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to quantise.
+
+    Attributes:
+        method: One of ``METHODS``.
+        float_ends: Keep the first and the last layer in float32.
+    """
+
+    method: str
+    float_ends: bool = False
+
+    def __str__(self) -> str:
+        return self.method + (' with float32 at both ends' if self.float_ends else '')
 
 
 @dataclass(frozen=True)
@@ -123,10 +145,11 @@ def _class_indices(images: list[ImageFile], config: dict[str, Any]) -> dict[str,
 def quantize(
         model: str | os.PathLike,
         output: str | os.PathLike,
-        inputs: ModelInputs,
+        inputs: Inputs,
         per_channel: bool = True,
         reduce_range: bool = True,
         method: str = 'minmax',
+        float_ends: bool = False,
 ) -> None:
     """Write ``model`` in int8 (QDQ): weights and activations, with ranges from ``inputs``.
 
@@ -136,37 +159,114 @@ def quantize(
         inputs: Images for calibration; a hundred of them are enough.
         per_channel: Use a scale for each output channel of a convolution.
         reduce_range: Use weights of 7 bits; with 8, CPUs without VNNI overflow.
-        method: 'minmax', 'entropy' or 'percentile'.
+        method: One of ``METHODS``.
+        float_ends: Keep the first and the last layer in float32.
 
     Raises:
         UserError: None of the images can be read, or the file is no model.
         CannotWrite: The output cannot be written.
     """
     tools: Any = optional('onnxruntime.quantization')
-    name = session(model).get_inputs()[0].name
-    rest = iter(inputs)
-    first = next(rest, None)
-    if first is None:
-        raise UserError('none of the images for calibration can be read.')
-    batches = itertools.chain([first], rest)
+    reader = _reader(session(model).get_inputs()[0].name, [batch for batch, _ in inputs])
+    layers = [node.name for node in optional('onnx').load(str(model)).graph.node if node.op_type in ('Conv', 'Gemm')]
+    with tempfile.TemporaryDirectory() as folder, _silence_tools():
+        temporary = Path(folder) / 'int8.onnx'
+        tools.quantize_static(
+            str(model), str(temporary), reader, quant_format=tools.QuantFormat.QDQ, per_channel=per_channel,
+            reduce_range=reduce_range, activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8,
+            calibrate_method=getattr(tools.CalibrationMethod, {'minmax': 'MinMax'}.get(method, method.title())),
+            nodes_to_exclude=[layers[0], layers[-1]] if float_ends else [],
+            extra_options={'CalibStridedMinMax': 1})  # any method: activations of one batch in memory, not of all
+        write(optional('onnx').load(str(temporary)), output)
 
-    class Reader(tools.CalibrationDataReader):
+
+def _reader(name: str, batches: Sequence[np.ndarray]) -> Any:
+    """Return an object through which ONNX Runtime's tools read the batches, a range at a time."""
+    if not batches:
+        raise UserError('none of the images for calibration can be read.')
+    base: Any = optional('onnxruntime.quantization').CalibrationDataReader
+
+    class Reader(base):
+        def __len__(self) -> int:
+            return len(batches)
+
+        def set_range(self, start_index: int, end_index: int) -> None:
+            self.chosen = iter(batches[start_index:end_index])
+
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch, _ = next(batches, (None, None))
+            batch = next(self.chosen, None)
             return None if batch is None else {name: batch}
 
+    return Reader()
+
+
+@contextlib.contextmanager
+def _silence_tools() -> Iterator[None]:
+    """Silence ONNX Runtime's tools: they print their progress, and advise to fold a model that is folded already."""
     level = logging.root.level
-    logging.root.setLevel(logging.ERROR)  # it advises to preprocess the model, which is folded already
+    logging.root.setLevel(logging.ERROR)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            temporary = Path(folder) / 'int8.onnx'
-            tools.quantize_static(
-                str(model), str(temporary), Reader(), quant_format=tools.QuantFormat.QDQ, per_channel=per_channel,
-                reduce_range=reduce_range, activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8,
-                calibrate_method=getattr(tools.CalibrationMethod, {'minmax': 'MinMax'}.get(method, method.title())))
-            write(optional('onnx').load(str(temporary)), output)
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.root.setLevel(level)
+
+
+def quantize_best(
+        model: str | os.PathLike,
+        output: str | os.PathLike,
+        inputs: Inputs,
+        held_out: Inputs,
+        **options: Any,
+) -> Recipe:
+    """Write ``model`` in int8 by the recipe that changes its logits least.
+
+    Args:
+        model: ONNX file in float32.
+        output: File to write; it may be ``model``.
+        inputs: Images for calibration.
+        held_out: Other images, on which the logits are compared.
+        options: ``per_channel`` and ``reduce_range`` of :func:`quantize`.
+
+    Returns:
+        The recipe. The first and the last layer stay in float32 if that removes the share ``PAYS`` of the difference.
+
+    Raises:
+        UserError: None of the images can be read, or the file is no model.
+        CannotWrite: The output cannot be written.
+    """
+    inputs, held_out = list(inputs), list(held_out)
+    expected = _logits(model, held_out)
+    with tempfile.TemporaryDirectory() as folder:
+        def attempt(recipe: Recipe) -> float:
+            path = Path(folder) / f'{recipe}.onnx'
+            quantize(model, path, inputs, method=recipe.method, float_ends=recipe.float_ends, **options)
+            error = _relative_error(_logits(path, held_out), expected)
+            _logger.info(f'int8, {recipe}: logits differ by {error:.1e} (relative)')
+            return error
+
+        errors = {recipe: attempt(recipe) for recipe in map(Recipe, METHODS)}
+        best = min(errors, key=lambda recipe: errors[recipe])
+        ends = Recipe(best.method, float_ends=True)
+        if attempt(ends) < errors[best] * (1 - PAYS):
+            best = ends
+        write(optional('onnx').load(str(Path(folder) / f'{best}.onnx')), output)
+    return best
+
+
+def _logits(model: str | os.PathLike, inputs: Inputs) -> np.ndarray:
+    """Return the logits (N, classes) of batches of one image."""
+    runner = session(model)
+    name = runner.get_inputs()[0].name
+    logits = [runner.run(None, {name: batch})[0] for batch, _ in inputs]
+    if not logits:
+        raise UserError('none of the images can be read.')
+    return np.concatenate(logits)
+
+
+def _relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return the norm of the difference over the norm of ``expected``."""
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 def compare(float32: str | os.PathLike, int8: str | os.PathLike, inputs: ModelInputs) -> Loss:
@@ -190,4 +290,4 @@ def compare(float32: str | os.PathLike, int8: str | os.PathLike, inputs: ModelIn
         top1 = right, right8
     return Loss(
         len(results), float((answers[0] == answers[1]).mean()),
-        float(np.linalg.norm(approximate - exact) / np.linalg.norm(exact)), top1)
+        _relative_error(approximate, exact), top1)

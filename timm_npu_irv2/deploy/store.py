@@ -1,4 +1,4 @@
-"""A network for inference as a folder of two files: ``model.safetensors`` and ``config.json``."""
+"""A network for inference as a folder of two files: the weights or an engine's model, and ``config.json``."""
 
 import json
 import os
@@ -11,6 +11,8 @@ from .. import device as devices
 from .. import rules, schema
 from ..errors import UserError
 from ..serialization import atomic_write, load_weights, make_folder, read_json, save_weights
+from . import engines
+from .engines import EngineNetwork
 from .network import InferenceNetwork
 
 __all__ = ['load', 'save']
@@ -19,12 +21,14 @@ WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 FORMAT = 'timm_npu_irv2.inference'
 
 
-def save(network: InferenceNetwork, folder: str | os.PathLike) -> Path:
+def save(network: InferenceNetwork | EngineNetwork, folder: str | os.PathLike) -> Path:
     """Write ``network``, its preprocessing and the names of its classes into ``folder``, which is created.
 
     Raises:
         CannotWrite: The folder cannot be written to.
     """
+    if isinstance(network, EngineNetwork):
+        return network.save(folder)
     folder = Path(folder)
     make_folder(folder)
     config: dict[str, Any] = {
@@ -41,30 +45,33 @@ def save(network: InferenceNetwork, folder: str | os.PathLike) -> Path:
 def load(
         folder: str | os.PathLike,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-) -> InferenceNetwork:
+        dtype: torch.dtype | str | None = None,
+) -> InferenceNetwork | EngineNetwork:
     """Return the network that :func:`save` wrote, bit for bit.
 
     Args:
         folder: The folder.
-        device: The device to infer on; None for the best one.
-        dtype: The type of weights and output; None for the one that they were saved in.
+        device: The device to infer on; None for the best one, or the engine's own.
+        dtype: The type of weights and output, or that an engine computes in; None for the saved network's.
 
     Raises:
         UserError: There is no such network, it is damaged, or a file is not as :mod:`.schema` describes.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)
+    if config.get('format') == engines.FORMAT:
+        return engines.load(folder, config, device, dtype)
     if config.get('format') != FORMAT:
         raise UserError(f'{folder} is not a network for inference: its config.json is of another kind.')
     with rules.naming(folder / CONFIG):
         schema.check_inference_config(config)
     state_dict = load_weights(folder / WEIGHTS)
     network, stored = InferenceNetwork(**config['arguments'], device='meta'), getattr(torch, config['dtype'])
-    device, dtype = devices.resolve_device(str(device) if device else None), dtype or stored
+    device = devices.resolve_device(str(device) if device else None)
+    kind: torch.dtype = getattr(torch, str(dtype).removeprefix('torch.')) if dtype else stored
     with rules.naming(folder / WEIGHTS):
         expected = {key: value.to(stored) for key, value in network.state_dict().items()}
         rules.check_like(state_dict, expected, '')
-    network.load_state_dict({key: value.to(device, dtype) for key, value in state_dict.items()}, assign=True)
+    network.load_state_dict({key: value.to(device, kind) for key, value in state_dict.items()}, assign=True)
     network.pretrained_cfg = config.get('pretrained_cfg') or {}
     return network.freeze()

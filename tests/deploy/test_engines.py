@@ -1,0 +1,327 @@
+"""Every engine gives the torch network's answers, from any thread, wherever it is taken; int8 is what was measured."""
+
+import copy
+import gc
+import json
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import create_pair, relative_error
+from timm_npu_irv2 import UserError
+from timm_npu_irv2.deploy import EngineNetwork, InferenceNetwork, Predictor, load, save, to_inference
+from timm_npu_irv2.deploy import onnx as graph
+from timm_npu_irv2.deploy.engines.onnxruntime import separate_siblings
+
+onnx = pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+SIZE, CLASSES = 75, 7
+ENGINES = ('openvino', 'onnxruntime', 'om')
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+torch.set_num_threads(1)
+
+
+def blots(count, seed=0):
+    """Smooth random images, uint8."""
+    small = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(small, (SIZE, SIZE), mode='bicubic').mul(255).clamp(0, 255).byte()
+
+
+def normalize(images):
+    return (images / 255 - torch.tensor((0.4, 0.5, 0.6)).view(3, 1, 1)) / torch.tensor((0.2, 0.3, 0.4)).view(3, 1, 1)
+
+
+@pytest.fixture(scope='module')
+def model():
+    """timm's network with random weights, for images of SIZE pixels, and with a mean of its own.
+
+    The statistics of BatchNorm are those of some images, so that the logits of others differ from each other.
+    """
+    reference, _ = create_pair(num_classes=CLASSES)
+    reference.pretrained_cfg = {'input_size': (3, SIZE, SIZE), 'mean': (0.4, 0.5, 0.6), 'std': (0.2, 0.3, 0.4)}
+    for module in reference.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the average of all batches
+    with torch.no_grad():
+        reference.train()(normalize(blots(16, seed=1)))
+    return reference.eval()
+
+
+@pytest.fixture(scope='module')
+def images():
+    return blots(3)
+
+
+@pytest.fixture(scope='module')
+def normalized(images):
+    return normalize(images)
+
+
+@pytest.fixture(scope='module')
+def expected(model, normalized):
+    with torch.inference_mode():
+        return model(normalized)
+
+
+# A double of ais_bench, aclruntime's Python interface (InferSession(device_id, model_path).infer(feeds, mode)), and of
+# ATC. The .om file is the ONNX file, which ONNX Runtime computes.
+
+
+class InferSession:
+    loaded: ClassVar[list] = []
+
+    def __init__(self, device_id, model_path, acl_json_path=None, debug=False, loop=1):
+        self.loaded.append((device_id, model_path))
+        self.runner = graph.session(model_path, threads=1)
+
+    def infer(self, feeds, mode='static', custom_sizes=100000, out_array=True):
+        (images,) = feeds
+        assert mode == 'dymbatch' and len(images) in (1, 2, 4, 8), 'the model has no such batch'
+        assert images.dtype == np.float32 and images.shape[2:] == (SIZE, SIZE)
+        return [self.runner.run(None, {graph.INPUT: images})[0].reshape(-1)]
+
+
+@pytest.fixture(scope='module')
+def ascend(tmp_path_factory):
+    """A machine with CANN: atc, acl and ais_bench, as far as they are documented."""
+    folder = tmp_path_factory.mktemp('cann')
+    program = folder / 'atc'
+    program.write_text(f'#!{sys.executable}\nimport json, shutil, sys\n'
+                       'options = dict(word[2:].split("=", 1) for word in sys.argv[1:])\n'
+                       f'json.dump(options, open({str(folder / "options.json")!r}, "w"))\n'
+                       'shutil.copyfile(options["model"], options["output"] + ".om")\n')
+    program.chmod(0o755)
+    modules = {name: types.ModuleType(name) for name in ('acl', 'ais_bench', 'ais_bench.infer',
+                                                         'ais_bench.infer.interface')}
+    modules['acl'].get_soc_name = lambda: 'Ascend310P3'
+    modules['ais_bench.infer.interface'].InferSession = InferSession
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PATH', f'{folder}{os.pathsep}{os.environ["PATH"]}')
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        yield folder / 'options.json'
+
+
+@pytest.fixture(scope='module', params=ENGINES)
+def network(request, model):
+    """The network on each engine."""
+    if request.param == 'om':
+        request.getfixturevalue('ascend')
+    else:
+        pytest.importorskip(request.param)
+    return to_inference(model, engine=request.param, dtype='float32')
+
+
+# ------------------------------------------------------------------------------------------------------------ answers
+
+
+@pytest.mark.parametrize('kind', ['float', 'uint8'])
+@pytest.mark.parametrize('count', [0, 1, 3, 9])
+def test_logits_are_the_torch_networks(network, images, normalized, expected, kind, count):
+    rows = torch.arange(count) % 3
+    output = network((images if kind == 'uint8' else normalized)[rows].contiguous(memory_format=torch.channels_last))
+    assert output.shape == (count, CLASSES) and output.dtype == torch.float32
+    assert (output - expected[rows]).abs().max() < 1e-4 if count else True
+    assert relative_error(output, expected[rows]) < 1e-5 or not count
+
+
+@pytest.mark.parametrize('engine', ENGINES[:2])
+def test_images_of_other_sizes(model, engine):
+    pytest.importorskip(engine)
+    network, x = to_inference(model, engine=engine), torch.randn(2, 3, 80, 107)
+    with torch.inference_mode():
+        assert relative_error(network(x), model(x)) < 1e-5
+        assert relative_error(network(x[..., :75]), model(x[..., :75])) < 1e-5
+
+
+@pytest.mark.parametrize('options', [dict(num_classes=0), dict(num_classes=5, in_chans=1, global_pool='catavgmax')])
+def test_every_head_and_every_number_of_channels(options):
+    reference, _ = create_pair(**options)
+    x = torch.randn(2, options.get('in_chans', 3), SIZE, SIZE)
+    with torch.inference_mode():
+        assert relative_error(to_inference(reference.eval(), engine='onnxruntime')(x), reference(x)) < 1e-5
+
+
+def test_bfloat16_on_a_cpu_that_has_it(model, images, expected):
+    pytest.importorskip('openvino')
+    fast = to_inference(model, engine='openvino', dtype='fast')
+    assert fast.dtype in ('bfloat16', 'float32')
+    error = relative_error(fast(images), expected)
+    assert 1e-3 < error < 0.1 if fast.dtype == 'bfloat16' else error < 1e-5, error
+
+
+def test_sixteen_threads_get_their_own_answers(network, model):
+    """Through a Predictor, and without one."""
+    images = blots(48, seed=2)
+    with torch.inference_mode():
+        expected = to_inference(model)(images).softmax(-1)
+    assert torch.cdist(expected, expected).fill_diagonal_(1).min() > 1e-3  # a mixed-up pair would be noticed
+    with Predictor(network, topk=CLASSES, batch_size=8) as predictor, ThreadPoolExecutor(16) as threads:
+        answers = [answer for (answer,) in threads.map(predictor.predict, images)]
+        direct = torch.cat(list(threads.map(network, images.split(1)))).softmax(-1)
+    served = torch.stack([torch.tensor(answer['probabilities'])[torch.tensor(answer['indices']).argsort()]
+                          for answer in answers])
+    assert (served - expected).abs().max() < 1e-5
+    assert (direct - expected).abs().max() < 1e-5
+
+
+def test_a_network_is_a_module_and_cannot_be_misfed(network, images):
+    assert isinstance(network, EngineNetwork) and not list(network.parameters()) and not network.training
+    assert network.to('cpu').eval().num_classes == CLASSES
+    for wrong in (images[0], images[:, :2], images.long()):
+        with pytest.raises(UserError, match=r'expected images \(N, 3, H, W\)'):
+            network(wrong)
+
+
+# -------------------------------------------------------------------------------------------------- where it is taken
+
+
+def test_saved_copied_and_pickled_it_is_the_same_to_the_bit(network, images, tmp_path):
+    network.pretrained_cfg['label_names'] = [f'class {i}' for i in range(CLASSES)]
+    again = load(save(network, tmp_path / 'deployed'))
+    assert again.engine.name == network.engine.name and again.dtype == network.dtype
+    assert again.pretrained_cfg['label_names'] == network.pretrained_cfg.pop('label_names')
+    for other in (again, copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert torch.equal(other(images), network(images))
+
+
+def test_a_damaged_folder_is_one_line(network, tmp_path):
+    folder = save(network, tmp_path / 'deployed')
+    path = folder / network.engine.model_file
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match='checksum is wrong'):
+        load(folder)
+    path.unlink()
+    with pytest.raises(UserError, match='No such file'):
+        load(folder)
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, 'engine': 'abacus'}))
+    with pytest.raises(UserError, match="the engine 'abacus', which this version does not have"):
+        load(folder)
+    del config['engine']
+    (folder / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(UserError, match='is refused'):
+        load(folder)
+
+
+def test_the_file_of_a_discarded_network_is_removed(model):
+    network = to_inference(model, engine='onnxruntime')
+    folder = Path(network._folder.name)
+    assert [path.name for path in folder.iterdir()] == ['model.onnx']
+    del network
+    gc.collect()
+    assert not folder.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- the choice
+
+
+def test_torch_is_the_default_and_what_auto_means_before_a_measurement(model, caplog):
+    assert isinstance(to_inference(model), InferenceNetwork)
+    with caplog.at_level(logging.INFO):
+        assert isinstance(to_inference(model, engine='auto'), InferenceNetwork)
+    assert [record.getMessage() for record in caplog.records] == [
+        "engine 'auto': no engine has been measured on this machine; using torch."]
+    assert to_inference(model, dtype='bfloat16').conv2d_1a.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (dict(engine='openvin'), 'Did you mean openvino'),
+    (dict(engine='tensorrt'), 'Use one of auto, torch, openvino, onnxruntime, om'),
+    (dict(engine='onnxruntime', dtype='bfloat16'), 'cannot compute in bfloat16 here: use one of float32, int8'),
+    (dict(engine='onnxruntime', device='meta'), 'runs on a CPU, not on meta'),
+    (dict(engine='onnxruntime', dtype='int8'), 'needs calibration=FOLDER'),
+    (dict(engine='onnxruntime', dtype='int8', calibration='no/such'), 'no/such: No such file'),
+    (dict(dtype='int8'), "use engine='openvino' or 'onnxruntime'"),
+    (dict(dtype='float12'), "no dtype 'float12'"),
+])
+def test_what_cannot_be_is_told_in_a_line(model, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        to_inference(model, **options)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(('engine', 'package', 'command'), [
+    ('openvino', 'openvino', "pip install 'timm-npu-irv2[openvino]'"),
+    ('onnxruntime', 'onnxruntime', "pip install 'timm-npu-irv2[onnxruntime]'"),
+    ('om', 'ais_bench', 'https://gitee.com/ascend/tools'),
+])
+def test_a_missing_engine_is_named_with_the_way_to_install_it(model, monkeypatch, engine, package, command):
+    for name in [name for name in sys.modules if name.partition('.')[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match='not installed') as caught:
+        to_inference(model, engine=engine)
+    assert command in str(caught.value)
+
+
+def test_engines_are_imported_when_they_are_used():
+    code = ('import sys, timm_npu_irv2.deploy; '
+            'assert not {"openvino", "onnxruntime", "onnx", "ais_bench"} & set(sys.modules)')
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+# ------------------------------------------------------------------------------------------------- a graph for each
+
+
+def test_separate_siblings_are_the_same_function(model, images, tmp_path):
+    path = tmp_path / 'model.onnx'
+    graph.export(to_inference(model), path, uint8=True)
+    (before,) = graph.session(path).run(None, {graph.INPUT: images.numpy()})
+    content = onnx.load(path)
+    separate_siblings(content)
+    onnx.checker.check_model(content)
+    kinds = [node.op_type for node in content.graph.node]
+    assert kinds.count('Conv') == 244 and 'Split' not in kinds  # as many as timm's network has
+    graph.write(content, path)
+    (after,) = graph.session(path).run(None, {graph.INPUT: images.numpy()})
+    assert relative_error(torch.from_numpy(after), torch.from_numpy(before)) < 1e-5
+
+
+def test_om_is_compiled_for_the_card_and_loaded_onto_the_one_that_is_named(ascend, model, images, expected, caplog):
+    with caplog.at_level(logging.WARNING):
+        network = to_inference(model, engine='om', device='npu:3', dtype='fast')
+    options = json.loads(ascend.read_text())
+    assert options['soc_version'] == 'Ascend310P3' and options['precision_mode'] == 'force_fp16'
+    assert options['input_shape'] == f'images:-1,3,{SIZE},{SIZE}' and options['dynamic_batch_size'] == '1,2,4,8'
+    assert InferSession.loaded[-1][0] == 3
+    assert 'has not been tried on a card' in caplog.text
+    assert relative_error(network(images), expected) < 1e-5
+    with pytest.raises(UserError, match='runs on an Ascend card'):
+        to_inference(model, engine='om', device='cpu')
+
+
+# ---------------------------------------------------------------------------------------------------------------- int8
+
+
+def test_int8_is_calibrated_with_tensors_and_runs_on_every_engine_of_a_cpu(model, tmp_path):
+    pytest.importorskip('openvino')
+    images = blots(12, seed=3)
+    network = to_inference(model, engine='onnxruntime', dtype='int8', calibration=images[:6])
+    with torch.inference_mode():
+        expected = to_inference(model)(images)
+    assert relative_error(network(images), expected) < 0.2
+    folder = save(network, tmp_path / 'int8')
+    assert (folder / 'model.onnx').stat().st_size < 70e6
+    with pytest.raises(UserError, match='saved in int8, which cannot become float32'):
+        load(folder, dtype='float32')
+    shutil.copytree(folder, tmp_path / 'other')
+    config = json.loads((folder / 'config.json').read_text())
+    (tmp_path / 'other' / 'config.json').write_text(json.dumps({**config, 'engine': 'openvino'}))
+    other = load(tmp_path / 'other')
+    assert other.dtype == 'int8'
+    assert relative_error(other(images), expected) < 0.2

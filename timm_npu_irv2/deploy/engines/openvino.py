@@ -1,0 +1,55 @@
+"""Intel's OpenVINO, on CPUs. It runs the folded network as it is: merged siblings suit it."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import device as devices
+from ...errors import UserError, first_line
+from ..onnx import optional
+from .base import Engine, Session
+
+__all__ = ['OpenVINO']
+
+# OpenVINO's names of what a CPU computes in, and of the hint that chooses it. What int8 leaves in floating point is
+# computed in float32.
+CAPABILITIES = {'float32': 'FP32', 'bfloat16': 'BF16', 'float16': 'FP16', 'int8': 'INT8'}
+HINTS = {'float32': 'f32', 'bfloat16': 'bf16', 'float16': 'f16', 'int8': 'f32'}
+
+
+class OpenVINO(Engine):
+    """OpenVINO's CPU plugin."""
+
+    name = 'openvino'
+
+    def dtypes(self) -> tuple[str, ...]:
+        """Return float32, and the others that the CPU has instructions for."""
+        capabilities = _core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
+        found = [name for name, capability in CAPABILITIES.items() if capability in capabilities]
+        fast = str(devices.fast_dtype('cpu')).removeprefix('torch.')
+        return tuple(sorted(found, key=lambda name: name != fast))
+
+    def open(self, model: Path, dtype: str, device: str | None = None) -> Session:
+        """Compile the model for as many threads as torch uses; concurrent calls wait for each other."""
+        try:
+            compiled = _core().compile_model(str(model), 'CPU', {
+                'PERFORMANCE_HINT': 'LATENCY',
+                'INFERENCE_NUM_THREADS': torch.get_num_threads(),
+                'INFERENCE_PRECISION_HINT': HINTS[dtype],
+            })
+        except RuntimeError as error:
+            raise UserError(f'OpenVINO cannot run {model}: {first_line(error)}') from error
+        request, lock = compiled.create_infer_request(), threading.Lock()
+
+        def run(images: np.ndarray) -> np.ndarray:
+            with lock:  # a request computes one batch at a time, with all threads
+                return request.infer({0: images}, share_inputs=True)[0]
+
+        return run
+
+
+def _core() -> Any:
+    return optional('openvino', 'openvino').Core()
