@@ -17,7 +17,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from .ops import batch_norm_relu, scaled_residual_relu
+from .ops import batch_norm_relu, pointwise_convolution, scaled_residual_relu, variants
 from .shortcuts import is_eager, is_unobserved
 
 __all__ = ['BatchNormAct2d', 'BlockSequence', 'LayerFactory', 'PiecewiseNorm', 'ResidualBlock', 'Siblings',
@@ -128,6 +128,15 @@ def split(x: Tensor, channels: List[int]) -> List[Tensor]:
     return [pieces[i] for i in range(len(channels))]  # FX cannot iterate
 
 
+def convolve_1x1(conv: nn.Module, x: Tensor) -> Tensor:
+    """Compute ``conv(x)`` for a 1×1 convolution in the chosen form; a product of matrices is a shortcut."""
+    if variants().pointwise == 'product' and is_eager(x) and is_unobserved(conv, nn.Conv2d):
+        parameters: Any = conv._parameters
+        if parameters['weight'].dtype == x.dtype:
+            return pointwise_convolution(x, parameters['weight'], parameters['bias'])
+    return conv(x)
+
+
 def concatenate(branches: List[Tensor]) -> Tensor:
     """Concatenate branches (N, C, H, W) along their channels, for a norm."""
     if torch.jit.is_scripting():
@@ -166,7 +175,11 @@ class Siblings(nn.Module):
 
     def forward(self, x: Tensor) -> List[Tensor]:
         """(N, in_channels, H, W) -> one (N, C, H, W) for each of ``direct``, then for each of ``passed_on``."""
-        pieces = split(self.conv(x), self.pieces)
+        if torch.jit.is_scripting():  # noqa: SIM108 - TorchScript leaves out the other branch of a statement only
+            merged = self.conv(x)
+        else:
+            merged = convolve_1x1(self.conv, x)
+        pieces = split(merged, self.pieces)
         out = pieces[:-1] + split(self.bn(pieces[-1]), self.passed_on)
         if torch.jit.is_scripting():
             return out  # TorchScript has no tuples of any length
@@ -247,6 +260,8 @@ class ResidualBlock(nn.Module):
         """Return what the block adds to ``x``."""
         norm: Any = self.bn
         out = norm.normalize_and_activate(self.branches(x), self.scale)
+        if self.conv2d.weight.dtype == out.dtype and variants().pointwise == 'product':
+            return pointwise_convolution(out, self.conv2d.weight, scaled_bias)
         return self.conv2d._conv_forward(out, self.conv2d.weight, scaled_bias)
 
     def _end(self) -> Optional[nn.Module]:

@@ -93,6 +93,19 @@ def test_mixed_types_are_cast_to_the_wider_one():
     assert found == [('Cast', 16, 32), ('Elementwise', 64, 32)]
 
 
+def test_lazy_fusion_makes_one_kernel_of_what_follows_one_another():
+    shape, bias = (N, 320, 35, 35), tensor('r', 320, 1)
+    calls = [('aclnnInplaceAdd', f'{tensor("b", *shape)} {bias}'),
+             ('aclnnAdd', ' '.join((tensor('r', *shape), tensor('r', *shape), tensor('w', *shape)))),
+             ('aclnnInplaceRelu', tensor('b', *shape)),
+             ('aclnnThresholdBackward', ' '.join((tensor('r', *shape), tensor('r', *shape), tensor('w', *shape))))]
+    size = N * 320 * 35 * 35 * HALF
+    fused, alone = (chip_costs.kernels_of_calls(calls, '910b', lazy) for lazy in (True, False))
+    assert [tuple(each) for each in fused] == [
+        ('LazyFusion', 2 * size + 320 * HALF, size), ('ReluGrad', 2 * size, size)]
+    assert len(alone) == 4 and sum(r + w for _, r, w in alone) == (2 + 3 + 2 + 3) * size + 320 * HALF
+
+
 def test_each_row_names_its_source():
     for name, row in (*chip_costs.TABLE.items(), ('default', chip_costs.DEFAULT)):
         assert 'hicann/ops-' in row.source and ('9.1.0' in row.source), name

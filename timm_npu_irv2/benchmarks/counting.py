@@ -57,7 +57,7 @@ class Record(Protocol):
         """Return {operator: number of calls}."""
         ...
 
-    def kernels(self, chip: str) -> Sequence[tuple[str, int, int]]:
+    def kernels(self, chip: str, lazy_fusion: bool) -> Sequence[tuple[str, int, int]]:
         """Return (name, bytes read, bytes written) of each kernel that the operators become on a chip."""
         ...
 
@@ -65,18 +65,24 @@ class Record(Protocol):
 Journal = Callable[[], AbstractContextManager[Record]]
 
 
-def cost_of(work: Callable[[], Any], journal: Journal | None = None, chip: str = '910b') -> Cost:
+def cost_of(
+        work: Callable[[], Any],
+        journal: Journal | None = None,
+        chip: str = '910b',
+        lazy_fusion: bool = False,
+) -> Cost:
     """Run ``work`` once and count.
 
     Args:
         work: The work to count.
         journal: Function that returns a context whose value is the record of the work inside it.
         chip: Family of chips whose kernels are counted with a journal: '910a', '910b' or '950'.
+        lazy_fusion: Count the kernels as with TORCH_NPU_LAZY_FUSION.
     """
     if journal is not None:
         with journal() as record:
             work()
-        kernels = record.kernels(chip)
+        kernels = record.kernels(chip, lazy_fusion)
         return Cost(record.calls(), record.bytes, record.synchronizations, Counter(name for name, _, _ in kernels),
                     sum(read + written for _, read, written in kernels))
     with _OperatorCounter() as counter:

@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--recompute', action='store_true', help='add this network with --recompute cheap')
     parser.add_argument('--zoo', action='store_true',
                         help="add the recipe of the model zoo's script; only in 16 bits, and with Ascend's apex")
+    parser.add_argument('--variants', nargs='+', choices=('default', 'best'), default=['default'],
+                        help='default: the network as it comes; best: also with the variants that move the fewest '
+                             'bytes on an NPU by count (default: default)')
     parser.add_argument('--chip', choices=CHIPS, default='910b',
                         help="chip whose kernels are counted, on the stand-in for CANN (default: 910b)")
     parser.add_argument('--host-rounds', type=int, default=0, metavar='N',
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace, journal: Journal | None = None) -> dict[str, A
         if args.float32:
             raise UserError("--zoo: the model zoo's recipe is one of 16 bits, so leave --float32 out.")
         devices.apex_amp()  # fails now, not after the others have been counted
-    found = candidates(not args.float32, args.recompute, args.zoo)
+    found = candidates(not args.float32, args.recompute, args.zoo, best='best' in args.variants)
     host = _host_time(found, device, args) if args.host_rounds else {}
     rows: dict[str, list[Any]] = {}
     for name, candidate in found.items():
@@ -104,7 +107,7 @@ def _count(
         step = candidate.create(Workload(device, batch_size, args.img_size))
         for _ in range(2):  # the first ones allocate states
             step()
-        costs.append(cost_of(step, journal, args.chip))
+        costs.append(cost_of(step, journal, args.chip, candidate.lazy_fusion))
         del step
         gc.collect()
     chip = None

@@ -1,4 +1,4 @@
-"""Fused operators, a file each: the formula, a reference, the kernels, the gradient. They know nothing of timm.
+"""Operators, a file each: the formula, a reference, the kernels, the gradient. They know nothing of timm.
 
 They are for eager code alone: a compiler fuses plain operations better than operators that it cannot look into, and
 exported or scripted programs must run where this package is not installed. ``shortcuts.py`` tells when to call them.
@@ -7,6 +7,9 @@ exported or scripted programs must run where this package is not installed. ``sh
 from .activation import scaled_relu
 from .batch_norm import batch_norm_relu
 from .normalize import normalize_images
+from .pointwise import pointwise_convolution
 from .residual import scaled_residual_relu
+from .variants import use_variants, variants
 
-__all__ = ['batch_norm_relu', 'normalize_images', 'scaled_relu', 'scaled_residual_relu']
+__all__ = ['batch_norm_relu', 'normalize_images', 'pointwise_convolution', 'scaled_relu', 'scaled_residual_relu',
+           'use_variants', 'variants']

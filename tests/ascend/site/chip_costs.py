@@ -9,7 +9,7 @@ second pass over inputs that do not fit into the chip's buffers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,6 +101,48 @@ def kernels_of(operator: str, tensors: str, chip: str) -> list[Kernel]:
     """
     arguments = _parse(tensors)
     return list(TABLE.get(operator, DEFAULT).rule(CHIPS[chip], arguments))
+
+
+def kernels_of_calls(calls: Iterable[tuple[str, str]], chip: str, lazy_fusion: bool = False) -> list[Kernel]:
+    """Return the kernels of several calls in a row.
+
+    Args:
+        calls: (aclnn function, tensors) of each call.
+        chip: A key of ``CHIPS``.
+        lazy_fusion: Fusion of additions, products and ReLUs that follow one another, as by TORCH_NPU_LAZY_FUSION on
+            910b. Inferred: a call joins the kernel of the call before it if it reads that call's output.
+    """
+    kernels: list[Kernel] = []
+    run: list[list[Tensor]] = []
+    for name, tensors in calls:
+        every = _flat(_parse(tensors)) if lazy_fusion and name in FUSIBLE else []
+        if run and not (every and _reads(every, run[-1])):
+            kernels.append(_fuse(run))
+            run = []
+        if every and all(tensor.is_contiguous for tensor in every):
+            run.append(every)
+        else:
+            kernels += kernels_of(name, tensors, chip)
+    return [*kernels, _fuse(run)] if run else kernels
+
+
+FUSIBLE = frozenset(f'aclnn{name}' for name in ('Add', 'InplaceAdd', 'Mul', 'InplaceMul', 'Muls', 'InplaceMuls', 'Relu',
+                                                'InplaceRelu'))
+
+
+def _reads(tensors: list[Tensor], before: list[Tensor]) -> bool:
+    """Return True if an input of a call has the dtype and the number of elements of the output before it."""
+    output = next(t for t in before if t.role in 'wb')
+    kinds = [(t.dtype, math.prod(t.sizes)) for t in tensors if t.role in 'rb']
+    return (output.dtype, math.prod(output.sizes)) in kinds and all(tensor.is_contiguous for tensor in tensors)
+
+
+def _fuse(run: list[list[Tensor]]) -> Kernel:
+    """Return the one kernel of a run of calls: all inputs that it does not make itself, and the last output."""
+    read = sum(t.bytes for tensors in run for t in tensors if t.role in 'rb')
+    made = sum(next(t for t in tensors if t.role in 'wb').bytes for tensors in run[:-1])
+    written = next(t for t in run[-1] if t.role in 'wb').bytes
+    return Kernel('LazyFusion' if len(run) > 1 else 'Elementwise', read - made, written)
 
 
 Argument = Tensor | list[Tensor] | None

@@ -63,9 +63,10 @@ class Recording:
         """How often the host waited for the device."""
         return sum(event.kind == 'synchronize' for event in self.events)
 
-    def kernels(self, chip: str) -> list[chip_costs.Kernel]:
+    def kernels(self, chip: str, lazy_fusion: bool = False) -> list[chip_costs.Kernel]:
         """The kernels that the operators become on a chip: '910a', '910b' or '950'."""
-        return [kernel for each in self.operators for kernel in chip_costs.kernels_of(each.name, each.tensors, chip)]
+        calls = [(each.name, each.tensors) for each in self.operators]
+        return chip_costs.kernels_of_calls(calls, chip, lazy_fusion)
 
     def calls(self) -> Counter[str]:
         """{operator: how often it ran}."""
