@@ -181,7 +181,7 @@ def _training(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         return ''
     lines = ['## How it was trained\n']
     device, versions = figures.get('device') or {}, figures.get('versions') or {}
-    if figures.get('seconds') and device:
+    if device and all(figures.get(key) for key in ('seconds', 'epochs', 'world_size', 'precision')):
         story = (f'{figures["epochs"]} epochs in {figures["seconds"] / 3600:.1f} hours on {figures["world_size"]} × '
                  f'{device["type"]} ({device["name"]}), {figures["precision"]}; '
                  f'{", ".join(f"{package} {version}" for package, version in versions.items())}.')

@@ -127,7 +127,10 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str = '',
         trained = {'num_classes': (content.get('training') or {}).get('num_classes'),
                    'in_chans': trained_channels(content)}
         given = {key: value for key, value in kwargs.items() if value is not None}
-        model: Any = timm.create_model(name, pretrained=pretrained, **{**kwargs, **trained, **given})
+        try:
+            model: Any = timm.create_model(name, pretrained=pretrained, **{**kwargs, **trained, **given})
+        except (AssertionError, AttributeError, KeyError, TypeError) as error:  # what its config lacks, or does not fit
+            raise UserError(f'{name} cannot be created: {one_line(error)}') from error
         if content:
             model.load_state_dict(content.get('state_dict_ema') or content['state_dict'])
             remember_training(model.pretrained_cfg, content, model.num_classes)
