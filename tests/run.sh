@@ -62,10 +62,13 @@ check() {
 
 selected=$([[ $# == 0 ]] && echo no || echo yes)
 
-prepare "$main" install --editable '.[dev]'
+prepare "$main" install --editable '.[dev,docs]'
 check 'ruff' "$main/bin/ruff" check .
 check 'mypy' "$main/bin/mypy"
 check 'import-linter' "$main/bin/lint-imports"
+site=$(mktemp -d)
+check 'docs' env NO_MKDOCS_2_WARNING=1 "$main/bin/mkdocs" build --strict --quiet --site-dir "$site"
+rm -rf "$site"
 # Two tests at a time; one thread each, since tests compare sums in one process with those in others.
 export OMP_NUM_THREADS=1
 check 'tests' "$main/bin/python" -m pytest -n 2 "$@"
