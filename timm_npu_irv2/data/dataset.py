@@ -153,8 +153,8 @@ def check_num_classes(dataset: Any, num_classes: int | None) -> None:
 
 def check_apart(train: Any, val: Any) -> None:
     """Raise UserError if a folder of one split holds that of another, so that they share images."""
-    if not (hasattr(train, 'reader') and hasattr(val, 'reader')):
-        return
+    if not all(isinstance(getattr(dataset, 'reader', None), FolderReader) for dataset in (train, val)):
+        return  # the root of another reader is a cache for all splits
     first, second = (Path(dataset.reader.root).resolve() for dataset in (train, val))
     if first == second or first in second.parents or second in first.parents:
         raise UserError(
