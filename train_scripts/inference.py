@@ -12,13 +12,12 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import DatasetInfoLabelMapper
-from timm.layers import apply_test_time_pool
 from torch import Tensor, nn
 
 from timm_npu_irv2 import device as devices
@@ -32,7 +31,7 @@ from timm_npu_irv2.cli.table import EXTENSIONS, by_key, to_format, to_json
 from timm_npu_irv2.data.classes import class_info
 from timm_npu_irv2.data.dataset import open_dataset
 from timm_npu_irv2.data.image_files import DatasetImages, NamedImages, decode_batches, find_files
-from timm_npu_irv2.data.pipeline import ImagePipeline
+from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions
 from timm_npu_irv2.distributed import initialize, shutdown
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.ops.normalize import normalize_images
@@ -170,12 +169,11 @@ def infer(args: Namespace, device: torch.device) -> None:
     """Classify all images, and write the results as tables and as a picture."""
     model = load_model(args)
     pipeline = ImagePipeline.for_model(model, vars(args), use_test_size=not args.use_train_size)
+    labels = label_function(args, model)
     if args.test_pool:
-        model, pooled = apply_test_time_pool(model, {'input_size': pipeline.input_size})
-        pipeline = replace(pipeline, crop_pct=1.0) if pooled else pipeline
+        model, pipeline = pool_over_positions(model, pipeline)
     images = open_images(args, pipeline.input_img_mode)
     dtype, amp_dtype = choose_dtypes(args, device)
-    labels = label_function(args, model)
     model = prepare_model(model, device, dtype, torchscript=args.torchscript)
     network = Network(model, pipeline, device, dtype, amp_dtype, args.torchcompile, args.torchcompile_mode)
     _logger.info(f'{args.checkpoint or args.model}: {len(images)} images of {pipeline.input_size[-1]} px; '
@@ -208,7 +206,7 @@ def open_images(args: Namespace, mode: str) -> NamedImages:
                            download=args.dataset_download, input_img_mode=mode)
     if not hasattr(dataset, '__getitem__'):
         raise UserError(f'--dataset {args.dataset} is a stream, whose images have no names.')
-    return DatasetImages(dataset)
+    return DatasetImages(dataset, mode)
 
 
 def choose_dtypes(args: Namespace, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:

@@ -15,14 +15,13 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from timm.data import RealLabelsImagenet
-from timm.layers import apply_test_time_pool
 from timm.models import get_pretrained_cfg, is_model, list_models
 from timm.utils import decay_batch_step, natural_key, random_seed, reparameterize_model
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.cli.table import to_csv
 from timm_npu_irv2.data.classes import class_indices
 from timm_npu_irv2.data.loader import DeviceLoader
-from timm_npu_irv2.data.pipeline import ImagePipeline, remember_training, trained_channels
+from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions, remember_training, trained_channels
 from timm_npu_irv2.distributed import World, gather_objects, initialize, shutdown
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.plots import Prediction, draw_prediction_grid, select_predictions
@@ -234,8 +233,7 @@ def measure(args: Namespace, world: World, candidate: Candidate, batch_size: int
     pipeline = ImagePipeline.for_model(model, vars(args), use_test_size=not args.use_train_size)
     class_to_idx = None if args.valid_labels else class_indices(model.pretrained_cfg.get('label_names'))
     if args.test_pool:
-        model, pooled = apply_test_time_pool(model, {'input_size': pipeline.input_size})
-        pipeline = replace(pipeline, crop_pct=1.0) if pooled else pipeline
+        model, pipeline = pool_over_positions(model, pipeline)
     dtype = getattr(torch, args.model_dtype or 'float32')
     amp_dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else devices.half_dtype(world.device)
     loader = build_eval_loader(
@@ -272,7 +270,7 @@ def load_model(args: Namespace, candidate: Candidate) -> nn.Module:
         candidate.model,
         pretrained=args.pretrained and state_dict is None,
         num_classes=args.num_classes or (classes_in(state_dict, candidate.model) if state_dict else None),
-        in_chans=args.in_chans or (args.input_size or [trained_channels(content) or 3])[0],
+        in_chans=args.in_chans or (args.input_size or [trained_channels(content)])[0],
         global_pool=args.gp,
         scriptable=args.torchscript,
         **args.model_kwargs,

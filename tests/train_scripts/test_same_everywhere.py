@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import conv2d, cross_entropy
 
 from tests.conftest import fill
 from timm_npu_irv2 import hub
@@ -276,3 +276,20 @@ def test_names_of_a_data_set_are_published_in_the_order_of_the_training(network,
         assert code == 2 and message in capsys.readouterr().err
     else:
         assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == CLASSES
+
+
+def test_positions_are_averaged_over_images_larger_than_those_of_the_training(network, tmp_path, capsys):
+    made, size = network('RGB'), 139  # 3 × 3 positions, of which the training had one
+    write_images(tmp_path / 'val')
+    assert run('inference', tmp_path / 'val', '--device', 'cpu', '--topk', 0, '--output-type', 'logit', '--img-size',
+               size, '--test-pool', '--checkpoint', made.checkpoint) == 0
+    results = json.loads(capsys.readouterr().out.split('--result\n')[1])
+    transform = create_transform((0, size, size), crop_pct=1.0, is_training=False, interpolation='bilinear',
+                                 use_prefetcher=True)
+    pixels = transform(Image.open(tmp_path / 'val' / 'cat' / 'cat0.png')).float()[None] / 255
+    with torch.inference_mode():
+        features = made.model.forward_features((pixels - 0.4) / 0.5)
+        logits = conv2d(features, made.model.classif.weight[:, :, None, None], made.model.classif.bias)[0]
+    assert logits.shape[1:] == (3, 3)
+    expected = (logits.mean((1, 2)) + logits.amax((1, 2))) / 2  # timm's average and maximum
+    assert results['cat0.png']['logit'] == pytest.approx(expected.tolist(), abs=1e-3)

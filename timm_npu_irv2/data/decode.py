@@ -38,4 +38,6 @@ def to_pil_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
     if image.mode in ('I', 'F'):
         raise ValueError(f"pixels of mode '{image.mode}' have no known range: convert the image to 8 bits")
+    if image.mode == 'LAB':
+        image = image.convert('RGB')  # which Pillow converts to anything else
     return image.convert(mode)

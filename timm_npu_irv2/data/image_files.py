@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from .decode import read_image
+from .decode import read_image, to_pil_mode
 from .folder import ImageFile, find_images
 
 __all__ = ['DatasetImages', 'NamedFiles', 'NamedImages', 'decode_batches', 'find_files']
@@ -72,14 +72,14 @@ class DatasetImages:
 
     max_threads: int | None = 1  # timm's readers may share a file between samples
 
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
+    def __init__(self, dataset: Any, mode: str):
+        self.dataset, self.mode = dataset, mode
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return self.dataset[index][0]
+        return to_pil_mode(self.dataset[index][0], self.mode)  # torchvision's have the mode of their file
 
     def name(self, index: int, full: bool = False) -> str:
         """Return the name of a sample, or its index if it has none."""

@@ -1,19 +1,21 @@
 """The image pipeline: from a decoded image to the input of a network."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.loader import adapt_to_chs
 from timm.data.model_config import get_model_input_config, resolve_input_data_config
+from timm.layers import apply_test_time_pool
 from torch import nn
 
 from ..errors import UserError, first_line
 from .classes import label_names
 
-__all__ = ['MODES', 'MOST_CHANNELS', 'ImagePipeline', 'remember_training', 'trained_channels']
+__all__ = ['MODES', 'MOST_CHANNELS', 'ImagePipeline', 'pool_over_positions', 'remember_training', 'trained_channels']
 
 MODES = ('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV')  # 8 bits a channel, and Pillow converts any image to them
 
@@ -76,7 +78,7 @@ class ImagePipeline:
             raise UserError(f'the images do not fit the model: {first_line(error)}') from error
         config['crop_border_pixels'] = options.get('crop_border_pixels')
         mode = options.get('input_img_mode') or cfg.get('input_img_mode')
-        if not options.get('input_img_mode') and mode and Image.getmodebands(mode) != config['input_size'][0]:
+        if not options.get('input_img_mode') and mode in MODES and Image.getmodebands(mode) != config['input_size'][0]:
             mode = None  # the model has been adapted to other channels
         return cls.from_config(config, mode)
 
@@ -134,6 +136,25 @@ class ImagePipeline:
         )
 
 
+def pool_over_positions(model: Any, pipeline: ImagePipeline) -> tuple[nn.Module, ImagePipeline]:
+    """Return a model that averages its logits over several positions, and its pipeline, if the images are larger.
+
+    Otherwise return both as they are. timm's ``apply_test_time_pool`` must know how many positions an image of the
+    training had, which a checkpoint does not say.
+    """
+    cfg = model.pretrained_cfg
+    if not cfg.get('pool_size'):
+        with torch.inference_mode():
+            features = model.eval().forward_features(torch.zeros(1, *pipeline.input_size[:1], *cfg['input_size'][1:]))
+        cfg['pool_size'] = tuple(features.shape[-2:])
+    model, pooled = apply_test_time_pool(model, {'input_size': pipeline.input_size})
+    return model, replace(pipeline, crop_pct=1.0) if pooled else pipeline
+
+
+# Entries that a file may set; the others of a pretrained_cfg say where weights come from.
+_TRAVELLING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'input_img_mode')
+
+
 def remember_training(pretrained_cfg: dict[str, Any], content: Mapping[str, Any], num_classes: int) -> None:
     """Put what a checkpoint of a training knows about its images and classes into a ``pretrained_cfg``.
 
@@ -144,9 +165,10 @@ def remember_training(pretrained_cfg: dict[str, Any], content: Mapping[str, Any]
         num_classes: Number of outputs of the network.
     """
     training, args = content.get('training') or {}, content.get('args') or {}
-    known = training.get('pipeline') or _pipeline_options(args, pretrained_cfg)
+    pipeline = training.get('pipeline') or _pipeline_options(args, pretrained_cfg)
+    known = {key: pipeline[key] for key in _TRAVELLING if pipeline.get(key) is not None}
     if known.get('input_size'):
-        for key in 'test_input_size', 'test_crop_pct':
+        for key in 'test_input_size', 'test_crop_pct', 'pool_size', 'test_pool_size':
             pretrained_cfg.pop(key, None)
     pretrained_cfg.update(known)
     if names := label_names(training.get('class_to_idx'), num_classes):
@@ -162,8 +184,7 @@ def trained_channels(content: Mapping[str, Any]) -> int | None:
 
 def _pipeline_options(args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the options of a training say about the images, for checkpoints without their pipeline."""
-    known = {key: args[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'input_img_mode')
-             if args.get(key)}
+    known = {key: args[key] for key in _TRAVELLING[1:] if args.get(key)}
     channels, *size = args.get('input_size') or pretrained_cfg.get('input_size') or (3, 299, 299)
     size = [args['img_size']] * 2 if args.get('img_size') else size
     if any(args.get(key) for key in ('input_size', 'img_size', 'in_chans')):
