@@ -62,8 +62,9 @@ def test_an_operator_wrong_by_a_thousandth_is_caught(start):
 
 def test_the_journals_count_operators_copies_and_synchronisations():
     result = pieces.journal()
-    assert result['add'] == [('aclnnAdd', 8000, 4000)]
-    assert result['expanded'] == [('aclnnMuls', 4000, 4_000_000)]  # an expanded input is read once
+    assert result['add'] == [('aclnnAdd', 8000, 4000, 'r:Float:1000:1 r:Float:1000:1 w:Float:1000:1 ')]
+    expanded = 'r:Float:1000,1000:1,0 w:Float:1000,1000:1000,1 '
+    assert result['expanded'] == [('aclnnMuls', 4000, 4_000_000, expanded)]  # an expanded input is read once
     assert [size for _, _, size in result['item']] == [4]
     assert result['item_synchronizations'] >= 1
     assert [size for _, _, size in result['upload']] == [200]
