@@ -6,6 +6,7 @@ Elsewhere, and over the flat master weights of --opt-level O2 (``precision/maste
 is the optimizer of torch or timm that computes the same, fused or foreach where there is such an implementation.
 """
 
+import difflib
 import inspect
 import logging
 import warnings
@@ -113,8 +114,9 @@ def create_optimizer(model: nn.Module, options: Any, **kwargs: Any) -> Optimizer
     arguments = {**timm.optim.optimizer_kwargs(options), **kwargs}
     name = arguments['opt'].lower().split('_')[-1]  # timm's 'lookahead_NAME'
     if name not in timm.optim.list_optimizers():
-        raise UserError(f"--opt {arguments['opt']}: no such optimizer. "
-                        'Run `timm.optim.list_optimizers()` for a list.')
+        close = difflib.get_close_matches(name, timm.optim.list_optimizers(), n=2)
+        hint = f'Did you mean {" or ".join(close)}?' if close else '`timm.optim.list_optimizers()` lists them.'
+        raise UserError(f"--opt {arguments['opt']}: no such optimizer. {hint}")
     fused = next((fused for fused in _OPTIMIZERS if fused.name == name), None)
     if fused is not None:
         apex = getattr(options, 'amp_impl', None) == 'apex'

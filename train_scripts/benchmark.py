@@ -8,6 +8,9 @@
     python train_scripts/benchmark.py table report.json …     # rows for the README from reports of train.py
 """
 
+import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
+
+# isort: split
 import argparse
 import importlib
 import os

@@ -1,10 +1,20 @@
-# What the launchers share. Sourced by them, not run.
+# Functions of the launchers, which source this file.
 # shellcheck shell=bash
 
 set -euo pipefail
 
 SCRIPTS=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 PYTHON=${PYTHON:-$(command -v python || command -v python3 || true)}
+
+show_help() {  # show_help ARGUMENT...: for -h or --help, print the comment at the top of the launcher and stop
+    local word
+    for word in "$@"; do
+        if [[ $word == -h || $word == --help ]]; then
+            sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" | grep -v '^shellcheck'
+            exit 0
+        fi
+    done
+}
 
 fail() {  # fail MESSAGE: one line, exit code 2
     printf '%s: error: %s\n' "${0##*/}" "$1" >&2
@@ -63,15 +73,15 @@ set_hccl_ports() {  # HCCL listens on 32 ports from 60000 on: others for a secon
 launch() {  # launch SCRIPT PROCESSES OPTION...: run one of the Python scripts in so many processes per machine
     local script=$1 processes=$2
     shift 2
-    [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "'$processes' is no number of processes."
-    [[ -n $PYTHON ]] || fail 'there is no python here: activate an environment, or set PYTHON.'
+    [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "'$processes' is not a number of processes."
+    [[ -n $PYTHON ]] || fail 'python is not found: activate an environment, or set PYTHON.'
     load_cann
     set_defaults "$processes"
     local nodes=${NNODES:-1}
     if [[ $processes == 1 && $nodes == 1 ]]; then
         exec "$PYTHON" "$SCRIPTS/$script" "$@"
     fi
-    # Whatever can be known to be wrong is one line here, and not one from each process.
+    # Mistakes that can be found in advance are reported here, once.
     "$PYTHON" "$SCRIPTS/preflight.py" "${0##*/}" "$script" "$processes" "$@"
     set_hccl_ports
     local meeting=(--standalone)  # one machine: a free port
@@ -81,6 +91,8 @@ launch() {  # launch SCRIPT PROCESSES OPTION...: run one of the Python scripts i
     elif [[ -n ${MASTER_PORT:-} ]]; then
         meeting=(--master-addr localhost --master-port "$MASTER_PORT")
     fi
-    exec "$PYTHON" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes" \
+    exec "$PYTHON" "$SCRIPTS/torchrun.py" "${meeting[@]}" --nproc-per-node "$processes" \
         --max-restarts "${MAX_RESTARTS:-0}" "$SCRIPTS/$script" "$@"
 }
+
+show_help "$@"

@@ -28,6 +28,7 @@ def write_digits(folder: Path) -> None:
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 2:
-        sys.exit('usage: digits.py DIR')
+    if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
+        print('usage: digits.py DIR')
+        sys.exit(0 if sys.argv[1:] in (['-h'], ['--help']) else 2)
     write_digits(Path(sys.argv[1]))

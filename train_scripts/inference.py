@@ -7,6 +7,9 @@
 The options are those of timm's inference.py. Threads decode images while the device computes.
 """
 
+import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
+
+# isort: split
 import logging
 import sys
 import time
@@ -22,7 +25,13 @@ from torch import Tensor, nn
 
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import hub
-from timm_npu_irv2.cli.checks import check_rules
+from timm_npu_irv2.cli.checks import (
+    check_compile_backend,
+    check_installed,
+    check_output_file,
+    check_rules,
+    dataset_rules,
+)
 from timm_npu_irv2.cli.evaluation import describe_precision, prepare_model
 from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, device_switches, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
@@ -144,7 +153,17 @@ def parse(argv: Sequence[str]) -> Namespace:
          f'--results-format {" ".join(formats)}: the files would have the same name.'),
         (args.gradcam and not args.picture, '--gradcam is drawn into the picture: name it with --picture FILE.png.'),
         (args.checkpoint and not Path(args.checkpoint).is_file(), f'--checkpoint {args.checkpoint}: no such file.'),
+        *dataset_rules(args.dataset),
     ])
+    check_compile_backend(args.torchcompile)
+    check_output_file('--picture', args.picture)
+    if args.results_file or args.results_dir:
+        path = Path(args.results_dir) / (args.results_file or '.csv')
+        check_output_file('--results-file', str(path), make_folder=True)
+    if args.picture:
+        check_installed('--picture', 'matplotlib')
+    if 'parquet' in formats:
+        check_installed('--results-format parquet', 'pandas', 'pyarrow')
     return args
 
 
@@ -178,6 +197,9 @@ def infer(args: Namespace, device: torch.device) -> None:
     network = Network(model, pipeline, device, dtype, amp_dtype, args.torchcompile, args.torchcompile_mode)
     _logger.info(f'{args.checkpoint or args.model}: {len(images)} images of {pipeline.input_size[-1]} px; '
                  f'{device.type}, {describe_precision(dtype, amp_dtype)}')
+    if args.gradcam:  # fails now, and not after all images, for a network or a size that it cannot handle
+        blank = torch.zeros(1, *pipeline.input_size, dtype=torch.uint8)
+        gradcam(model, network.place(blank), torch.zeros(1, dtype=torch.long, device=device))
     answers = classify(args, network, images)
     if args.picture:
         draw(args, network, answers, labels or str)
@@ -324,8 +346,6 @@ def _placed_batches(
 def draw(args: Namespace, network: Network, answers: Answers, labels: Labels) -> None:
     """Draw the contact sheet of the first images."""
     path = Path(args.picture)
-    if not path.parent.is_dir():
-        raise UserError(f'--picture {path}: there is no folder {path.parent}.')
     shown = torch.cat(answers.shown)
     probabilities, classes = (torch.cat(part) for part in zip(*answers.shown_top, strict=True))
     heat: list[Any] = [None] * len(shown)

@@ -8,6 +8,9 @@ The options are those of timm's onnx_export.py. The script prints the commands o
 Ascend devices; --atc runs one of them.
 """
 
+import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
+
+# isort: split
 import logging
 import sys
 from argparse import Namespace
@@ -103,6 +106,8 @@ def main(argv: Sequence[str]) -> int:
     """Export the network, check the file, and print or run the ATC commands."""
     args = parse(argv)
     start_log()
+    for package in ('onnx', 'onnxruntime', *(['onnxscript'] if args.dynamo else [])):
+        onnx.optional(package)  # an error now, and not after the export
     network = load_network(args)
     height, width = image_size(args, network)
     shape = (args.batch_size, network.in_chans, *((None, None) if args.dynamic_size else (height, width)))

@@ -7,6 +7,9 @@ The ranges of the activations come from the images of the calibration folder. Th
 --evaluation names, else on every second image of the calibration folder, which is then left out of calibration.
 """
 
+import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
+
+# isort: split
 import logging
 import sys
 from argparse import Namespace

@@ -38,6 +38,8 @@ def check_devices(name: str | None, processes: int) -> None:
     """Raise UserError unless there is a device for each process."""
     devices.load_backends()
     kind = (name or devices.default_device()).partition(':')[0]
+    if kind == 'cpu' and not name and processes > 1:
+        raise UserError(f'no NPU or GPU is available here: add --device cpu to run {processes} processes on the CPU.')
     devices.resolve_device(kind, local_rank=processes - 1)
 
 

@@ -8,6 +8,9 @@
 The options are those of timm's train.py, the parameters of Ascend ModelZoo's script, and what an NPU needs: --help.
 """
 
+import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
+
+# isort: split
 import contextlib
 import logging
 import math
@@ -47,7 +50,7 @@ from timm_npu_irv2.training.checkpoint import RunInfo
 from timm_npu_irv2.training.checkpoint import resume as resume_checkpoint
 from timm_npu_irv2.training.engine import Position, Trainer
 from timm_npu_irv2.training.evaluation import evaluate
-from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader
+from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader, count_classes
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.output_dir import default_name, output_dir
 from timm_npu_irv2.training.report import Progress, Report
@@ -157,7 +160,7 @@ def build_run(args: Namespace, world: World, stop: StopRequest | None, started: 
     """Build everything that training needs, in the only order that works."""
     batch_size = setup.per_process_batch_size(args, world)
     random_seed(args.seed)  # the same initial weights in every process
-    model = setup.build_model(args)
+    model = setup.build_model(args, None if args.initial_checkpoint else count_classes(args))
     parameters, num_classes = sum(p.numel() for p in model.parameters()), model.num_classes
     pipeline = ImagePipeline.for_model(model, vars(args))
     model = setup.place_model(

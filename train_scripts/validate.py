@@ -9,6 +9,9 @@ The options are those of timm's validate.py. Each image counts once, so the resu
 processes nor on the batch size.
 """
 
+import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
+
+# isort: split
 import json
 import logging
 import sys
@@ -28,7 +31,14 @@ from torch import Tensor, nn
 
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import hub, serialization
-from timm_npu_irv2.cli.checks import check_image_size, check_rules
+from timm_npu_irv2.cli.checks import (
+    check_compile_backend,
+    check_image_size,
+    check_installed,
+    check_output_file,
+    check_rules,
+    dataset_rules,
+)
 from timm_npu_irv2.cli.evaluation import describe_precision, prepare_model
 from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, TRAIN_FLAGS, device_switches, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
@@ -145,7 +155,15 @@ def parse(argv: Sequence[str]) -> Namespace:
          f'--num-gpu {args.num_gpu}: start the processes with torchrun --nproc-per-node {args.num_gpu}.'),
         (args.torchscript and args.torchcompile, '--torchscript and --torchcompile exclude each other.'),
         (args.valid_labels and args.real_labels, '--valid-labels and --real-labels exclude each other.'),
+        *dataset_rules(args.dataset),
     ])
+    check_compile_backend(args.torchcompile)
+    check_output_file('--results-file', args.results_file)
+    check_output_file('--picture', args.picture)
+    if args.picture:
+        check_installed('--picture', 'matplotlib')
+    if args.metrics_avg:
+        check_installed('--metrics-avg', 'sklearn')
     return args
 
 

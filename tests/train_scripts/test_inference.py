@@ -258,7 +258,7 @@ def test_gradcam_is_the_class_activation_map_where_the_head_is_linear():
     (['missing', 'MODEL'], 'missing: no such file or folder'),
     (['EMPTY', 'MODEL'], 'no images in this folder'),
     (['IMAGES', '--model', 'test_resnett'], 'Unknown model'),
-    (['IMAGES', '--model', 'local-dir:missing'], 'Config file not found'),
+    (['IMAGES', '--model', 'local-dir:missing'], 'missing/config.json'),
     (['IMAGES', '--checkpoint', 'missing.pth'], 'no such file'),
     (['IMAGES', '--gradcam'], '--picture'),
     (['IMAGES', '--fast', '--amp'], '--fast chooses'),

@@ -92,7 +92,7 @@ def test_eight_cards_are_checked_and_started_by_torchrun(recorded, name):
     check, start = (short(call) for call in recorded(name, *words))
     script, *options = EIGHT_PROCESSES[name]
     assert check == ['preflight.py', name, script, '8', *options, *words]
-    assert start == ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '8', '--max-restarts', '0',
+    assert start == ['torchrun.py', '--standalone', '--nproc-per-node', '8', '--max-restarts', '0',
                      script, *options, *words]
 
 
@@ -103,12 +103,12 @@ def test_dist_train_passes_every_word_on(recorded):
 
 def test_several_machines_meet_where_the_environment_says(recorded):
     _, start = recorded('dist_train_npu.sh', '8', NNODES='2', NODE_RANK='1', MASTER_ADDR='host', MASTER_PORT='1234')
-    assert start[2:10] == ['--nnodes', '2', '--node-rank', '1', '--master-addr', 'host', '--master-port', '1234']
+    assert start[1:9] == ['--nnodes', '2', '--node-rank', '1', '--master-addr', 'host', '--master-port', '1234']
 
 
 def test_a_port_of_the_users_is_used_on_one_machine(recorded):
     _, start = recorded('dist_train_npu.sh', '2', MASTER_PORT='1234')
-    assert start[2:6] == ['--master-addr', 'localhost', '--master-port', '1234']
+    assert start[1:5] == ['--master-addr', 'localhost', '--master-port', '1234']
 
 
 def test_the_environment_of_the_npu_has_defaults_that_give_way(tmp_path):
@@ -183,8 +183,8 @@ def one_line(result: subprocess.CompletedProcess) -> str:
 
 @pytest.mark.parametrize(('words', 'message'), [
     ([], 'usage'),
-    (['two'], "'two' is no number of processes"),
-    (['0'], "'0' is no number of processes"),
+    (['two'], "'two' is not a number of processes"),
+    (['0'], "'0' is not a number of processes"),
 ])
 def test_number_of_processes(words, message):
     assert message in one_line(run('dist_train_npu.sh', *words))
@@ -195,7 +195,7 @@ def test_no_python(tmp_path):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     result = subprocess.run([shutil.which('bash'), SCRIPTS / 'train_full_1p.sh'], capture_output=True, text=True,
                             check=False, env={'PATH': str(tmp_path)})
-    assert 'no python here' in one_line(result)
+    assert 'python is not found' in one_line(result)
 
 
 def test_a_missing_data_folder_is_one_line_for_all_processes():
@@ -234,6 +234,20 @@ def test_more_processes_than_devices(tmp_path, monkeypatch):
     assert 'sees 4 cuda device(s). Start at most 4 processes here' in message
 
 
+@pytest.mark.skipif(any(map(devices.device_count, ('npu', 'cuda'))), reason='there is a device here')
+def test_several_processes_share_a_cpu_only_if_asked_to(tmp_path):
+    assert 'add --device cpu' in message_of('train.py', '8', '--data-dir', str(tmp_path))
+    assert preflight.main(['train.py', '1', '--data-dir', str(tmp_path), '--val-split', '']) == 0
+
+
+@pytest.mark.parametrize('name', [name for name in LAUNCHERS if name != 'common.sh'])
+@pytest.mark.parametrize('option', ['-h', '--help'])
+def test_help_of_a_launcher_does_nothing_else(name, option):
+    result = run(name, option, PYTHON='/no/such/python')
+    assert (result.returncode, result.stderr) == (0, '')
+    assert name in result.stdout and '#' not in result.stdout
+
+
 def test_restarts_need_a_folder_to_go_on_in(tmp_path, monkeypatch):
     words = ['train.py', '2', '--device', 'cpu', '--data-dir', str(tmp_path)]
     monkeypatch.setenv('MAX_RESTARTS', '3')
@@ -254,7 +268,7 @@ def test_port_in_use(tmp_path, monkeypatch):
 
 def test_port_that_is_none(tmp_path, monkeypatch):
     monkeypatch.setenv('MASTER_PORT', 'http')
-    assert "'http' is no port" in message_of('train.py', '2', '--device', 'cpu', '--data-dir', str(tmp_path))
+    assert "'http' is not a port" in message_of('train.py', '2', '--device', 'cpu', '--data-dir', str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------------- recipes

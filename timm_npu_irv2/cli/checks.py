@@ -1,7 +1,10 @@
 """Checks of options that several scripts share."""
 
 import contextlib
+import importlib.util
+import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from timm.models import get_pretrained_cfg
@@ -10,7 +13,17 @@ from .. import device as devices
 from ..errors import UserError
 from .flags import OUR_MODEL
 
-__all__ = ['check_compile_backend', 'check_image_size', 'check_rules', 'name_option']
+__all__ = [
+    'check_compile_backend',
+    'check_image_size',
+    'check_installed',
+    'check_output_file',
+    'check_rules',
+    'dataset_rules',
+    'name_option',
+]
+
+DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 
 
 def check_rules(rules: Iterable[tuple[Any, str]]) -> None:
@@ -46,6 +59,43 @@ def check_compile_backend(name: str | None) -> None:
     backends = torch._dynamo.list_backends(exclude_tags=None)
     if name not in backends:
         raise UserError(f"--torchcompile {name}: no such backend; use one of {', '.join(sorted(backends))}.")
+
+
+def check_installed(option: str, *packages: str) -> None:
+    """Raise UserError if a package that an option needs is not installed."""
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        names = ['scikit-learn' if package == 'sklearn' else package for package in missing]
+        raise UserError(f'{option} needs {" and ".join(names)}: pip install {" ".join(names)}.')
+
+
+def check_output_file(option: str, path: str, make_folder: bool = False) -> None:
+    """Raise UserError if a file cannot be written, before the work whose result it is for.
+
+    Args:
+        option: Option that names the file.
+        path: File to write; '' is none.
+        make_folder: The folder of the file is made where it is missing.
+    """
+    if not path:
+        return
+    folder = Path(path).parent
+    if make_folder:
+        folder = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not folder.is_dir():
+        raise UserError(f'{option}: cannot write {path}: there is no folder {folder}.')
+    if Path(path).is_dir():
+        raise UserError(f'{option}: cannot write {path}: it is a folder.')
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f'{option}: cannot write {path}: no permission for the folder {folder}.')
+
+
+def dataset_rules(name: str) -> list[tuple[Any, str]]:
+    """Return the rules for the name of a data set."""
+    kind, slash, rest = name.partition('/')
+    known = kind.lower() in DATASET_TYPES if slash else kind in ('', 'folder')
+    return [(not known or (slash and not rest),
+             f"--dataset '{name}': expected <type>/<name> with one of the types {', '.join(DATASET_TYPES)}, or nothing "
+             'for a folder of images.')]
 
 
 @contextlib.contextmanager

@@ -189,7 +189,7 @@ _device = Group('Device and precision', (
 
 _processes = Group('Processes', (
     _switch('--multiprocessing-distributed', 'start one process per device of --device-list, without torchrun'),
-    _flag('--device-list', "indices of the devices to use, such as '0,1,2,3' (default: all)", metavar='LIST'),
+    _flag('--device-list --gpu --npu', "indices of the devices, such as '0,1,2,3' (default: all)", metavar='LIST'),
     _flag('--addr', 'address of the machine of rank 0 (default: this one)', metavar='HOST'),
     _flag('--dist-url', "address at which processes meet: tcp://host:port or env:// (default: torchrun's, or a free "
           'port)', metavar='URL'),

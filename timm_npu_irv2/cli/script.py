@@ -3,8 +3,8 @@
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ..errors import Stopped, UserError
 from ..escaping import printable
@@ -32,12 +32,25 @@ def run_script(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[s
     try:
         return main(argv)
     except UserError as error:
-        if os.environ.get('RANK', '0') != '0':
-            time.sleep(10)  # most errors occur in all processes: rank 0 reports first, and torchrun ends the others
-        print(printable(f'{name}: error: {error}'), file=sys.stderr, flush=True)
+        if _is_first_report():
+            print(printable(f'{name}: error: {error}'), file=sys.stderr, flush=True)
         return 2
     except Stopped as stopped:
         logging.getLogger(name).info(stopped)
         return 128 + stopped.number
     except KeyboardInterrupt:
         return 130
+
+
+def _is_first_report() -> bool:
+    """Return True in the first of several processes that asks: most errors occur in all of them."""
+    file = os.environ.get('TORCHELASTIC_ERROR_FILE')  # <a new folder>/attempt_<number>/<rank>/error.json
+    if not file:
+        return True
+    try:
+        os.close(os.open(Path(file).parents[1] / 'reported', os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True

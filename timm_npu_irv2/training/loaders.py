@@ -1,6 +1,7 @@
 """From the options to loaders."""
 
 import logging
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from timm.data.mixup import FastCollateMixup
 from torch.utils.data import Dataset, IterableDataset
 
 from ..data.augmentation import Augmentation
-from ..data.dataset import check_apart, check_num_classes, open_dataset
+from ..data.dataset import check_apart, check_num_classes, find_root, open_dataset
 from ..data.loader import DeviceLoader, create_eval_loader, create_train_loader, create_train_sampler
 from ..data.pipeline import ImagePipeline
 from ..data.samplers import TrainBatchSampler
@@ -19,7 +20,7 @@ from ..data.stream import StreamLoader, create_stream_loader
 from ..distributed import World
 from ..errors import UserError
 
-__all__ = ['build_eval_loader', 'build_train_loader', 'mixup_active']
+__all__ = ['build_eval_loader', 'build_train_loader', 'count_classes', 'mixup_active']
 
 _logger = logging.getLogger(__name__)
 
@@ -115,6 +116,15 @@ def build_eval_loader(
     return create_eval_loader(
         dataset, pipeline, world, batch_size=batch_size, num_workers=args.workers,
         use_prefetcher=not args.no_prefetcher, on_bad_image=args.on_bad_image, mirror=args.tta == 2, dtype=dtype)
+
+
+def count_classes(args: Namespace) -> int | None:
+    """Return the number of class folders of the training set; None for other data sets and for --class-map."""
+    root = find_root(args.dataset, args.data_dir, args.train_split)
+    if root is None or not root.is_dir() or args.class_map:
+        return None
+    with os.scandir(root) as entries:
+        return sum(entry.is_dir() and not entry.name.startswith('.') for entry in entries) or None
 
 
 def mixup_active(args: Namespace) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import precision
-from ..cli.checks import check_compile_backend, check_image_size, check_rules
+from ..cli.checks import check_compile_backend, check_image_size, check_rules, dataset_rules
 from ..cli.flags import REFUSED, TRAIN_FLAGS
 from ..cli.parser import parse_flags
 
@@ -20,7 +20,6 @@ __all__ = ['parse_args', 'precision_options']
 
 PUBLISHED = ('inception_resnet_v2_npu', 'inception_resnet_v2')  # models that hub.export accepts
 WARMUP_EPOCHS = 5  # timm's default
-DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 NOT_ARCHITECTURE = ('features_only', 'out_indices', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay',
                     'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'num_classes', 'in_chans')
 
@@ -75,15 +74,6 @@ def _data_rules(args: argparse.Namespace) -> _Rules:
         (args.workers > most,
          f'--workers {args.workers}: this machine has {os.cpu_count()} CPU cores; use at most {most}.'),
     ]
-
-
-def dataset_rules(name: str) -> _Rules:
-    """Return the rules for the name of a data set."""
-    kind, slash, rest = name.partition('/')
-    known = kind.lower() in DATASET_TYPES if slash else kind in ('', 'folder')
-    return [(not known or (slash and not rest),
-             f"--dataset '{name}': expected <type>/<name> with one of the types {', '.join(DATASET_TYPES)}, or nothing "
-             'for a folder of images.')]
 
 
 def _model_rules(args: argparse.Namespace) -> _Rules:

@@ -134,6 +134,7 @@ class Report:
         if self.rows:
             draw_curves(self.rows, self._path('curves.png'), title=f'{model} · {precision} · batch {batch_size}')
         top1 = report['top1'] if report['top1'] is not None else (best or {}).get('train_top1')
+        _logger.info("The last three lines are those of the ModelZoo; its 'Final Train Accuracy' is validation top-1.")
         print(final_lines(images_per_second, top1, seconds), flush=True)
         return report
 

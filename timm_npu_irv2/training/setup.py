@@ -97,8 +97,12 @@ def per_process_batch_size(args: Namespace, world: World) -> int:
     return args.batch_size // world.size
 
 
-def build_model(args: Namespace) -> nn.Module:
+def build_model(args: Namespace, num_classes: int | None = None) -> nn.Module:
     """Return timm's model with its initial weights, on the CPU.
+
+    Args:
+        args: Options of train.py.
+        num_classes: Number of classes without --num-classes; None for the model's.
 
     Raises:
         UserError: There is no such model, it does not take an option, or its weights are not available.
@@ -112,7 +116,7 @@ def build_model(args: Namespace) -> nn.Module:
         if path and not Path(path).is_file():
             raise UserError(f'{option} {path}: no such file.')
     with name_option(f'--model {args.model}'):
-        model = _create(args)
+        model = _create(args, args.num_classes or num_classes)
         _initialize_head(model, args)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -130,7 +134,7 @@ def _recompute(model: Any, args: Namespace) -> None:
         model.set_grad_checkpointing(args.recompute or True)
 
 
-def _create(args: Namespace) -> nn.Module:
+def _create(args: Namespace, num_classes: int | None) -> nn.Module:
     pretrained, initial = args.pretrained_path, args.initial_checkpoint
     overlay: dict[str, Any] | None = None
     if pretrained:  # -1: adapt the head
@@ -140,7 +144,7 @@ def _create(args: Namespace) -> nn.Module:
         'pretrained': args.pretrained or bool(args.pretrained_path),
         'pretrained_cfg_overlay': overlay,
         'in_chans': args.in_chans or (args.input_size or [3])[0],
-        'num_classes': args.num_classes,
+        'num_classes': num_classes,
         'drop_rate': args.drop,
         'drop_path_rate': args.drop_path,
         'drop_block_rate': args.drop_block,

@@ -1,0 +1,92 @@
+"""How a script starts and ends: the environment of torch, one line for an error of several processes, early checks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from timm_npu_irv2.cli.checks import check_installed, check_output_file, name_option
+from timm_npu_irv2.cli.script import run_script
+from timm_npu_irv2.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+# Prints a variable at the moment in which a script imports torch, and stops it there.
+WATCH = '''
+import os, runpy, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'torch':
+            print(os.environ.get('GOMP_SPINCOUNT'))
+            raise SystemExit(0)
+sys.meta_path.insert(0, Watch())
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+
+
+@pytest.mark.parametrize('script', ['train', 'validate', 'inference', 'onnx_export', 'onnx_quantize', 'benchmark'])
+@pytest.mark.parametrize(('given', 'found'), [({}, '2000'), ({'GOMP_SPINCOUNT': '7'}, '7')])
+def test_waiting_threads_give_way_however_a_script_is_started(script, given, found):
+    environment = {key: value for key, value in os.environ.items() if key != 'GOMP_SPINCOUNT'} | given
+    done = subprocess.run(
+        [sys.executable, '-c', WATCH, ROOT / 'train_scripts' / f'{script}.py', '--help'], capture_output=True,
+        text=True, check=True, env={**environment, 'PYTHONPATH': str(ROOT)})
+    assert done.stdout == f'{found}\n'
+
+
+def test_one_of_several_processes_reports_an_error(tmp_path, monkeypatch, capsys):
+    def fail(argv):
+        raise UserError('the same everywhere')
+
+    codes = []
+    for rank in range(3):
+        folder = tmp_path / 'attempt_0' / str(rank)
+        folder.mkdir(parents=True)
+        monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(folder / 'error.json'))
+        codes.append(run_script('train.py', fail, []))
+    assert codes == [2, 2, 2]
+    assert capsys.readouterr().err == 'train.py: error: the same everywhere\n'
+
+
+def test_an_error_of_several_processes_is_one_line_and_exit_code_2(tmp_path):
+    script = tmp_path / 'fails.py'
+    script.write_text(
+        'import sys\nfrom timm_npu_irv2.cli.script import run_script\nfrom timm_npu_irv2.errors import UserError\n'
+        "def main(argv):\n    raise UserError('it is wrong')\nsys.exit(run_script('fails.py', main, []))\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / 'train_scripts' / 'torchrun.py', '--standalone', '--nproc-per-node', '3', script],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+    assert (done.returncode, done.stderr) == (2, 'fails.py: error: it is wrong\n')
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    check_output_file('--picture', '')
+    check_output_file('--picture', str(tmp_path / 'a.png'))
+    check_output_file('--results-file', str(tmp_path / 'new' / 'folder' / 'a.csv'), make_folder=True)
+    with pytest.raises(UserError, match='there is no folder'):
+        check_output_file('--picture', str(tmp_path / 'new' / 'a.png'))
+    with pytest.raises(UserError, match='it is a folder'):
+        check_output_file('--picture', str(tmp_path))
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='there is no folder'):
+        check_output_file('--results-file', str(tmp_path / 'file' / 'a.csv'), make_folder=True)
+
+
+def test_a_missing_package_is_named_with_its_remedy():
+    check_installed('--picture', 'torch')
+    with pytest.raises(UserError, match=r'^--x needs no_such_package: pip install no_such_package\.$'):
+        check_installed('--x', 'torch', 'no_such_package')
+
+
+def test_an_error_of_a_construction_names_its_option():
+    with pytest.raises(UserError, match=r'^--opt sgd: first line second line$'), name_option('--opt sgd'):
+        raise ValueError('first line\nsecond line')
+    with pytest.raises(RuntimeError, match='out of memory'), name_option('--model x'):
+        raise RuntimeError('out of memory')
+    with pytest.raises(UserError, match=r'^as it is$'), name_option('--model x'):
+        raise UserError('as it is')
