@@ -115,6 +115,8 @@ def build_model(args: Namespace, num_classes: int | None = None) -> nn.Module:
     for option, path in given.items():
         if path and not Path(path).is_file():
             raise UserError(f'{option} {path}: no such file.')
+    if args.num_classes is None and num_classes is not None:
+        _logger.info(f'Classifier: {num_classes} outputs, one per class folder.')
     with name_option(f'--model {args.model}'):
         model = _create(args, args.num_classes or num_classes)
         _initialize_head(model, args)
