@@ -39,7 +39,7 @@ from timm_npu_irv2.cli.checks import (
     check_rules,
     dataset_rules,
 )
-from timm_npu_irv2.cli.evaluation import describe_precision, prepare_model
+from timm_npu_irv2.cli.evaluation import describe_precision, prepare_model, select_classes
 from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, TRAIN_FLAGS, device_switches, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
@@ -325,29 +325,7 @@ def prepare(
     model = prepare_model(model, device, dtype, torchscript=args.torchscript)
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
-    if not args.valid_labels:
-        return model
-    try:
-        labels = [int(line) for line in Path(args.valid_labels).read_text().split()]
-    except (OSError, ValueError) as error:
-        raise UserError(f'--valid-labels {args.valid_labels}: {error}') from error
-    if not labels or not 0 <= min(labels) <= max(labels) < num_classes:
-        raise UserError(f'--valid-labels {args.valid_labels}: expected class indices from 0 to {num_classes - 1}, one '
-                        'per line.')
-    return Columns(model, labels)
-
-
-class Columns(nn.Module):
-    """A model reduced to some of its classes."""
-
-    def __init__(self, model: nn.Module, labels: Sequence[int]) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer('labels', torch.tensor(labels, device=next(model.parameters()).device))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (N, len(labels)) of images (N, C, H, W)."""
-        return self.model(images)[:, self.labels]
+    return select_classes(model, args.valid_labels, num_classes) if args.valid_labels else model
 
 
 @dataclass
