@@ -295,8 +295,11 @@ def restored_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) 
         groups.append({**options, **known_entries(found, options, where), 'params': found['params']})
         if len(held['params']) == len(own['params']):  # else the optimizer holds them in one buffer
             shapes |= dict(zip(found['params'], (each.shape for each in held['params']), strict=True))
+    tensors = {name for entries in state['state'].values() for name, value in entries.items() if torch.is_tensor(value)}
     for key, entries in state['state'].items():
         for name, value in entries.items():
+            expect(value is None or torch.is_tensor(value) == (name in tensors), value,
+                   f'optimizer.state[{show(key)}].{name}', 'what it is for the other parameters')
             if isinstance(value, Tensor) and key in shapes:
                 expect(_fits(value.shape, shapes[key]), value, f'optimizer.state[{show(key)}].{name}',
                        f'a shape for a parameter of {tuple(shapes[key])}')

@@ -5,9 +5,10 @@ import io
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from timm_npu_irv2 import weights
+from timm_npu_irv2 import hub, weights
 from timm_npu_irv2.deploy import to_inference
 from timm_npu_irv2.layers import Siblings
 
@@ -97,6 +98,24 @@ def test_transformers_loads_what_it_saves(tmp_path):
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert relative_error(loaded(images()).logits, reference.eval()(images())) < 1e-5
+
+
+@pytest.mark.parametrize('target', ['npu', 'timm'])
+def test_transformers_loads_both_kinds_of_exports(tmp_path, target):
+    transformers = pytest.importorskip('transformers')
+    reference, ours = create_pair(num_classes=5)
+    torch.save({'state_dict': ours.state_dict(), 'epoch': 0, 'args': {'img_size': 75}}, tmp_path / 'a.pth')
+    (tmp_path / 'names').write_text('ant\nbee\ncat\ndog\neel\n')
+    folder = hub.export(tmp_path / 'a.pth', tmp_path / 'export', target=target, class_names=tmp_path / 'names')
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    model.save_pretrained(tmp_path / 'again')
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'again').eval()
+    with torch.no_grad():
+        for each in (model, again):
+            assert relative_error(each(images()).logits, reference.eval()(images())) < 1e-5
+    transformers.AutoImageProcessor.from_pretrained(folder)
+    answers = transformers.pipeline('image-classification', model=str(folder))(Image.new('RGB', (90, 80), 'red'))
+    assert {each['label'] for each in answers} == {'ant', 'bee', 'cat', 'dog', 'eel'}
 
 
 def test_lightning_trains_it():
