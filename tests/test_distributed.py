@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import os
+import runpy
 import signal
 import socket
 import time
@@ -17,6 +18,7 @@ import timm
 import torch
 import torch.multiprocessing as mp
 from timm.task import ClassificationTask
+from timm.utils import unwrap_model
 
 from tests.data.batches import Batches
 from timm_npu_irv2.distributed import (
@@ -33,7 +35,9 @@ from timm_npu_irv2.distributed import (
 )
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.precision import create_precision
+from timm_npu_irv2.serialization import write_checkpoint
 from timm_npu_irv2.training import setup
+from timm_npu_irv2.training.checkpoint import RunInfo, resume, training_state
 from timm_npu_irv2.training.engine import Trainer, TrainSettings
 from timm_npu_irv2.training.evaluation import evaluate
 from timm_npu_irv2.training.options import parse_args
@@ -74,7 +78,7 @@ def _process(rank: int, count: int, port: int, works: dict[str, Callable[[World]
 @pytest.fixture(scope='module')
 def two(tmp_path_factory) -> dict[str, list]:
     """What two processes find; they are started once, since that takes longer than all they do."""
-    works = {
+    works: dict[str, Callable[[World], Any]] = {
         'tell': _tell,
         'stop': _stop_at,
         'gradient': Train('--no-ddp-bb'),
@@ -83,7 +87,9 @@ def two(tmp_path_factory) -> dict[str, list]:
         'O2': Train('--opt-level', 'O2', '--no-ddp-bb', '--model-ema', count=6),
         'evaluate': _evaluate,
     }
-    return in_processes(2, works, tmp_path_factory.mktemp('two'))
+    folder = tmp_path_factory.mktemp('two')
+    works['mid-epoch'] = ResumeInMidEpoch(folder)
+    return in_processes(2, works, folder)
 
 
 # One process
@@ -160,7 +166,13 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(two):
     assert two['stop'] == [4, 4]
 
 
-def trainer_of(world: World, batches: Batches, args: argparse.Namespace, accumulate: int) -> Trainer:
+def trainer_of(
+        world: World,
+        batches: Batches,
+        args: argparse.Namespace,
+        accumulate: int = 1,
+        checkpoint: Path | None = None,
+) -> Trainer:
     torch.manual_seed(0)
     model = timm.create_model(args.model, num_classes=4).to(memory_format=torch.channels_last)
     task = ClassificationTask(model, verbose=False)
@@ -169,9 +181,17 @@ def trainer_of(world: World, batches: Batches, args: argparse.Namespace, accumul
     task.trainable_module, optimizer = precision.prepare(task.trainable_module, optimizer)
     if args.model_ema:
         setup.setup_ema(task, precision, decay=args.model_ema_decay)
+    settings = TrainSettings(grad_accum_steps=accumulate)
+    trainer = Trainer(task, batches, optimizer, precision, world, settings=settings)
+    if checkpoint is not None:
+        resume(trainer, checkpoint, info_of(args))
     setup.compile_and_distribute(
         task, optimizer, world, sync_buffers=not args.no_ddp_bb, grad_compress=args.grad_compress)
-    return Trainer(task, batches, optimizer, precision, world, settings=TrainSettings(grad_accum_steps=accumulate))
+    return trainer
+
+
+def info_of(args: argparse.Namespace) -> RunInfo:
+    return RunInfo(args.model, args.num_classes, vars(args))
 
 
 def half_batches(count: int) -> Batches:
@@ -251,6 +271,40 @@ class Resume:
         return weights_of(undisturbed), weights_of(resumed)
 
 
+class ResumeInMidEpoch:
+    """A picklable call: what differs between a trainer and one that went on from its checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / 'a.pth.tar'
+
+    def __call__(self, world: World) -> tuple[list[str], list[str]]:
+        args = parse_args(['--model', 'test_resnet', '--num-classes', '4', '--no-ddp-bb'])
+        batches = Batches(half_batches(6)[world.rank::world.size])
+        undisturbed = trainer_of(world, batches, args)
+        undisturbed.settings = TrainSettings(recovery_interval=2)
+        undisturbed.on_recovery = lambda trainer: self.save(trainer, info_of(args))
+        undisturbed.train_one_epoch()
+        resumed = trainer_of(world, batches, args, checkpoint=self.path)
+        own = torch.load(self.path.with_suffix(f'.{world.rank}'))
+        at_once = [name for name, buffer in unwrap_model(resumed.module).named_buffers()
+                   if not torch.equal(buffer, own[name])]
+        resumed.train_one_epoch()
+        expected = weights_of(undisturbed)
+        return at_once, [name for name, value in weights_of(resumed).items() if not torch.equal(value, expected[name])]
+
+    def save(self, trainer: Trainer, info: RunInfo) -> None:
+        torch.save(dict(unwrap_model(trainer.module).named_buffers()), self.path.with_suffix(f'.{trainer.world.rank}'))
+        state = training_state(trainer, info)
+        if state is not None:
+            write_checkpoint(state, self.path)
+        barrier(trainer.world)
+
+
+def test_processes_go_on_with_the_buffers_of_their_own(two):
+    """DDP's constructor broadcasts those of rank 0."""
+    assert two['mid-epoch'] == [([], []), ([], [])]
+
+
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return trainer.precision.model_state_dict(trainer.task.get_trainable_module())
 
@@ -317,6 +371,26 @@ def test_a_port_in_use_is_named():
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f'port {port} is in use'):
             launch('train.py', [], device='cpu', device_list='0,1', dist_url=f'tcp://127.0.0.1:{port}')
+
+
+WITNESS = Path(__file__).parent / 'witness' / 'store_addresses.py'
+
+
+def test_the_store_of_one_machine_is_out_of_reach_of_others_and_the_run_has_a_random_id(capfd):
+    """Whoever reaches the store runs code in the processes."""
+    for url in None, None, f'tcp://127.0.0.1:{free_port()}':
+        assert launch(str(WITNESS), [], device='cpu', device_list='0,1', dist_url=url) == 0
+    run_ids, addresses = zip(*(line.split() for line in capfd.readouterr().out.splitlines()), strict=True)
+    assert addresses == ('127.0.0.1',) * 6
+    assert len(set(run_ids)) == 3 and all(len(run_id) == 32 for run_id in run_ids)
+
+
+def test_so_is_that_of_processes_that_nobody_launched(tmp_path):
+    assert in_processes(2, {'store': _store_addresses}, tmp_path) == {'store': [['127.0.0.1'], ['127.0.0.1']]}
+
+
+def _store_addresses(world: World) -> list[str]:
+    return runpy.run_path(str(WITNESS))['store_addresses']()
 
 
 def test_processes_that_cannot_meet_say_so(monkeypatch):

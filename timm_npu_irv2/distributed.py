@@ -9,10 +9,12 @@ import contextlib
 import gc
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
 import time
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,16 +27,21 @@ from timm.utils.distributed import world_info_from_env
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from . import device as devices
 from .errors import UserError
 
 __all__ = ['StopRequest', 'World', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
-           'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'restarted', 'shutdown', 'sum_over_ranks']
+           'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'restarted',
+           'run_torchrun', 'shutdown', 'sum_over_ranks']
 
 _logger = logging.getLogger(__name__)
 T = TypeVar('T')
+
+LOOPBACK = ('localhost', '127.0.0.1', '::1')
 
 
 @dataclass
@@ -105,22 +112,45 @@ def initialize(
     device = devices.resolve_device(kind, local_rank)
     os.environ.setdefault('MASTER_ADDR', addr or '127.0.0.1')
     os.environ.setdefault('MASTER_PORT', '29500')
-    meeting: dict[str, Any] = {'init_method': dist_url or 'env://'}
     try:
-        if restarted():
-            meeting = {'store': _fresh_store(dist_url or 'env://', index, size)}
+        store = _open_store(dist_url or 'env://', index, size, timeout or dist.constants.default_pg_timeout)
         dist.init_process_group(
-            backend or devices.backend(device).collectives, **meeting, rank=index, world_size=size, timeout=timeout)
+            backend or devices.backend(device).collectives, store=store, rank=index, world_size=size, timeout=timeout)
         control = dist.new_group(backend='gloo')
-    except (dist.DistError, ValueError, RuntimeError) as error:
+    except (dist.DistError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f'rank {index} of {size} cannot join the others: {str(error).splitlines()[0]}') from error
     return World(index, local_rank, size, device, control)
 
 
-def _fresh_store(url: str, rank: int, size: int) -> dist.Store:
-    """Return a store for restarted processes; torchrun's own still has the addresses of those that are gone."""
-    store, _, _ = next(dist.rendezvous(url, rank, size))
-    return dist.PrefixStore(f'attempt {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+def _open_store(url: str, rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Return the store through which the processes meet.
+
+    Whoever reaches a store can run code in the processes, since they unpickle what it holds. So on one machine it
+    listens on the loopback interface only, where torch's own listens on all.
+    """
+    parsed = urllib.parse.urlsplit(url)
+    host = parsed.hostname or os.environ['MASTER_ADDR']
+    port = parsed.port or int(os.environ['MASTER_PORT'])
+    store: dist.Store
+    if host in LOOPBACK and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        if rank == 0:
+            store, _ = _serve_on_loopback(port, timeout)
+        else:
+            store = dist.TCPStore('127.0.0.1', port, is_master=False, timeout=timeout)
+    else:
+        store, _, _ = next(dist.rendezvous(url, rank, size, timeout=timeout))
+    # torchrun's store still has the addresses of the processes before a restart.
+    return dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}', store)
+
+
+def _serve_on_loopback(port: int, timeout: timedelta) -> tuple[dist.TCPStore, int]:
+    """Return a store that listens on the loopback interface, and its port; ``port`` 0 takes a free one."""
+    listener = socket.create_server(('127.0.0.1', port))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        '127.0.0.1', port, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True,
+        master_listen_fd=listener.detach())
+    return store, port
 
 
 def shutdown(world: World) -> None:
@@ -289,7 +319,7 @@ def launch(
     count = _select_cards(_kind(device), device_list)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // count)))
     config = LaunchConfig(
-        min_nodes=nodes, max_nodes=nodes, nproc_per_node=count, max_restarts=0, run_id='train',
+        min_nodes=nodes, max_nodes=nodes, nproc_per_node=count, max_restarts=0,
         **_meeting_point(nodes, node_rank, addr, dist_url))
     logging.disable(logging.ERROR)  # the launcher's own lines; those of the processes say what happened
     try:
@@ -321,15 +351,55 @@ def _select_cards(kind: str, device_list: str | None) -> int:
 
 
 def _meeting_point(nodes: int, node_rank: int, addr: str | None, dist_url: str | None) -> dict[str, Any]:
-    """Return where the machines meet: on one machine a free port, else the address that was given."""
+    """Return the arguments of LaunchConfig for the place where the processes meet."""
     url = dist_url.removeprefix('tcp://') if dist_url and dist_url.startswith('tcp://') else None
-    if nodes == 1 and url is None:
-        return {'rdzv_backend': 'c10d', 'rdzv_endpoint': 'localhost:0'}
     endpoint = url or f"{addr or '127.0.0.1'}:{os.environ.get('MASTER_PORT', '29500')}"
     host, _, port = endpoint.rpartition(':')
-    if node_rank == 0 and not _is_free(int(port)):
+    if (nodes > 1 or url) and node_rank == 0 and not _is_free(int(port)):
         raise UserError(f'port {port} is in use: choose another one with --dist-url tcp://{host}:PORT.')
-    return {'rdzv_backend': 'static', 'rdzv_endpoint': endpoint, 'rdzv_configs': {'rank': node_rank, 'timeout': 900}}
+    if nodes == 1:
+        register_loopback_rendezvous()
+        return {'rdzv_backend': 'loopback', 'rdzv_endpoint': f'127.0.0.1:{port if url else 0}',
+                'run_id': secrets.token_hex(16)}
+    return {'rdzv_backend': 'static', 'rdzv_endpoint': endpoint, 'run_id': 'train',
+            'rdzv_configs': {'rank': node_rank, 'timeout': 900}}
+
+
+class _LoopbackRendezvous(StaticTCPRendezvous):
+    """torchrun's meeting of the processes of one machine, in a store that other machines cannot reach."""
+
+    def __init__(self, run_id: str, port: int) -> None:
+        timeout = timedelta(minutes=10)
+        store, port = _serve_on_loopback(port, timeout)
+        super().__init__('127.0.0.1', port, rank=0, world_size=1, run_id=run_id, timeout=int(timeout.total_seconds()))
+        self._store = store
+
+    def get_backend(self) -> str:
+        """Return the name of this rendezvous, as in ``--rdzv-backend``."""
+        return 'loopback'
+
+
+def _create_loopback_rendezvous(parameters: RendezvousParameters) -> _LoopbackRendezvous:
+    return _LoopbackRendezvous(parameters.run_id, int(parameters.endpoint.rpartition(':')[2]))
+
+
+def register_loopback_rendezvous() -> None:
+    """Make ``--rdzv-backend loopback`` known to torchrun in this process."""
+    rendezvous_handler_registry.register('loopback', _create_loopback_rendezvous)
+
+
+def run_torchrun(argv: Sequence[str]) -> None:
+    """Run torchrun for one machine, with a store on the loopback interface and a random run id.
+
+    Args:
+        argv: Command line of torchrun, without the options of a rendezvous. MASTER_PORT names the port; without it a
+            free one is taken.
+    """
+    from torch.distributed.run import main  # noqa: PLC0415 - only the launcher needs it
+
+    register_loopback_rendezvous()
+    endpoint = f"127.0.0.1:{os.environ.get('MASTER_PORT', '0')}"
+    main(['--rdzv-backend', 'loopback', '--rdzv-endpoint', endpoint, '--rdzv-id', secrets.token_hex(16), *argv])
 
 
 def _is_free(port: int) -> bool:

@@ -84,14 +84,12 @@ launch() {  # launch SCRIPT PROCESSES OPTION...: run one of the Python scripts i
     # Mistakes that can be found in advance are reported here, once.
     "$PYTHON" "$SCRIPTS/preflight.py" "${0##*/}" "$script" "$processes" "$@"
     set_hccl_ports
-    local meeting=(--standalone)  # one machine: a free port
+    local meeting=()  # one machine: torchrun.py knows where
     if [[ $nodes != 1 ]]; then
         meeting=(--nnodes "$nodes" --node-rank "${NODE_RANK:-0}")
         meeting+=(--master-addr "${MASTER_ADDR:?is needed with NNODES}" --master-port "${MASTER_PORT:-29500}")
-    elif [[ -n ${MASTER_PORT:-} ]]; then
-        meeting=(--master-addr localhost --master-port "$MASTER_PORT")
     fi
-    exec "$PYTHON" "$SCRIPTS/torchrun.py" "${meeting[@]}" --nproc-per-node "$processes" \
+    exec "$PYTHON" "$SCRIPTS/torchrun.py" ${meeting[@]+"${meeting[@]}"} --nproc-per-node "$processes" \
         --max-restarts "${MAX_RESTARTS:-0}" "$SCRIPTS/$script" "$@"
 }
 

@@ -23,6 +23,7 @@ from timm_npu_irv2.serialization import read_checkpoint
 from timm_npu_irv2.training.options import parse_args
 
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
+WITNESS = Path(__file__).parents[1] / 'witness'
 LAUNCHERS = sorted(path.name for path in SCRIPTS.glob('*.sh'))
 AWKWARD = ['a b', "it's", '$(touch spoiled)', '`touch spoiled`', '"quoted"', '*', '']
 
@@ -92,8 +93,7 @@ def test_eight_cards_are_checked_and_started_by_torchrun(recorded, name):
     check, start = (short(call) for call in recorded(name, *words))
     script, *options = EIGHT_PROCESSES[name]
     assert check == ['preflight.py', name, script, '8', *options, *words]
-    assert start == ['torchrun.py', '--standalone', '--nproc-per-node', '8', '--max-restarts', '0',
-                     script, *options, *words]
+    assert start == ['torchrun.py', '--nproc-per-node', '8', '--max-restarts', '0', script, *options, *words]
 
 
 def test_dist_train_passes_every_word_on(recorded):
@@ -104,11 +104,6 @@ def test_dist_train_passes_every_word_on(recorded):
 def test_several_machines_meet_where_the_environment_says(recorded):
     _, start = recorded('dist_train_npu.sh', '8', NNODES='2', NODE_RANK='1', MASTER_ADDR='host', MASTER_PORT='1234')
     assert start[1:9] == ['--nnodes', '2', '--node-rank', '1', '--master-addr', 'host', '--master-port', '1234']
-
-
-def test_a_port_of_the_users_is_used_on_one_machine(recorded):
-    _, start = recorded('dist_train_npu.sh', '2', MASTER_PORT='1234')
-    assert start[1:5] == ['--master-addr', 'localhost', '--master-port', '1234']
 
 
 def test_the_environment_of_the_npu_has_defaults_that_give_way(tmp_path):
@@ -342,7 +337,7 @@ def test_two_processes_have_the_gradients_of_one_that_averages_their_half_batche
     moved = {}
     for processes, options in ('2', []), ('1', ['--grad-accum-steps', '2']):
         result = run('dist_train_npu.sh', processes, *words, *options, '--experiment', processes, cwd=tmp_path,
-                     PYTHONPATH=str(SCRIPTS.parent / 'tests' / 'witness'), OMP_NUM_THREADS='1')
+                     PYTHONPATH=os.pathsep.join([str(WITNESS), str(SCRIPTS.parent)]), OMP_NUM_THREADS='1')
         assert result.returncode == 0, result.stderr
         after = read_checkpoint(tmp_path / processes / 'last.pth.tar')['state_dict']
         moved[processes] = torch.cat([(start - after[name]).flatten() for name, start in model.named_parameters()])
@@ -352,4 +347,5 @@ def test_two_processes_have_the_gradients_of_one_that_averages_their_half_batche
             # A thread of gloo's that is left may want Python's lock while Python ends, and abort the process.
             threads = [(tmp_path / f'threads-{rank}.txt').read_text() for rank in range(2)]
             assert all('python' in names and 'gloo' not in names for names in threads)
+            assert json.loads((tmp_path / 'store-1.json').read_text()) == ['127.0.0.1']
     assert (moved['2'] - moved['1']).norm() < 1e-5 * moved['1'].norm()

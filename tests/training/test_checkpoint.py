@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import random
 import resource
 from pathlib import Path
 
@@ -94,6 +95,94 @@ def test_a_run_resumed_in_mid_epoch_ends_in_the_same_bits(tmp_path, words):
     for state in (one, other):
         del state['training']['throughput']
     assert_same(one, other)
+
+
+# Between them: state outside of state dicts, in a scheduler, an optimizer, an average and a loss.
+HIDDEN = [
+    '--model-dtype bfloat16 --model-ema', '--sched plateau --lr-noise 0.1 0.9 --patience-epochs 0', '--opt adahessian',
+    '--opt lookahead_adahessian --opt-kwargs update_each=3', '--loss-with-memory',
+]
+
+
+class LossWithMemory(torch.nn.Module):
+    """Smooths by a random amount, and less from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.random = torch.Generator().manual_seed(3), random.Random(3)
+        self.amount, self.register = 0.5, [1.0]
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.amount *= 0.9
+        self.register = [*self.register[-3:], self.amount]
+        drawn = torch.rand((), generator=self.generator).item() * self.random.random() * sum(self.register)
+        return torch.nn.functional.cross_entropy(output, target, label_smoothing=min(drawn, 1.0))
+
+
+def trainer_by_options(*words: str, seed: int) -> tuple[Trainer, RunInfo]:
+    """What train.py builds."""
+    special = '--loss-with-memory' in words
+    args = options('--epochs', '8', '--warmup-epochs', '1', *(word for word in words if word != '--loss-with-memory'))
+    torch.manual_seed(seed)
+    precision = setup.build_precision(args, WORLD)
+    task = setup.build_task(setup.place_model(setup.build_model(args), WORLD), args, WORLD)
+    if special:
+        task.criterion = LossWithMemory()
+    optimizer = setup.build_optimizer(task.trainable_module, args, 0.01)
+    task.trainable_module, optimizer = precision.prepare(task.trainable_module, optimizer)
+    if args.model_ema:
+        setup.setup_ema(task, precision, decay=0.9)
+    scheduler, _ = setup.build_scheduler(optimizer, args, 4, decreasing_metric=False)
+    generator = torch.Generator().manual_seed(1)
+    dtype = precision.input_dtype
+    loader = Batches((torch.randn(2, 3, 32, 32, generator=generator).to(dtype), torch.tensor([0, 1])) for _ in range(4))
+    settings = TrainSettings(recovery_interval=2)
+    return Trainer(task, loader, optimizer, precision, WORLD, scheduler, settings), info_of(args)
+
+
+def train_epochs(trainer: Trainer, until: int) -> None:
+    while trainer.position.epoch < until:
+        trainer.train_one_epoch()
+        trainer.scheduler.step(trainer.position.epoch, 50.0)
+
+
+def assert_resumes_exactly(folder: Path, *words: str) -> None:
+    undisturbed, info = trainer_by_options(*words, seed=0)
+    train_epochs(undisturbed, until=3)
+    undisturbed.on_recovery = lambda trainer: write_checkpoint(training_state(trainer, info), folder / 'a.pth.tar')
+    train_epochs(undisturbed, until=4)
+    undisturbed.on_recovery = lambda trainer: None
+    train_epochs(undisturbed, until=5)
+    resumed, _ = trainer_by_options(*words, seed=5)
+    resume(resumed, folder / 'a.pth.tar', info)
+    setup.fast_forward(resumed.scheduler, resumed.position)
+    assert resumed.position == Position(3, 2, 14)
+    train_epochs(resumed, until=5)
+    one, other = training_state(resumed, info), training_state(undisturbed, info)
+    for state in (one, other):
+        del state['training']['throughput']
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize('words', HIDDEN)
+def test_state_outside_of_state_dicts_goes_on_too(tmp_path, words):
+    assert_resumes_exactly(tmp_path, *words.split())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('name', timm.optim.list_optimizers())
+def test_every_optimizer_of_timm_goes_on_in_the_same_bits(tmp_path, name):
+    assert_resumes_exactly(tmp_path, '--opt', name, '--sched', 'plateau', '--lr-noise', '0.1', '--lr', '0.001')
+
+
+def test_a_changed_option_is_not_undone_by_the_state_of_the_scheduler(tmp_path):
+    trainer, info = trainer_by_options('--sched', 'plateau', '--patience-epochs', '7', seed=0)
+    train_epochs(trainer, until=3)
+    write_checkpoint(training_state(trainer, info), tmp_path / 'a.pth.tar')
+    resumed, info = trainer_by_options('--sched', 'plateau', '--patience-epochs', '2', seed=0)
+    resume(resumed, tmp_path / 'a.pth.tar', info)
+    assert resumed.scheduler.lr_scheduler.patience == 2
+    assert resumed.scheduler.lr_scheduler.best == trainer.scheduler.lr_scheduler.best == 50
 
 
 def test_timm_reads_our_checkpoints(tmp_path):

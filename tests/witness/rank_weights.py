@@ -1,6 +1,7 @@
 """A module for --device-modules that writes what train.py does not save of other ranks than 0.
 
-After each epoch every process writes {weight: digest}, and at its end the names of its threads.
+After each epoch every process writes {weight: digest} and where the processes' store listens, and at its end the names
+of its threads.
 """
 
 import atexit
@@ -8,6 +9,8 @@ import hashlib
 import json
 import os
 from pathlib import Path
+
+from store_addresses import store_addresses
 
 from timm_npu_irv2.training import setup
 
@@ -19,6 +22,8 @@ def distribute_and_write(task, world, mode, **options):
     state = task.get_trainable_module().state_dict()
     digests = {name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest() for name, tensor in state.items()}
     Path(f'rank-{world.rank}.json').write_text(json.dumps(digests))
+    if world.distributed:
+        Path(f'store-{world.rank}.json').write_text(json.dumps(store_addresses()))
 
 
 setup.distribute_batch_norm = distribute_and_write

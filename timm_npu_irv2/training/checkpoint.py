@@ -116,7 +116,11 @@ def _join(checkpoint: _State, suffix: str, module: nn.Module) -> _State:
 
 def _process_state(trainer: Trainer) -> _State:
     """Return the state that differs from process to process."""
-    state = {'random': _random_state(trainer.world), 'meter': trainer.meter.state_dict()}
+    state = {
+        'random': _random_state(trainer.world),
+        'meter': trainer.meter.state_dict(),
+        'hidden': trainer.hidden_state.state_dict(),
+    }
     if not trainer.world.is_primary:  # rank 0's are in the state dicts
         state['buffers'] = _buffers(trainer)
     return state
@@ -266,17 +270,20 @@ def _load_exactly(trainer: Trainer, training: _State) -> None:
     world, processes = trainer.world, training['processes']
     trainer.throughput.images, trainer.throughput.seconds = training['throughput']
     trainer.precision.skipped_steps, trainer.precision.skipped_in_a_row = training.get('skipped', (0, 0))
-    own_scheduler = _scheduler_state(trainer)
-    if training['scheduler'] is not None and own_scheduler is not None:
+    is_same_world = len(processes) == world.size
+    rank = world.rank if is_same_world else 0
+    own, own_scheduler = processes[rank], _scheduler_state(trainer)
+    if 'hidden' in own:
+        trainer.hidden_state.load_state_dict(own['hidden'], f'training.processes[{rank}].hidden')
+    elif training['scheduler'] is not None and own_scheduler is not None:  # an older checkpoint
         trainer.scheduler.lr_scheduler.load_state_dict(
             rules.known_entries(training['scheduler'], own_scheduler, 'training.scheduler'))
-    if len(processes) != world.size:
+    if not is_same_world:
         _logger.warning(f'The checkpoint is of {len(processes)} process(es), this run has {world.size}: it continues, '
                         'but not with the same bits.')
         if trainer.position.batch:
             trainer.position = Position(trainer.position.epoch, 0, trainer.position.epoch * trainer.updates_per_epoch)
         return
-    own = processes[world.rank]
     where, present = f'training.processes[{world.rank}]', _random_state(world)
     if own['random']['device'] is None or present['device'] is None:  # the run goes on on another kind of device
         present.pop('device')

@@ -23,6 +23,7 @@ from ..errors import Stopped, UserError
 from ..layers import frozen_statistics
 from ..precision import Precision
 from ..serialization import atomic_file
+from .hidden_state import HiddenState
 from .metrics import Meter, Throughput
 
 __all__ = ['BatchLoader', 'Diverged', 'Position', 'TrainSettings', 'Trainer']
@@ -144,6 +145,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self.throughput = Throughput(self.world)
         self.meter = Meter(self.world)
+        self.hidden_state = HiddenState(
+            {'optimizer': self.optimizer, 'scheduler': self.scheduler, 'ema': self.ema, 'task': self.task},
+            self.world.device)
         self._clipping = self._clip_arguments()
         self._logged_update = -1
         self._buckets_arranged = False

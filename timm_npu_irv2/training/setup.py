@@ -351,13 +351,23 @@ def compile_and_distribute(
         return
     # torch 2.14 renamed the argument.
     is_renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
-    task.prepare_distributed(
-        device_ids=None if world.device.type == 'cpu' else [world.device],
-        gradient_as_bucket_view=not combines_gradients(optimizer),
-        **{'forward_sync_buffers' if is_renamed else 'broadcast_buffers': sync_buffers},
-    )
+    with _preserve_buffers(cast(nn.Module, task.get_trainable_module())):
+        task.prepare_distributed(
+            device_ids=None if world.device.type == 'cpu' else [world.device],
+            gradient_as_bucket_view=not combines_gradients(optimizer),
+            **{'forward_sync_buffers' if is_renamed else 'broadcast_buffers': sync_buffers},
+        )
     if grad_compress:
         cast(DistributedDataParallel, task.trainable_module).register_comm_hook(None, _COMPRESSIONS[grad_compress])
+
+
+@contextlib.contextmanager
+def _preserve_buffers(module: nn.Module) -> Iterator[None]:
+    """Keep the buffers of this process, which DDP's constructor overwrites by rank 0's."""
+    saved = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    yield
+    for buffer, value in saved:
+        buffer.copy_(value)
 
 
 def build_scheduler(
