@@ -110,7 +110,7 @@ def state_of(path: Path) -> dict[str, Any]:
     state = read_checkpoint(path)
     for key in ('args', 'seconds'):
         del state[key]
-    del state['training']['throughput']
+    del state['training']['throughput'], state['saver']['resumptions']
     return state
 
 

@@ -187,6 +187,20 @@ _OPTIMIZER = record({
     'param_groups': many(record({'params': many(either(text(1000), _integer))},
                                 {'lr': either(number(0, 1e6), tensor())}), 1, 10**5),
 })
+
+
+def _plain_with_tensors(value: Any, where: str) -> None:
+    """Accept plain values, tensors, and lists and dicts of them."""
+    if isinstance(value, list | tuple):
+        many(_plain_with_tensors)(value, where)
+    elif isinstance(value, dict):
+        mapping(_plain_with_tensors, key=either(text(1000), _integer))(value, where)
+    elif not isinstance(value, Tensor):
+        plain(value, where)
+
+
+_FINGERPRINT = record({
+    'classes': optional(many(text(1000))), 'count': optional(_integer), 'names': optional(text(1000))})
 _PYTHON_RANDOM = many(number(0, 2**32 - 1, integer=True), 625, 625)
 _PROCESS = record({
     'random': record({
@@ -196,7 +210,7 @@ _PROCESS = record({
         'python': many(lambda value, where: None, 3, 3),
     }),
     'meter': record({'loss': number(finite=False), 'hits': _integer, 'count': _integer}),
-}, {'buffers': mapping(_state, most=2)})
+}, {'buffers': mapping(_state, most=2), 'hidden': mapping(mapping(_plain_with_tensors))})
 _TRAINING = record({
     'position': record({'epoch': number(0, MOST_EPOCHS, integer=True), 'batch': _integer, 'updates': _integer}),
     'num_classes': optional(number(0, MOST_CLASSES, integer=True)),
@@ -205,7 +219,7 @@ _TRAINING = record({
     'scheduler': optional(mapping(plain)),
 }, {
     'class_to_idx': optional(mapping(_integer)), 'pipeline': optional(record({}, PREPROCESSING)),
-    'skipped': many(_integer, 2, 2)})
+    'skipped': many(_integer, 2, 2), 'format': _integer, 'data': mapping(_FINGERPRINT)})
 _CHECKPOINT_NAME = text(1000, r'(?:.*/)?checkpoint-\d+\.pth\.tar')  # files of these names are removed in time
 _SAVER = record({}, {
     'checkpoint_files': many(many(optional(either(_CHECKPOINT_NAME, number(finite=False))), 2, 2)),
@@ -213,6 +227,7 @@ _SAVER = record({}, {
     'best_epoch': optional(number(0, MOST_EPOCHS, integer=True)),
     'best_metric': optional(number(finite=False)),
     'epoch': number(0, MOST_EPOCHS, integer=True),
+    'resumptions': _integer,
 })
 _GRAD_SCALER = record({
     'scale': number(1e-30, 1e30), 'growth_factor': number(1, 1e6), 'backoff_factor': number(1e-6, 1),

@@ -54,6 +54,7 @@ from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.output_dir import default_name, output_dir
 from timm_npu_irv2.training.report import Progress, Report
+from timm_npu_irv2.training.resumption import describe_data
 from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
 
 _logger = logging.getLogger('train')
@@ -192,7 +193,9 @@ def build_run(args: Namespace, world: World, stop: StopRequest | None, started: 
 
     settings = setup.train_settings(args, average_batch_size)
     trainer = Trainer(task, train_loader, optimizer, precision, world, scheduler, settings, stop)
-    info = RunInfo(args.model, num_classes, vars(args))
+    loaders = {'training': train_loader, **({'validation': eval_loader} if eval_loader is not None else {})}
+    data = {split: describe_data(loader.samples, loader.class_to_idx) for split, loader in loaders.items()}
+    info = RunInfo(args.model, num_classes, vars(args), data)
     return Run(args, info, world, trainer, eval_loader, epochs, pipeline.input_size[-1], parameters, lr, metric,
                started)
 
@@ -251,7 +254,8 @@ def resume(run: Run, saver: CheckpointSaver) -> None:
     start_epoch = None if is_restart else args.start_epoch
     if path is not None:
         state = resume_checkpoint(
-            trainer, path, run.info, load_optimizer=is_restart or not args.no_resume_opt, start_epoch=start_epoch)
+            trainer, path, run.info, load_optimizer=is_restart or not args.no_resume_opt, start_epoch=start_epoch,
+            allow_changed_data=args.allow_changed_data)
         run.seconds_before = state.get('seconds', 0.0)
         run.bad_images_before = state.get('bad_images', {})
         saver.load_state_dict(state.get('saver', {}), path)

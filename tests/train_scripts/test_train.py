@@ -230,6 +230,25 @@ def test_start_epoch_overrides_the_checkpoint(train):
     assert [row[0] for row in rows(folder.parent / 'again')] == ['epoch', '1']
 
 
+def test_changed_data_is_refused_unless_told_otherwise(train, images, tmp_path, capsys):
+    changed = tmp_path / 'changed'
+    shutil.copytree(images, changed)
+    words = ['--data-dir', str(changed), '--epochs', '2', '--resume']
+    path = str(train('--data-dir', str(changed), '--recovery-interval', '1') / 'recovery-0-2.pth.tar')
+    (changed / 'train' / 'class1').rename(changed / 'train' / 'class3')
+    (changed / 'val' / 'class1').rename(changed / 'val' / 'class3')
+    train(*words, path, code=2)
+    assert 'class class1 is missing, class class3 is new' in capsys.readouterr().err
+    folder = train(*words, path, '--allow-changed-data')
+    assert 'Continuing with changed data' in capsys.readouterr().err
+    assert last(folder)['training']['position'] == {'epoch': 2, 'batch': 0, 'updates': 6}
+
+
+def test_a_learning_rate_of_0_is_0(train):
+    folder = train('--lr', '0', '--epochs', '1')
+    assert [row[5] for row in rows(folder)] == ['lr', '0.0']
+
+
 def test_epochs_0_evaluates_and_stops(train, capsys):
     folder = train('--epochs', '2')
     expected = json.loads((folder / 'report.json').read_text())
@@ -284,6 +303,7 @@ MISTAKES = [
     ('--log-wandb', 'pip install wandb'),
     ('--data-dir /nowhere', '/nowhere'),
     ('--lr 1e30 --log-interval 1', 'last good checkpoint: none was saved'),
+    ('--lr 1e30 --train-batches-per-epoch 1', 'the validation loss is nan'),
     ('--amp-impl apex --amp', 'apex'),
 ]
 

@@ -128,7 +128,7 @@ def trainer_by_options(*words: str, seed: int) -> tuple[Trainer, RunInfo]:
     task = setup.build_task(setup.place_model(setup.build_model(args), WORLD), args, WORLD)
     if special:
         task.criterion = LossWithMemory()
-    optimizer = setup.build_optimizer(task.trainable_module, args, 0.01)
+    optimizer = setup.build_optimizer(task.trainable_module, args, 0.01 if args.lr is None else args.lr)
     task.trainable_module, optimizer = precision.prepare(task.trainable_module, optimizer)
     if args.model_ema:
         setup.setup_ema(task, precision, decay=0.9)
@@ -170,7 +170,7 @@ def test_state_outside_of_state_dicts_goes_on_too(tmp_path, words):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('name', timm.optim.list_optimizers())
+@pytest.mark.parametrize('name', timm.optim.list_optimizers(exclude_filters=['bnb*', 'fused*']))  # bitsandbytes, apex
 def test_every_optimizer_of_timm_goes_on_in_the_same_bits(tmp_path, name):
     assert_resumes_exactly(tmp_path, '--opt', name, '--sched', 'plateau', '--lr-noise', '0.1', '--lr', '0.001')
 
@@ -356,6 +356,40 @@ def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, caplog, d
         read_checkpoint(path)
     assert find_newest(tmp_path) == tmp_path / 'checkpoint-0.pth.tar'
     assert 'last.pth.tar' in caplog.text
+
+
+def save_at(folder: Path, trainer: Trainer, *places: tuple[int, int], resumed_from: Path | None = None) -> str:
+    """Save recovery checkpoints at (epoch, batch); the name that the log would tell of the last one."""
+    saver = saver_in(folder, options())
+    if resumed_from is not None:
+        saver.load_state_dict(read_checkpoint(resumed_from)['saver'], resumed_from)
+    for epoch, batch in places:
+        trainer.position = Position(epoch, batch, 4 * epoch + batch)
+        saver.save_recovery(trainer)
+    return saver.last_good()
+
+
+@pytest.mark.parametrize('clock', ['backwards', 'stopped'])
+def test_the_newest_checkpoint_is_the_one_furthest_on_whatever_the_clock_says(tmp_path, clock):
+    trainer = trainer_of(options())
+    save_at(tmp_path, trainer, (2, 3), (11, 1))
+    for number, name in enumerate(('recovery-2-3', 'recovery-11-1')):
+        os.utime(tmp_path / f'{name}.pth.tar', (0, 1000 - number if clock == 'backwards' else 0))
+    assert find_newest(tmp_path) == tmp_path / 'recovery-11-1.pth.tar'
+
+
+def test_a_recovery_checkpoint_that_was_just_written_stays(tmp_path):
+    """Even where the clock was set back, and where the run went back to an earlier checkpoint."""
+    trainer = trainer_of(options())
+    save_at(tmp_path, trainer, (1, 1), (4, 2), (5, 3))
+    for path in tmp_path.iterdir():
+        os.utime(path, (2**32, 2**32))
+    told = save_at(tmp_path, trainer, (4, 3), resumed_from=tmp_path / 'recovery-4-2.pth.tar')
+    assert Path(told).exists() and Path(told).name == 'recovery-4-3.pth.tar'
+    assert find_newest(tmp_path) == Path(told)
+    again = save_at(tmp_path, trainer, (5, 0), resumed_from=Path(told))
+    assert find_newest(tmp_path) == Path(again)
+    assert {path.name for path in tmp_path.iterdir()} == {'recovery-4-3.pth.tar', 'recovery-5-0.pth.tar'}
 
 
 def test_an_empty_folder_has_no_newest_checkpoint(tmp_path):

@@ -119,6 +119,7 @@ _model = Group('Model', (
     _flag('--initial-checkpoint', 'file of weights to load after initialisation', default='', metavar='FILE'),
     _flag('--resume', "checkpoint to continue from; 'auto': the newest one in the output folder", default='',
           metavar='FILE'),
+    _switch('--allow-changed-data', 'resume although the data set is not that of the checkpoint'),
     _switch('--no-resume-opt', 'resume the weights only, not the optimizer, loss scale and random state'),
     _flag('--num-classes', "number of classes (default: the model's)", int, None, '[1, 100000]', recipe=True,
           metavar='N'),

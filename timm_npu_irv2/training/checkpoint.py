@@ -7,7 +7,8 @@ statistics, sums of the metrics).
 
 import logging
 import random
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..distributed import World, gather_objects
 from ..errors import UserError
 from ..serialization import read_checkpoint
 from .engine import Position, Trainer
+from .resumption import changed_options, check_data, check_options, order_classes
 
 __all__ = ['RunInfo', 'resume', 'training_state']
 
@@ -38,11 +40,13 @@ class RunInfo:
         model: timm's name of the model.
         num_classes: Number of classes of the model.
         options: Options of train.py as they were given.
+        data: Fingerprints of the data sets, see :func:`~timm_npu_irv2.training.resumption.describe_data`.
     """
 
     model: str
     num_classes: int
     options: dict[str, Any]
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 # Saving
@@ -69,6 +73,8 @@ def training_state(trainer: Trainer, info: RunInfo, extra: _State | None = None)
         'amp_scaler': trainer.precision.state_dict(),
         **_model_entries(trainer),
         'training': {
+            'format': 2,  # 1 had no fingerprint of the data, and options that had been worked out
+            'data': info.data,
             'position': vars(trainer.position),
             'num_classes': info.num_classes,
             'class_to_idx': getattr(trainer.loader, 'class_to_idx', None),  # for all who use the network
@@ -169,6 +175,7 @@ def resume(
         *,
         load_optimizer: bool = True,
         start_epoch: int | None = None,
+        allow_changed_data: bool = False,
 ) -> _State:
     """Bring ``trainer`` to the state of a checkpoint.
 
@@ -181,26 +188,34 @@ def resume(
         info: Facts about this run.
         load_optimizer: False leaves out optimizer, loss scale and random states.
         start_epoch: Epoch in place of the checkpoint's.
+        allow_changed_data: Continue although the data sets are not those of the checkpoint, from the beginning of the
+            epoch.
 
     Returns:
         The content of the checkpoint.
 
     Raises:
-        UserError: The file cannot be read, or is of another architecture or number of classes.
+        UserError: The file cannot be read, is of another architecture or number of classes, or belongs to a run with
+            other data, or with other options that may not change.
     """
     checkpoint = read_checkpoint(path)
     _check_fits(checkpoint, path, info)
-    _check_classes(checkpoint, path, getattr(trainer.loader, 'class_to_idx', None))
+    changed: list[str] = []
+    if load_optimizer and (checkpoint.get('training') or {}).get('format', 1) >= 2:
+        changed = changed_options(checkpoint['args'], info.options)
+        if (applied := check_options(path, checkpoint['args'], info.options)):
+            _logger.info(f'Changed since the checkpoint: {applied}.')
+    is_same_data = _is_same_data(checkpoint, path, info, allow_changed_data)
     _load_weights(trainer, checkpoint, path)
     if load_optimizer:
-        _load_optimizer(trainer, checkpoint, path)
+        _load_optimizer(trainer, checkpoint, path, changed)
     if start_epoch is not None:
         trainer.position = Position(start_epoch, 0, start_epoch * trainer.updates_per_epoch)
     else:
         trainer.position = _position(trainer, checkpoint)
         if load_optimizer and checkpoint.get('training') is not None:
             with rules.naming(path):
-                _load_exactly(trainer, checkpoint['training'])
+                _load_exactly(trainer, checkpoint['training'], is_same_data)
     _logger.info(f'Resumed from {path}: epoch {trainer.position.epoch}, batch {trainer.position.batch}.')
     return checkpoint
 
@@ -217,18 +232,19 @@ def _check_fits(checkpoint: _State, path: Path, info: RunInfo) -> None:
                         f'{found}, or --pretrained-path to start a new run from its weights.')
 
 
-def _check_classes(checkpoint: _State, path: Path, class_to_idx: dict[str, int] | None) -> None:
-    """Raise UserError if the data has other classes, or in another order, than the run had."""
-    trained = (checkpoint.get('training') or {}).get('class_to_idx')
-    if trained is None or class_to_idx is None or trained == class_to_idx:
-        return
-    changes = [f"{what} '{name}'" for what, names in (('without', trained.keys() - class_to_idx.keys()),
-                                                      ('with', class_to_idx.keys() - trained.keys()))
-               for name in sorted(names, key=str)]
-    raise UserError(f"{path} is of a run with other classes than the data, which is {', '.join(changes[:3])}"
-                    f"{', …' if changes[3:] else ''}: restore the class folders, or use --pretrained-path to start a "
-                    'new run from its weights.' if changes else
-                    f'{path} is of a run that numbered the same classes in another order: use --class-map.')
+def _is_same_data(checkpoint: _State, path: Path, info: RunInfo, allow_changed_data: bool) -> bool:
+    training = checkpoint.get('training') or {}
+    data = training.get('data')
+    if data is None and training.get('class_to_idx'):  # an older checkpoint
+        data = {'training': {'classes': order_classes(training['class_to_idx'])}}
+    try:
+        check_data(path, data or {}, info.data)
+    except UserError as error:
+        if not allow_changed_data:
+            raise
+        _logger.warning(f'Continuing with changed data: {error}'.partition(' Restore it')[0])
+        return False
+    return True
 
 
 def _load_weights(trainer: Trainer, checkpoint: _State, path: Path) -> None:
@@ -247,16 +263,41 @@ def _load_weights(trainer: Trainer, checkpoint: _State, path: Path) -> None:
         raise UserError(f'{path} does not fit the model: {reason}') from error
 
 
-def _load_optimizer(trainer: Trainer, checkpoint: _State, path: Path) -> None:
+# Options that are values of the optimizer's parameter groups, which its state would overwrite.
+_GROUP_OPTIONS = {'weight_decay': 'weight_decay', 'momentum': 'momentum', 'opt_eps': 'eps', 'opt_betas': 'betas'}
+
+
+def _load_optimizer(trainer: Trainer, checkpoint: _State, path: Path, changed: Collection[str]) -> None:
+    """Load the state of the optimizer, but keep the values of options that have changed."""
     state = checkpoint.get('optimizer')
     own = [len(group['params']) for group in trainer.optimizer.state_dict()['param_groups']]
     if state is None or [len(group['params']) for group in state['param_groups']] != own:
+        if 'training' in checkpoint:
+            raise UserError(f'{path} holds the state of an optimizer with other parameter groups: resume with its '
+                            '--weight-decay, or use --no-resume-opt.')
         _logger.warning(f'{path} has no optimizer state that fits this network: the optimizer starts anew.')
         return
+    given = [dict(group) for group in trainer.optimizer.param_groups]
     with rules.naming(path):
         trainer.optimizer.load_state_dict(schema.restored_optimizer(state, trainer.optimizer))
+    for group, fresh in zip(trainer.optimizer.param_groups, given, strict=True):
+        for option, name in _GROUP_OPTIONS.items():
+            if option in changed and name in group:
+                group[name] = fresh[name]
+        if any(option.split('_')[0] == 'lr' for option in changed):
+            _change_learning_rate(group, fresh)
     if checkpoint.get('amp_scaler'):
         trainer.precision.load_state_dict(checkpoint['amp_scaler'])
+
+
+def _change_learning_rate(group: _State, fresh: _State) -> None:
+    """Scale a group's learning rate as the one that the schedule starts from has changed."""
+    before, now = (each.get('initial_lr', each['lr']) for each in (group, fresh))
+    if before == now:
+        return
+    group['lr'] = group['lr'] * now / before if before else now
+    if 'initial_lr' in group:
+        group['initial_lr'] = now
 
 
 def _position(trainer: Trainer, checkpoint: _State) -> Position:
@@ -266,7 +307,7 @@ def _position(trainer: Trainer, checkpoint: _State) -> Position:
     return Position(epoch, 0, epoch * trainer.updates_per_epoch)
 
 
-def _load_exactly(trainer: Trainer, training: _State) -> None:
+def _load_exactly(trainer: Trainer, training: _State, is_same_data: bool) -> None:
     world, processes = trainer.world, training['processes']
     trainer.throughput.images, trainer.throughput.seconds = training['throughput']
     trainer.precision.skipped_steps, trainer.precision.skipped_in_a_row = training.get('skipped', (0, 0))
@@ -281,6 +322,7 @@ def _load_exactly(trainer: Trainer, training: _State) -> None:
     if not is_same_world:
         _logger.warning(f'The checkpoint is of {len(processes)} process(es), this run has {world.size}: it continues, '
                         'but not with the same bits.')
+    if not is_same_world or not is_same_data:
         if trainer.position.batch:
             trainer.position = Position(trainer.position.epoch, 0, trainer.position.epoch * trainer.updates_per_epoch)
         return

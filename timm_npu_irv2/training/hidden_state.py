@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import rules
 from ..optim import combines_gradients
 
 __all__ = ['HiddenState']
@@ -45,51 +46,61 @@ class HiddenState:
             for path, attributes in self._read().items()}
         return {path: attributes for path, attributes in changed.items() if attributes}
 
-    def load_state_dict(self, state: _State) -> None:
-        """Set the attributes that :meth:`state_dict` returned."""
-        owners = dict(self._owners())
+    def load_state_dict(self, state: _State, where: str = 'hidden') -> None:
+        """Set the attributes that :meth:`state_dict` returned, in the objects that are there.
+
+        Args:
+            state: Plain values and tensors.
+            where: Place of ``state`` in its file, for messages.
+
+        Raises:
+            Mismatch: An attribute is of another type than before, or takes the place of a method.
+        """
+        owners = {path: (owner, vars(owner)) for path, owner in self._owners()}
         for path, attributes in state.items():
             for name, value in attributes.items() if path in owners else ():
-                owners[path][name] = _decode(value, owners[path].get(name), self._device)
+                owner, own = owners[path]
+                _check(value, owner, name, f'{where}[{path}].{name}')
+                own[name] = _decode(value, own.get(name), self._device)
 
     def _read(self) -> _State:
-        return {path: {name: _encode(value) for name, value in attributes.items()
+        return {path: {name: _encode(value) for name, value in vars(owner).items()
                        if _is_state(value) and name != 'defaults'}  # torch adds to an optimizer's when it loads
-                for path, attributes in self._owners()}
+                for path, owner in self._owners()}
 
-    def _owners(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield (path, attributes) of every object."""
+    def _owners(self) -> Iterator[tuple[str, Any]]:
+        """Yield (path, object) of every object with attributes."""
         seen: set[int] = set()
         for name, value in self._objects.items():
             if value is not None:
                 yield from _walk(value, name, seen)
 
 
-def _walk(owner: Any, path: str, seen: set[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _walk(owner: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     if id(owner) in seen:
         return
     seen.add(id(owner))
     if isinstance(owner, Optimizer):
         yield from _walk_optimizer(owner, path, seen)
         return
-    yield path, vars(owner)
+    yield path, owner
     children = dict(owner.named_children()) if isinstance(owner, nn.Module) else vars(owner)
     for name, child in list(children.items()):
         if _is_object(child):
             yield from _walk(child, f'{path}.{name}', seen)
 
 
-def _walk_optimizer(optimizer: Optimizer, path: str, seen: set[int]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the attributes of an optimizer, of one inside it, and of its parameters (AdaHessian's traces)."""
+def _walk_optimizer(optimizer: Optimizer, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yield an optimizer, one inside it, and its parameters (AdaHessian's traces are attributes of them)."""
     if combines_gradients(optimizer):
         return  # its attributes are where its combined tensors lie, which it works out again
-    yield path, vars(optimizer)
+    yield path, optimizer
     for name, value in vars(optimizer).items():
         if isinstance(value, Optimizer):
             yield from _walk(value, f'{path}.{name}', seen)
     parameters = (parameter for group in optimizer.param_groups for parameter in group['params'])
     for index, parameter in enumerate(parameters):
-        yield f'{path}.{index}', vars(parameter)
+        yield f'{path}.{index}', parameter
 
 
 _NOT_STATE = (Tensor, torch.Generator, random.Random, type, types.FunctionType, types.MethodType, types.ModuleType)
@@ -113,6 +124,19 @@ def _is_plain(value: Any) -> bool:
     if type(value) in (list, tuple):
         return all(map(_is_plain, value))
     return value is None or type(value) in (bool, int, float, str, Tensor)
+
+
+def _check(value: Any, owner: Any, name: str, where: str) -> None:
+    """Raise Mismatch unless a value from a file can be that of an attribute."""
+    current = vars(owner).get(name)
+    if name not in vars(owner):
+        rules.expect(not hasattr(owner, name), value, where, 'no attribute that is not state')
+    elif isinstance(current, torch.Generator | random.Random):
+        rules.check_like(value, _encode(current), where)
+    elif type(current) in (bool, int, float, str) and not isinstance(value, Tensor):
+        rules.check_like(value, current, where)
+    else:
+        rules.expect(_is_state(current), value, where, 'no attribute that is not state')
 
 
 def _encode(value: Any) -> Any:

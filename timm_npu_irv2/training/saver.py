@@ -12,7 +12,7 @@ import torch
 
 from ..distributed import World, barrier
 from ..errors import CannotWrite, UserError
-from ..serialization import EXTENSION, atomic_link, read_checkpoint, stage_checkpoint
+from ..serialization import EXTENSION, atomic_link, peek_checkpoint, read_checkpoint, stage_checkpoint
 from .checkpoint import RunInfo, training_state
 from .engine import Trainer
 
@@ -23,15 +23,15 @@ State = dict[str, Any]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints that a run can continue from, the newest first."""
-    names = {path for pattern in ('last', 'recovery-*', 'checkpoint-*') for path in folder.glob(pattern + EXTENSION)}
-    return sorted(names, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    """Return the checkpoints that a run can continue from, by name."""
+    patterns = ('last', 'recovery-*', 'checkpoint-*')
+    return sorted(path for pattern in patterns for path in folder.glob(pattern + EXTENSION))
 
 
 def find_newest(folder: Path) -> Path | None:
     """Return the newest intact checkpoint in ``folder``, or None. Damaged ones are named in the log."""
     seen: set[int] = set()
-    for path in checkpoints_in(folder):
+    for path in sorted(checkpoints_in(folder), key=lambda path: (_progress(path), path.name), reverse=True):
         if path.stat().st_ino in seen:
             continue
         seen.add(path.stat().st_ino)
@@ -41,6 +41,19 @@ def find_newest(folder: Path) -> Path | None:
         except UserError as error:
             _logger.warning(f'{error} Falling back to the previous checkpoint.')
     return None
+
+
+def _progress(path: Path) -> tuple[float, int, int]:
+    """Return a key that sorts checkpoints by what is stored inside; clocks and copies have no influence.
+
+    It is the number of times that the run had been resumed, then the position. So after a run went back to an earlier
+    checkpoint, its new ones count as newer than those it had left behind. A damaged file comes last.
+    """
+    content = peek_checkpoint(path)
+    if content is None:
+        return math.inf, 0, 0
+    position = content.get('training', {}).get('position', {'epoch': content.get('epoch', -1) + 1, 'batch': 0})
+    return content.get('saver', {}).get('resumptions', 0), position['epoch'], position['batch']
 
 
 class CheckpointSaver:
@@ -79,6 +92,7 @@ class CheckpointSaver:
         self._history: list[tuple[str, float]] = []  # (file name, metric), the best one first
         self._dropped: list[str] = []  # removed from the history by the latest epoch
         self._newest = ''
+        self._resumptions = 0
         self._disk = ThreadPoolExecutor(1, 'checkpoint')
         self._pending: Future[None] | None = None
         self.best_metric: float | None = None
@@ -139,8 +153,8 @@ class CheckpointSaver:
         barrier(self._world)
 
     def _drop_recoveries(self) -> None:
-        older = sorted(self.folder.glob(f'recovery-*{EXTENSION}'), key=lambda path: path.stat().st_mtime_ns)
-        for dropped in older[:-2]:
+        recoveries = sorted(self.folder.glob(f'recovery-*{EXTENSION}'), key=_progress)
+        for dropped in recoveries[:-2]:
             dropped.unlink(missing_ok=True)
 
     def _write(self, state: State, path: Path, trainer: Trainer, afterwards: Callable[[], None]) -> None:
@@ -178,11 +192,14 @@ class CheckpointSaver:
     def state_dict(self) -> State:
         """Return timm's record of the files there are, and the names of those to be removed."""
         return {'checkpoint_files': list(self._history), 'dropped': list(self._dropped),
-                'best_epoch': self.best_epoch, 'best_metric': self.best_metric}
+                'best_epoch': self.best_epoch, 'best_metric': self.best_metric, 'resumptions': self._resumptions}
 
     def load_state_dict(self, state: State, path: Path) -> None:
         """Continue with the files of an earlier run, resumed from ``path``."""
         self._newest = str(path)
+        others = map(peek_checkpoint, checkpoints_in(self.folder) if self._world.is_primary else ())
+        states = [state, *(other.get('saver', {}) for other in others if other is not None)]
+        self._resumptions = 1 + max(each.get('resumptions', 0) for each in states)
         self.best_metric, self.best_epoch = state.get('best_metric'), state.get('best_epoch')
         self._history = [(Path(name).name, metric) for name, metric in state.get('checkpoint_files', ())
                          if metric is not None]

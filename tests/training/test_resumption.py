@@ -1,0 +1,111 @@
+"""What may change between a checkpoint and the run that goes on from it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.test_checkpoint import train_epochs, trainer_by_options
+from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.serialization import write_checkpoint
+from timm_npu_irv2.training import setup
+from timm_npu_irv2.training.checkpoint import resume, training_state
+from timm_npu_irv2.training.engine import Trainer
+from timm_npu_irv2.training.options import parse_args
+from timm_npu_irv2.training.resumption import APPLIED, FREE, REFUSED, check_data, describe_data
+
+README = Path(__file__).parents[2] / 'README.md'
+
+
+def test_every_option_has_one_place_in_the_table():
+    assert sorted([*FREE, *APPLIED, *REFUSED]) == sorted(vars(parse_args([])))
+
+
+def test_the_readme_shows_the_table():
+    rows = re.findall(r'^\| (free|applied|refused) \|.*\| (.*) \|$', README.read_text(), re.MULTILINE)
+    shown = {kind: set(re.findall(r'`--([\w-]+)`', options)) for kind, options in rows}
+    for kind, names in ('free', FREE), ('applied', APPLIED), ('refused', REFUSED):
+        assert shown[kind] == {name.replace('_', '-') for name in names}
+
+
+def resumed_with(folder: Path, before: str, after: str, load_optimizer: bool = True) -> tuple[Trainer, Trainer]:
+    """A trainer after two epochs with one choice of options, and another that goes on from it with another choice."""
+    trainer, info = trainer_by_options(*before.split(), seed=0)
+    train_epochs(trainer, until=2)
+    write_checkpoint(training_state(trainer, info), folder / 'a.pth.tar')
+    resumed, info = trainer_by_options(*after.split(), seed=0)
+    resume(resumed, folder / 'a.pth.tar', info, load_optimizer=load_optimizer)
+    setup.fast_forward(resumed.scheduler, resumed.position)
+    return trainer, resumed
+
+
+def test_changed_values_of_the_optimizer_take_effect_and_the_log_says_so(tmp_path, caplog):
+    caplog.set_level('INFO')
+    before, after = '--momentum 0.9 --weight-decay 0.1', '--momentum 0.5 --weight-decay 0.2 --smoothing 0.2 --epochs 9'
+    trainer, resumed = resumed_with(tmp_path, before, after)
+    decays = [group['weight_decay'] for group in resumed.optimizer.param_groups]
+    assert [group['momentum'] for group in resumed.optimizer.param_groups] == [0.5] * len(decays)
+    assert sorted(decays) == [0, 0.2]  # biases and norms have none
+    assert torch.equal(*(next(iter(each.optimizer.state.values()))['momentum_buffer'] for each in (trainer, resumed)))
+    assert ('Changed since the checkpoint: --epochs 9 (before: 8), --momentum 0.5 (before: 0.9), --smoothing 0.2 '
+            '(before: 0.1), --weight-decay 0.2 (before: 0.1).') in caplog.messages
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'plateau', 'wsd --decay-epochs 2'])
+def test_a_changed_learning_rate_takes_effect_whatever_the_schedule(tmp_path, schedule):
+    trainer, resumed = resumed_with(tmp_path, f'--sched {schedule} --lr 0.01', f'--sched {schedule} --lr 0.02')
+    assert resumed.learning_rate == pytest.approx(2 * trainer.learning_rate, rel=0.01) != 0
+
+
+def test_the_same_options_change_nothing(tmp_path, caplog):
+    caplog.set_level('INFO')
+    trainer, resumed = resumed_with(tmp_path, '--lr 0.01', '--lr 0.01 --workers 3 --log-interval 7')
+    assert trainer.optimizer.param_groups[0]['lr'] == resumed.optimizer.param_groups[0]['lr']
+    assert 'Changed since' not in caplog.text
+
+
+@pytest.mark.parametrize(('after', 'said'), [
+    ('--seed 7', '--seed 42, not 7'), ('--batch-size 9', '--batch-size 128, not 9'),
+    ('--grad-accum-steps 3', '--grad-accum-steps 1, not 3'), ('--opt adamw', '--opt sgd, not adamw'),
+    ('--weight-decay 0', 'other parameter groups: resume with its --weight-decay'),
+])
+def test_options_that_may_not_change_are_refused_unless_only_the_weights_are_resumed(tmp_path, after, said):
+    with pytest.raises(UserError, match=said) as caught:
+        resumed_with(tmp_path, '', after)
+    assert '--no-resume-opt' in str(caught.value) and '\n' not in str(caught.value)
+    resumed_with(tmp_path, '', after, load_optimizer=False)
+
+
+class Samples(list):
+    """A data set as check_data sees it."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(names)
+        self.reader = self
+        self.samples = names
+
+    def filenames(self) -> list[str]:
+        return self.samples
+
+
+def fingerprint(names: str) -> dict:
+    files = names.split()
+    classes = sorted({name.split('/')[0] for name in files})
+    return {'training': describe_data(Samples(files), {name: index for index, name in enumerate(classes)})}
+
+
+@pytest.mark.parametrize(('now', 'said'), [
+    ('a/1 b/1 b/2 c/1', None), ('a/1 b/1 c/1', '3 samples, not 4'), ('a/1 a/2 b/1 b/2 c/1', '5 samples, not 4'),
+    ('a/1 b/1 b/2 d/1', 'class c is missing, class d is new'), ('a/1 b/1 b/3 c/1', 'files were renamed or replaced'),
+    ('a/1 b/1 b/2', 'class c is missing; 3 samples, not 4'),
+])
+def test_what_has_changed_in_the_data_is_named(now, said):
+    then = fingerprint('a/1 b/1 b/2 c/1')
+    if said is None:
+        check_data('last.pth.tar', then, fingerprint(now))
+        return
+    with pytest.raises(UserError) as caught:
+        check_data('last.pth.tar', then, fingerprint(now))
+    assert str(caught.value) == (f'the training data is not that of last.pth.tar: {said}. Restore it, or use '
+                                 '--allow-changed-data to continue with it as it is.')
