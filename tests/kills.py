@@ -35,6 +35,34 @@ RECIPES = {
 }
 
 
+def random_recipe(seed: int) -> tuple[str, int]:
+    """Return options drawn at random, and a number of processes."""
+    draw = random.Random(seed)
+    processes = draw.choice((1, 1, 2, 2, 3))
+    precision = draw.choice((
+        '', '--amp', '--opt-level O2', '--opt-level O2 --loss-scale 128', '--amp --amp-dtype float16',
+        '--model-dtype bfloat16'))
+    second_order = ['adahessian'] if not precision and processes == 1 else []
+    opt = draw.choice([
+        'sgd', 'npufusedsgd', 'npufusedadamw', 'lookahead_sgd', 'lookahead_adamw', 'adamw', 'lamb', 'rmsproptf', 'lion',
+        'nadamw', 'adafactorbv', 'radam', 'madgrad', *second_order])
+    schedule = draw.choice((
+        'cosine', 'cosine --sched-on-updates', 'cosine --lr-noise 0.2 0.9', 'step --decay-epochs 1', 'tanh', 'poly',
+        'plateau --patience-epochs 0', 'plateau --patience-epochs 0 --lr-noise 0.2', 'none'))
+    words = [
+        '--model test_resnet', precision, f'--opt {opt}', f'--sched {schedule}',
+        '--lr 0.02' if opt.endswith('sgd') else '--lr 0.0005',
+        draw.choice(('', '', '--model-ema', '--model-ema --model-ema-warmup', '--model-ema --model-ema-force-cpu')),
+        draw.choice(('', '', '--grad-accum-steps 2', '--grad-accum-steps 3')),
+        draw.choice(('', '--mixup 0.2', '--cutmix 0.5', '--mixup 0.2 --cutmix 0.5 --mixup-mode elem')),
+        draw.choice(('', '--drop 0.2', '--reprob 0.3 --aa rand-m5-mstd1', '--smoothing 0 --bce-loss')),
+        draw.choice(('', '--clip-grad 1', '--clip-grad 0.1 --clip-mode agc')) if opt != 'adahessian' else '',
+        draw.choice(('', '--use-multi-epochs-loader')),
+        draw.choice(('', '--no-ddp-bb', '--no-ddp-bb --dist-bn broadcast')) if processes > 1 else '',
+    ]
+    return ' '.join(word for word in words if word), processes
+
+
 def write_images(root: Path) -> Path:
     """Three classes, 26 images to train with and 11 to validate with, one broken among each; ``root``."""
     generator = np.random.default_rng(0)
@@ -137,15 +165,19 @@ def check(
         seed: int = 7,
         device: str = 'cpu',
 ) -> int:
-    """Disturb ``runs`` runs by ``kills`` kills each; how many kills met a running process."""
+    """Disturb ``runs`` runs by ``kills`` kills each; how many kills met a running process.
+
+    ``recipe`` is one of ``RECIPES``, or options of train.py.
+    """
     choose = random.Random(seed)
-    undisturbed = Job(images, folder / 'undisturbed', RECIPES[recipe], processes, device)
+    words = RECIPES.get(recipe, recipe)
+    undisturbed = Job(images, folder / 'undisturbed', words, processes, device)
     undisturbed.finish(workers=0)
     expected = outcome(undisturbed.folder)
     seconds = json.loads((undisturbed.folder / 'report.json').read_text())['seconds'] - 1  # without the preparations
     met = 0
     for number in range(runs):
-        job = Job(images, folder / f'run{number}', RECIPES[recipe], processes, device)
+        job = Job(images, folder / f'run{number}', words, processes, device)
         for _ in range(kills):
             met += job.kill(choose.choice((0, 1, 2)), choose.uniform(0, max(1.0, seconds) / (kills + 1)), choose)
         job.finish(choose.choice((0, 1, 2)))

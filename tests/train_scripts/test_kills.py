@@ -1,6 +1,7 @@
 """Runs that are killed at random moments and resumed end in the bits of a run that nobody disturbed.
 
-The ordinary suite kills two; `pytest -m long tests/train_scripts/test_kills.py` kills two for each of 26 runs.
+The ordinary suite kills two; `pytest -m long tests/train_scripts/test_kills.py` kills two for each of 26 runs, and 40
+runs with options drawn at random.
 """
 
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kills import check, write_images
+from tests.kills import check, random_recipe, write_images
 
 
 @pytest.fixture(scope='module')
@@ -32,3 +33,11 @@ LONG = [('half weights', 1, 8), ('dynamic scale', 1, 6), ('plateau', 1, 4), ('th
 @pytest.mark.parametrize(('recipe', 'processes', 'runs'), LONG)
 def test_many_killed_runs_end_in_the_same_bits(images, tmp_path, recipe, processes, runs):
     assert check(images, tmp_path, recipe, processes=processes, runs=runs, kills=2) >= runs
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('seed', range(40))
+def test_so_does_a_killed_run_with_options_drawn_at_random(images, tmp_path, seed):
+    words, processes = random_recipe(seed)
+    print(words)
+    check(images, tmp_path, words, processes=processes, seed=seed)
