@@ -56,6 +56,7 @@ from timm_npu_irv2.training.output_dir import default_name, output_dir
 from timm_npu_irv2.training.report import Progress, Report
 from timm_npu_irv2.training.resumption import describe_data
 from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
+from timm_npu_irv2.training.task import build_task
 
 _logger = logging.getLogger('train')
 
@@ -178,7 +179,7 @@ def build_run(args: Namespace, world: World, stop: StopRequest | None, started: 
             batch_size=args.validation_batch_size or batch_size, train_loader=train_loader, dtype=precision.input_dtype)
     metric = args.eval_metric if eval_loader is not None else 'loss'
 
-    task = setup.build_task(model, args, world)
+    task = build_task(model, args, world)
     module = task.get_trainable_module()
     average_batch_size = train_loader.average_batch_size
     lr = setup.learning_rate(args, average_batch_size * world.size * args.grad_accum_steps)

@@ -25,6 +25,7 @@ from timm_npu_irv2.training.checkpoint import RunInfo, resume, training_state
 from timm_npu_irv2.training.engine import Diverged, Position, Trainer, TrainSettings
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
+from timm_npu_irv2.training.task import build_task
 
 torch.set_num_threads(1)
 WORLD = World()
@@ -125,7 +126,7 @@ def trainer_by_options(*words: str, seed: int) -> tuple[Trainer, RunInfo]:
     args = options('--epochs', '8', '--warmup-epochs', '1', *(word for word in words if word != '--loss-with-memory'))
     torch.manual_seed(seed)
     precision = setup.build_precision(args, WORLD)
-    task = setup.build_task(setup.place_model(setup.build_model(args), WORLD), args, WORLD)
+    task = build_task(setup.place_model(setup.build_model(args), WORLD), args, WORLD)
     if special:
         task.criterion = LossWithMemory()
     optimizer = setup.build_optimizer(task.trainable_module, args, 0.01 if args.lr is None else args.lr)

@@ -85,15 +85,6 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     assert "cannot write to the output folder '/proc/run'" in refusal(Path('/proc/run'))
 
 
-def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
-    victim = tmp_path / 'victim'
-    victim.write_text('precious')
-    (tmp_path / 'run').mkdir()
-    (tmp_path / 'run' / '.lock').symlink_to(victim)
-    assert 'symbolic link' in refusal(tmp_path / 'run')
-    assert victim.read_text() == 'precious'
-
-
 def test_only_rank_0_touches_the_folder(tmp_path):
     assert enter(tmp_path / 'run', world=World(rank=1, size=2)) == tmp_path / 'run'
     assert not (tmp_path / 'run').exists()

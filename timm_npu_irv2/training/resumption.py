@@ -32,8 +32,8 @@ APPLIED = frozenset('''
     smoothing jsd_loss bce_loss bce_sum bce_target_thresh bce_pos_weight variable_batch_loss_scale
     drop drop_path drop_block bn_momentum bn_eps sync_bn dist_bn no_ddp_bb grad_compress
     model_ema model_ema_force_cpu model_ema_decay model_ema_warmup
-    device amp amp_dtype amp_impl opt_level loss_scale model_dtype allow_internal_format jit_compile
-    fuser fast_norm torchscript torchcompile torchcompile_mode
+    device amp amp_dtype amp_impl opt_level loss_scale model_dtype allow_internal_format allow_hf32 jit_compile
+    deterministic fuser fast_norm torchscript torchcompile torchcompile_mode
     kd_loss_type kd_temperature kd_token_distill_type distill_loss_weight task_loss_weight
     val_split val_num_samples val_interval tta
 '''.split())
