@@ -15,15 +15,15 @@ from timm_npu_irv2.training.engine import Trainer
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.resumption import APPLIED, FREE, REFUSED, check_data, describe_data
 
-README = Path(__file__).parents[2] / 'README.md'
+PAGE = Path(__file__).parents[2] / 'docs' / 'interrupted.md'
 
 
 def test_every_option_has_one_place_in_the_table():
     assert sorted([*FREE, *APPLIED, *REFUSED]) == sorted(vars(parse_args([])))
 
 
-def test_the_readme_shows_the_table():
-    rows = re.findall(r'^\| (free|applied|refused) \|.*\| (.*) \|$', README.read_text(), re.MULTILINE)
+def test_the_documentation_shows_the_table():
+    rows = re.findall(r'^\| (free|applied|refused) \|.*\| (.*) \|$', PAGE.read_text(), re.MULTILINE)
     shown = {kind: set(re.findall(r'`--([\w-]+)`', options)) for kind, options in rows}
     for kind, names in ('free', FREE), ('applied', APPLIED), ('refused', REFUSED):
         assert shown[kind] == {name.replace('_', '-') for name in names}
