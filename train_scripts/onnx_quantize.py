@@ -3,15 +3,19 @@
 
     python train_scripts/onnx_quantize.py model.onnx model_int8.onnx --calibration FOLDER_OF_IMAGES
 
-The ranges of the activations come from the images of the calibration folder. The loss is measured on the images that
---evaluation names, else on every second image of the calibration folder, which is then left out of calibration.
+The ranges of the activations come from the images of the calibration folder. --method auto tries each method, and
+float32 for the first and the last layer, and keeps what changes the logits of other images least: every second image of
+the calibration folder, which is then left out of calibration. The loss is measured on the images that --evaluation
+names, else on these. A file that loses more than --max-loss is not written.
 """
 
 import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
 
 # isort: split
+import copy
 import logging
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +25,7 @@ from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.deploy import onnx, quantization
 from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.serialization import atomic_write
 
 _logger = logging.getLogger('onnx_quantize')
 
@@ -38,8 +43,11 @@ FLAGS = (
         Flag('--images', 'largest number of images for calibration', int, 100, '[1, inf)', {'metavar': 'N'}),
         Flag('--evaluation-images', 'largest number of images for the comparison', int, 1000, '[1, inf)',
              {'metavar': 'N'}),
-        Flag('--method', 'method that finds the ranges of the activations', default='minmax',
-             rest={'choices': ('minmax', 'entropy', 'percentile')}),
+        Flag('--method', 'method that finds the ranges of the activations; auto for the one with the smallest loss',
+             default='auto', rest={'choices': ('auto', *quantization.METHODS)}),
+        Flag('--max-loss', 'largest loss of top-1 in percentage points, or, where the classes of the images are not '
+             'known, largest percentage of images with another answer (default: 1, or 5 without classes)', float,
+             within='[0, 100]', rest={'metavar': 'X'}),
         Flag('--per-tensor', 'use one scale for all channels of a convolution', bool, False),
         Flag('--full-range', 'use weights of 8 bits, for CPUs with VNNI and for NPUs; other CPUs overflow with '
              'more than 7', bool, False),
@@ -74,21 +82,58 @@ def main(argv: Sequence[str]) -> int:
     start_log()
     config = onnx.preprocessing(args.model)
     calibration = quantization.ModelInputs(args.calibration, config, args.on_bad_image)
-    evaluation = (quantization.ModelInputs(args.evaluation, config, args.on_bad_image) if args.evaluation
-                  else calibration.split())
-    calibration.keep(args.images)
+    held_out = calibration.split() if args.method == 'auto' or not args.evaluation else None
+    evaluation = quantization.ModelInputs(args.evaluation, config, args.on_bad_image) if args.evaluation else held_out
     evaluation.keep(args.evaluation_images)
-    quantization.quantize(args.model, args.output, calibration, per_channel=not args.per_tensor,
-                          reduce_range=not args.full_range, method=args.method)
-    size, before = (path.stat().st_size / 1e6 for path in (args.output, args.model))
-    _logger.info(f'{args.output}: {size:.1f} MB (float32: {before:.1f}), calibrated with {len(calibration)} images')
-    loss = quantization.compare(args.model, args.output, evaluation)
+    calibration.keep(args.images)
+    with tempfile.TemporaryDirectory() as folder:
+        int8 = Path(folder) / 'int8.onnx'
+        recipe = quantize(args, int8, calibration, held_out)
+        _logger.info(f'{int8.stat().st_size / 1e6:.1f} MB (float32: {args.model.stat().st_size / 1e6:.1f}), '
+                     f'calibrated by {recipe} with {len(calibration)} images')
+        loss = quantization.compare(args.model, int8, evaluation)
+        report(loss)
+        check_loss(loss, args.max_loss)
+        atomic_write(args.output, int8.read_bytes())
+    return 0
+
+
+def quantize(
+        args: Namespace,
+        output: Path,
+        calibration: quantization.ModelInputs,
+        held_out: quantization.ModelInputs | None,
+) -> quantization.Recipe:
+    """Write the int8 file and return how it was calibrated."""
+    options = {'per_channel': not args.per_tensor, 'reduce_range': not args.full_range}
+    if args.method == 'auto':
+        chosen = copy.copy(held_out)
+        chosen.keep(args.images)
+        return quantization.quantize_best(args.model, output, calibration, chosen, **options)
+    quantization.quantize(args.model, output, calibration, method=args.method, **options)
+    return quantization.Recipe(args.method)
+
+
+def report(loss: quantization.Loss) -> None:
+    """Print the accuracy before and after."""
     print(f'same answer as float32 on {100 * loss.agreement:.2f} % of {loss.images} images; '
           f'logits differ by {loss.error:.1e} (relative)')
     if loss.top1:
         before, after = (100 * share for share in loss.top1)
         print(f'top-1 {after:.2f} % (float32: {before:.2f} %), a loss of {before - after:.2f}')
-    return 0
+
+
+def check_loss(loss: quantization.Loss, limit: float | None) -> None:
+    """Raise UserError if int8 loses more than ``limit`` (see --max-loss)."""
+    if loss.top1:
+        limit, lost = 1.0 if limit is None else limit, 100 * (loss.top1[0] - loss.top1[1])
+        what = f'int8 loses {lost:.2f} points of top-1'
+    else:
+        limit, lost = 5.0 if limit is None else limit, 100 * (1 - loss.agreement)
+        what = f'int8 gives another answer on {lost:.2f} % of the images'
+    if lost > limit:
+        raise UserError(f'{what}, more than --max-loss {limit:g}: no file was written. Calibrate with more images, or '
+                        'images more like those the model was trained on; or raise --max-loss.')
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ from PIL import Image
 from tests.conftest import create_pair, relative_error
 from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.deploy import onnx as graph
+from timm_npu_irv2.deploy.quantization import ModelInputs
 from timm_npu_irv2.serialization import save_weights
 
 onnx = pytest.importorskip('onnx')
@@ -214,9 +215,14 @@ def quantize(*argv):
 
 
 def test_int8_is_a_quarter_and_tells_its_loss(exported, photographs, tmp_path, capsys):
+    """Calibrated by the method with the smallest loss, which is on images that it was not calibrated with."""
     output = tmp_path / 'int8.onnx'
     assert quantize(exported, output, '--calibration', photographs) == 0
-    printed = capsys.readouterr().out
+    printed, log = capsys.readouterr()
+    losses = dict(re.findall(r'int8, (.+): logits differ by (\S+) \(relative\)', log))
+    assert list(losses)[:3] == ['minmax', 'entropy', 'percentile'] and len(losses) == 4
+    ((chosen, count),) = re.findall(r'calibrated by (.+) with (\d+) images', log)
+    assert chosen in losses and float(losses[chosen]) < 1.12 * min(map(float, losses.values())) and count == '6'
     assert re.search(r'same answer as float32 on [\d.]+ % of 6 images; logits differ by ', printed)
     assert re.search(r'top-1 [\d.]+ % \(float32: [\d.]+ %\)', printed)
     assert output.stat().st_size < exported.stat().st_size * 0.3
@@ -224,11 +230,33 @@ def test_int8_is_a_quarter_and_tells_its_loss(exported, photographs, tmp_path, c
     assert relative_error(outputs(output, images), outputs(exported, images)) < 0.2
 
 
+def test_a_silent_loss_is_refused(exported, photographs, tmp_path, capsys):
+    """Unless --max-loss allows it. The biases are such that the answers hang on small differences."""
+    images = tmp_path / 'images'
+    images.mkdir()
+    for path in photographs.rglob('*.png'):
+        (images / path.name).symlink_to(path)
+    inputs = ModelInputs(images, graph.preprocessing(exported))
+    logits = torch.cat([outputs(exported, torch.from_numpy(batch)) for batch, _ in inputs])
+    model = onnx.load(exported)
+    bias = next(each for each in model.graph.initializer if each.name == 'classif.bias')
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) - logits.mean(0).numpy(), bias.name))
+    onnx.save(model, tmp_path / 'model.onnx')
+    argv = tmp_path / 'model.onnx', tmp_path / 'int8.onnx', '--calibration', images, '--method', 'minmax'
+    assert quantize(*argv) == 2
+    assert re.search(r'int8 gives another answer on [\d.]+ % of the images, more than --max-loss 5: no file was written',
+                     capsys.readouterr().err)
+    assert not (tmp_path / 'int8.onnx').exists()
+    assert quantize(*argv, '--max-loss', 100) == 0
+    assert (tmp_path / 'int8.onnx').exists()
+
+
 @pytest.mark.parametrize(('argv', 'message'), [
     (['missing.onnx', 'out.onnx', '--calibration', '.'], 'no such file'),
     (['{model}', 'out.onnx'], '--calibration DIR is missing'),
     (['{model}', 'out.onnx', '--calibration', '.'], 'no images in this folder'),
     (['{model}', '{model}', '--calibration', '.'], 'would overwrite'),
+    (['{model}', 'out.onnx', '--calibration', '.', '--max-loss', '101'], '--max-loss'),
     (['{model}', 'out.onnx', '--calibration', '{torn}'], 'torn.png cannot be read'),
 ])
 def test_what_is_wrong_with_quantisation_is_told_in_a_line(exported, argv, message, capsys, tmp_path, monkeypatch):
