@@ -32,7 +32,13 @@ from timm_npu_irv2.cli.checks import (
     check_rules,
     dataset_rules,
 )
-from timm_npu_irv2.cli.evaluation import describe_precision, prepare_model
+from timm_npu_irv2.cli.evaluation import (
+    ENGINE_FLAGS,
+    describe_precision,
+    engine_options,
+    engine_rules,
+    prepare_model,
+)
 from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, device_switches, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
@@ -41,6 +47,7 @@ from timm_npu_irv2.data.classes import class_info
 from timm_npu_irv2.data.dataset import open_dataset
 from timm_npu_irv2.data.image_files import DatasetImages, NamedImages, decode_batches, find_files
 from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions
+from timm_npu_irv2.deploy import to_inference
 from timm_npu_irv2.distributed import initialize, shutdown
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.ops.normalize import normalize_images
@@ -92,6 +99,7 @@ FLAGS = (
         *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', *DEVICE_SWITCHES),
         Flag('--fast', 'use 16-bit weights and images where that is faster: float16, on some CPUs bfloat16', bool,
              False),
+        *ENGINE_FLAGS,
         Flag('-b --batch-size', 'number of images in a batch', int, 256, '[1, inf)', {'metavar': 'N'}),
         Flag('-j --workers', 'number of threads that decode images', int, 2, '[0, inf)', {'metavar': 'N'}),
         Flag('--log-freq', 'batches from one log line to the next', int, 10, '[1, inf)', {'metavar': 'N'}),
@@ -152,6 +160,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         (len({EXTENSIONS[each] for each in formats}) < len(formats),
          f'--results-format {" ".join(formats)}: the files would have the same name.'),
         (args.gradcam and not args.picture, '--gradcam is drawn into the picture: name it with --picture FILE.png.'),
+        *engine_rules(args),
         (args.checkpoint and not Path(args.checkpoint).is_file(), f'--checkpoint {args.checkpoint}: no such file.'),
         *dataset_rules(args.dataset),
     ])
@@ -193,7 +202,11 @@ def infer(args: Namespace, device: torch.device) -> None:
         model, pipeline = pool_over_positions(model, pipeline)
     images = open_images(args, pipeline.input_img_mode)
     dtype, amp_dtype = choose_dtypes(args, device)
-    model = prepare_model(model, device, dtype, torchscript=args.torchscript)
+    if args.engine:
+        model, dtype = to_inference(model.eval(), **engine_options(args, device)), torch.float32
+        _logger.info(f'Engine: {args.engine}{", int8" if args.calibration else ""}')
+    else:
+        model = prepare_model(model, device, dtype, torchscript=args.torchscript)
     network = Network(model, pipeline, device, dtype, amp_dtype, args.torchcompile, args.torchcompile_mode)
     _logger.info(f'{args.checkpoint or args.model}: {len(images)} images of {pipeline.input_size[-1]} px; '
                  f'{device.type}, {describe_precision(dtype, amp_dtype)}')

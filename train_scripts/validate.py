@@ -39,7 +39,14 @@ from timm_npu_irv2.cli.checks import (
     check_rules,
     dataset_rules,
 )
-from timm_npu_irv2.cli.evaluation import describe_precision, prepare_model, select_classes
+from timm_npu_irv2.cli.evaluation import (
+    ENGINE_FLAGS,
+    describe_precision,
+    engine_options,
+    engine_rules,
+    prepare_model,
+    select_classes,
+)
 from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, TRAIN_FLAGS, device_switches, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
@@ -47,6 +54,7 @@ from timm_npu_irv2.cli.table import to_csv
 from timm_npu_irv2.data.classes import class_indices
 from timm_npu_irv2.data.loader import DeviceLoader
 from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions, remember_training, trained_channels
+from timm_npu_irv2.deploy import to_inference
 from timm_npu_irv2.distributed import World, gather_objects, initialize, shutdown
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.plots import Prediction, draw_prediction_grid, select_predictions
@@ -108,6 +116,7 @@ FLAGS = (
     Group('Device and precision', (
         *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', *DEVICE_SWITCHES,
               'dist_url', 'dist_backend'),
+        *ENGINE_FLAGS,
     )),
     Group('Running and results', (
         Flag('-b --batch-size', 'batch size of a process', int, 256, '[1, inf)', {'metavar': 'N'}),
@@ -156,6 +165,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         (args.torchscript and args.torchcompile, '--torchscript and --torchcompile exclude each other.'),
         (args.valid_labels and args.real_labels, '--valid-labels and --real-labels exclude each other.'),
         *dataset_rules(args.dataset),
+        *engine_rules(args),
     ])
     check_compile_backend(args.torchcompile)
     check_output_file('--results-file', args.results_file)
@@ -252,7 +262,7 @@ def measure(args: Namespace, world: World, candidate: Candidate, batch_size: int
     class_to_idx = None if args.valid_labels else class_indices(model.pretrained_cfg.get('label_names'))
     if args.test_pool:
         model, pipeline = pool_over_positions(model, pipeline)
-    dtype = getattr(torch, args.model_dtype or 'float32')
+    dtype = torch.float32 if args.engine else getattr(torch, args.model_dtype or 'float32')
     amp_dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else devices.half_dtype(world.device)
     loader = build_eval_loader(
         args, pipeline, world, split=args.split, batch_size=batch_size, num_samples=args.num_samples,
@@ -322,7 +332,11 @@ def prepare(
         num_classes: int,
 ) -> nn.Module:
     """Return the model on its device, compiled if asked, reduced to the classes of --valid-labels."""
-    model = prepare_model(model, device, dtype, torchscript=args.torchscript)
+    if args.engine:
+        model = to_inference(model.eval(), **engine_options(args, device))
+        _logger.info(f'Engine: {args.engine}{", int8" if args.calibration else ""}')
+    else:
+        model = prepare_model(model, device, dtype, torchscript=args.torchscript)
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     return select_classes(model, args.valid_labels, num_classes) if args.valid_labels else model

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -17,17 +18,21 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import create_pair, relative_error
 from timm_npu_irv2 import UserError
+from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.deploy import EngineNetwork, InferenceNetwork, Predictor, load, save, to_inference
 from timm_npu_irv2.deploy import onnx as graph
 from timm_npu_irv2.deploy.engines.onnxruntime import separate_siblings
+from timm_npu_irv2.serialization import save_weights
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
 SIZE, CLASSES = 75, 7
+SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 ENGINES = ('openvino', 'onnxruntime', 'om')
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -325,3 +330,61 @@ def test_int8_is_calibrated_with_tensors_and_runs_on_every_engine_of_a_cpu(model
     other = load(tmp_path / 'other')
     assert other.dtype == 'int8'
     assert relative_error(other(images), expected) < 0.2
+
+
+# ------------------------------------------------------------------------------------------------------- the scripts
+
+
+def _load_script(name):
+    spec = importlib.util.spec_from_file_location(f'engines_{name}', SCRIPTS / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def run(model, tmp_path_factory):
+    """run(script, options...): its result on images of as many classes as the model has, or its exit code."""
+    root = tmp_path_factory.mktemp('data')
+    for index, image in enumerate(blots(2 * CLASSES, seed=4)):
+        folder = root / 'validation' / f'class {index % CLASSES}'
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f'{index}.png')
+    save_weights(model.state_dict(), root / 'weights.safetensors')
+    common = ['--checkpoint', root / 'weights.safetensors', '--img-size', SIZE, '--device', 'cpu', '-j', 0]
+    scripts = {name: _load_script(name) for name in ('validate', 'inference')}
+    data = {'validate': ['--data-dir', root], 'inference': [root / 'validation', '--output-type', 'logit', '--topk', 0]}
+
+    def call(name, capsys, *options):
+        words = [str(word) for word in (*data[name], *common, *options)]
+        code = run_script(f'{name}.py', scripts[name].main, words)
+        printed = capsys.readouterr()
+        return json.loads(printed.out.split('--result\n')[1]) if code == 0 else (code, printed.err)
+
+    return call
+
+
+def test_validate_and_inference_run_on_an_engine(run, capsys, tmp_path):
+    for options in ([], ['--valid-labels', tmp_path / 'labels.txt']):
+        (tmp_path / 'labels.txt').write_text('\n'.join(map(str, range(CLASSES))))
+        plain, engine = (run('validate', capsys, *options, *more) for more in ([], ['--engine', 'onnxruntime']))
+        assert engine['count'] == 2 * CLASSES and engine['loss'] == pytest.approx(plain['loss'], rel=1e-4)
+        assert (engine['top1'], engine['top5']) == (plain['top1'], plain['top5'])
+    plain, *others = (run('inference', capsys, *more) for more in ([], ['--engine', 'onnxruntime'],
+                                                                   ['--engine', 'torch']))
+    for engine in others:
+        assert list(engine) == list(plain)
+        assert all(engine[name]['logit'] == pytest.approx(plain[name]['logit'], abs=1e-4) for name in plain)
+
+
+@pytest.mark.parametrize(('script', 'options', 'message'), [
+    ('validate', ['--engine', 'openvin'], 'Did you mean openvino?'),
+    ('validate', ['--engine', 'torch', '--amp'], 'leave out --amp'),
+    ('validate', ['--calibration', '.'], '--calibration is for --engine'),
+    ('validate', ['--engine', 'onnxruntime', '--model-dtype', 'bfloat16'], 'cannot compute in bfloat16 here'),
+    ('inference', ['--engine', 'onnxruntime', '--gradcam', '--picture', 'x.png'], 'leave out --gradcam'),
+])
+def test_what_an_engine_cannot_do_is_told_in_a_line(run, capsys, script, options, message):
+    code, error = run(script, capsys, *options)
+    assert code == 2 and message in error.splitlines()[-1]

@@ -1,15 +1,48 @@
 """Preparation of a model for evaluation, as validate.py and inference.py need it."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import device as devices
 from ..errors import UserError
+from .parser import Flag
 
-__all__ = ['describe_precision', 'prepare_model', 'select_classes']
+__all__ = ['ENGINE_FLAGS', 'describe_precision', 'engine_options', 'engine_rules', 'prepare_model',
+           'select_classes']
+
+ENGINE_FLAGS = (
+    Flag('--engine', 'runtime for the folded network: torch, openvino, onnxruntime, om, or auto for the fastest one as '
+         'measured on this machine (default: the network as it was trained)', rest={'metavar': 'NAME'}),
+    Flag('--calibration', 'folder of images; with --engine openvino or onnxruntime, compute in int8 with the ranges of '
+         'these images', default='', rest={'metavar': 'DIR'}),
+)
+
+
+def engine_rules(args: Namespace) -> list[tuple[Any, str]]:
+    """Return the rules of --engine for ``check_rules``."""
+    excluded = {'amp', 'torchscript', 'torchcompile', 'test_pool', 'gradcam'}
+    return [
+        (args.calibration and not args.engine, '--calibration is for --engine openvino or onnxruntime: name one.'),
+        *((args.engine and getattr(args, name, None),
+           f'--engine runs the folded network: leave out --{name.replace("_", "-")}.') for name in sorted(excluded)),
+    ]
+
+
+def engine_options(args: Namespace, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of ``to_inference`` that the options name.
+
+    Args:
+        args: Options of the script.
+        device: Device of the images; CANN's engine finds its own, and takes images from any.
+    """
+    dtype = 'fast' if getattr(args, 'fast', False) else args.model_dtype
+    return {'engine': args.engine, 'device': None if args.engine == 'om' else device,
+            'dtype': 'int8' if args.calibration else dtype, 'calibration': args.calibration or None}
 
 
 def prepare_model(
@@ -63,7 +96,8 @@ class _Columns(nn.Module):
     def __init__(self, model: nn.Module, labels: Sequence[int]) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer('labels', torch.tensor(labels, device=next(model.parameters()).device))
+        place = next((parameter.device for parameter in model.parameters()), None)  # an engine has none
+        self.register_buffer('labels', torch.tensor(labels, device=place))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, len(labels)) of images (N, C, H, W)."""
