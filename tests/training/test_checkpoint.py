@@ -202,6 +202,19 @@ def test_timm_reads_our_checkpoints(tmp_path):
     assert_same(optimizer.state_dict()['state'], trainer.optimizer.state_dict()['state'])
 
 
+def test_weights_in_a_checkpoint_are_contiguous_whatever_the_layout_in_training(tmp_path):
+    # timm's clean_checkpoint.py makes safetensors of them, which take no other.
+    args = options('--model-ema')
+    trainer = trainer_of(args)
+    trainer.module.to(memory_format=torch.channels_last)
+    saver = saver_in(tmp_path, args)
+    saver.save_epoch(trainer, 0, 50.0)
+    saver.wait()
+    checkpoint = torch.load(tmp_path / 'last.pth.tar', weights_only=True)
+    for entry in ('state_dict', 'state_dict_ema'):
+        assert all(value.is_contiguous() for value in checkpoint[entry].values())
+
+
 def test_a_checkpoint_of_timm_continues_with_its_optimizer_and_epoch(tmp_path):
     args = options()
     theirs = trainer_of(args)

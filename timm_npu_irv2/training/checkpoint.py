@@ -99,6 +99,8 @@ def _model_entries(trainer: Trainer) -> _State:
 
 
 def _split(state_dict: _State, suffix: str) -> _State:
+    # Contiguous, whatever the layout in training: timm's clean_checkpoint.py writes safetensors, which take no other.
+    state_dict = {key: value.contiguous() for key, value in state_dict.items()}
     student = {key.removeprefix('student.'): value for key, value in state_dict.items() if key.startswith('student.')}
     projection = {key.removeprefix('projection.'): value for key, value in state_dict.items()
                   if key.startswith('projection.')}
