@@ -4,9 +4,8 @@ Merged siblings and norms, residual blocks that scale their small tensors instea
 that counts its batches on the host. What bypasses a module is a shortcut; see ``shortcuts.py`` for when one is taken.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -15,13 +14,13 @@ from timm.layers import BatchNormAct2d as TimmBatchNormAct2d
 from timm.layers import ConvNormAct, get_norm_act_layer
 from timm.models import register_notrace_module
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .ops import batch_norm_relu, pointwise_convolution, scaled_residual_relu, variants
+from .recompute import recomputed
 from .shortcuts import is_eager, is_unobserved
 
 __all__ = ['BatchNormAct2d', 'BlockSequence', 'LayerFactory', 'PiecewiseNorm', 'ResidualBlock', 'Siblings',
-           'concatenate', 'conv_pool', 'recomputed']
+           'concatenate', 'conv_pool']
 
 
 @register_notrace_module
@@ -78,22 +77,30 @@ class BatchNormAct2d(TimmBatchNormAct2d):
 
     def normalize(self, x: Tensor, on_host: bool = True) -> Tensor:
         """Normalise ``x`` without the activation; in training count the batch, on the host or in the buffer."""
-        training, momentum, mean, var = self._next_batch(on_host)
+        training, momentum, mean, var = self._next_batch(self.running_mean, self.running_var, on_host)
         return F.batch_norm(x, mean, var, self.weight, self.bias, training, momentum, self.eps)
 
     def normalize_and_activate(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """Compute scale * relu(normalize(x)) in one operator, without a call of the activation's module."""
-        training, momentum, mean, var = self._next_batch(True)
-        return batch_norm_relu(x, self.weight, self.bias, mean, var, training, momentum, self.eps, scale)
+        # An attribute of a module that is a tensor takes ten times as long to find as an entry of these.
+        parameters, buffers = self.__dict__['_parameters'], self.__dict__['_buffers']
+        training, momentum, mean, var = self._next_batch(buffers['running_mean'], buffers['running_var'], True)
+        weight, bias = parameters['weight'], parameters['bias']
+        return batch_norm_relu(x, weight, bias, mean, var, training, momentum, self.eps, scale)
 
-    def _next_batch(self, on_host: bool) -> Tuple[bool, float, Optional[Tensor], Optional[Tensor]]:
+    def _next_batch(
+            self,
+            mean: Optional[Tensor],
+            var: Optional[Tensor],
+            on_host: bool,
+    ) -> Tuple[bool, float, Optional[Tensor], Optional[Tensor]]:
         """Count a batch, and return F.batch_norm's arguments training, momentum, running_mean and running_var."""
-        mean, var, momentum = self.running_mean, self.running_var, self.momentum
+        momentum = self.momentum
         if not self.training:
             return mean is None and var is None, 0.0 if momentum is None else momentum, mean, var
         if not self.track_running_stats:
             return True, 0.0, None, None
-        # momentum 0 freezes the statistics (see `frozen_statistics`): such a pass is not counted.
+        # momentum 0 freezes the statistics (see recompute.py): such a pass is not counted.
         if momentum is None or momentum != 0.0:
             if on_host:
                 self.new_batches[0] += 1
@@ -232,7 +239,8 @@ class ResidualBlock(nn.Module):
             return self.activate(torch.add(x, self.residual(x), alpha=self.scale))
         if is_eager(x) and self.can_shortcut():
             bias: Any = self.conv2d.bias
-            return self.shortcut(x, bias if self.scale == 1.0 else bias * self.scale)
+            scales = torch.is_grad_enabled() and self.scale != 1.0
+            return self.shortcut(x, bias * self.scale if scales else None)
         out = recomputed(self.residual, x, keep_convolutions=True) if self.recompute else self.residual(x)
         return self.activate(torch.add(x, out, alpha=self.scale))
 
@@ -248,17 +256,26 @@ class ResidualBlock(nn.Module):
             and (end is None or is_unobserved(end, nn.ReLU))
         )
 
-    def shortcut(self, x: Tensor, scaled_bias: Tensor) -> Tensor:
-        """Compute the block without calling its own layers; ``scaled_bias`` (channels,) is s·b."""
+    def shortcut(self, x: Tensor, scaled_bias: Optional[Tensor]) -> Tensor:
+        """Compute the block without calling its own layers.
+
+        Args:
+            x: Input of the block.
+            scaled_bias: s·b (channels,), to scale the small tensors; None to scale in the addition. That costs nothing
+                forward, has the bits of the modules, and is dearer in the backward alone.
+        """
         if self.recompute:
             out = recomputed(self.scaled_residual, x, scaled_bias, keep_convolutions=True)
         else:
             out = self.scaled_residual(x, scaled_bias)
-        return x + out if self._end() is None else scaled_residual_relu(x, out, 1.0)
+        scale = self.scale if scaled_bias is None else 1.0
+        return torch.add(x, out, alpha=scale) if self._end() is None else scaled_residual_relu(x, out, scale)
 
-    def scaled_residual(self, x: Tensor, scaled_bias: Tensor) -> Tensor:
-        """Return what the block adds to ``x``."""
+    def scaled_residual(self, x: Tensor, scaled_bias: Optional[Tensor]) -> Tensor:
+        """Return what the block adds to ``x``, scaled if ``scaled_bias`` is given."""
         norm: Any = self.bn
+        if scaled_bias is None:
+            return self.conv2d(norm.normalize_and_activate(self.branches(x)))
         out = norm.normalize_and_activate(self.branches(x), self.scale)
         if self.conv2d.weight.dtype == out.dtype and variants().pointwise == 'product':
             return pointwise_convolution(out, self.conv2d.weight, scaled_bias)
@@ -283,7 +300,7 @@ class BlockSequence(nn.Sequential):
                 x = block(x)
             return x
         blocks: List[Any] = list(self._modules.values())
-        biases = scaled_biases(blocks) if is_eager(x) else [None] * len(blocks)
+        biases = scaled_biases(blocks) if torch.is_grad_enabled() and is_eager(x) else [None] * len(blocks)
         for block, bias in zip(blocks, biases, strict=True):
             function, inputs = (block, (x,)) if bias is None else (block.shortcut, (x, bias))
             x = recomputed(function, *inputs) if self.recompute else function(*inputs)
@@ -316,67 +333,6 @@ class _ScaledBiases(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
         return None, *torch._foreach_mul(grads, ctx.scale)
-
-
-def recomputed(function: Any, *inputs: Optional[Tensor], keep_convolutions: bool = False) -> Tensor:
-    """Compute ``function(*inputs)`` and keep only the inputs for the backward, which computes the rest once more.
-
-    Args:
-        function: A module or its bound method.
-        inputs: Its arguments.
-        keep_convolutions: Keep the outputs of convolutions too; what is left to compute again (norms, activations,
-            concatenations, pooling) is little work.
-    """
-    module = function if isinstance(function, nn.Module) else function.__self__
-    contexts = functools.partial(_recompute_contexts, module, keep_convolutions)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-
-def _recompute_contexts(
-        module: nn.Module,
-        keep_convolutions: bool,
-) -> Tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """Return the contexts of the first and the second pass."""
-    if not keep_convolutions:
-        return contextlib.nullcontext(), frozen_statistics(module)
-    first, second = create_selective_checkpoint_contexts(_keep_convolutions)
-    return first, _both(second, frozen_statistics(module))
-
-
-@contextlib.contextmanager
-def _both(*contexts: contextlib.AbstractContextManager) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
-
-
-def _keep_convolutions(_context: Any, operator: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    # The convolution with a bias ends a residual branch: nobody needs its output in the backward.
-    kept = operator == torch.ops.aten.convolution.default and args[2] is None
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@contextlib.contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Let the BatchNorms inside ``module`` use batch statistics without moving their running ones.
-
-    The second forward of a checkpointed block sees the batch once more, which must not count twice.
-    """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    # PyTorch's own norms count whatever their momentum is.
-    counts = [norm.num_batches_tracked for norm in norms if not isinstance(norm, BatchNormAct2d)]
-    counted = [(count, count.clone()) for count in counts if count is not None]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for count, before in counted:
-            count.copy_(before)
 
 
 def conv_pool(conv: Any, pool: nn.Module, x: Tensor) -> Tensor:

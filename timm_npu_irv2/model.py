@@ -32,8 +32,8 @@ from .layers import (
     Siblings,
     concatenate,
     conv_pool,
-    recomputed,
 )
+from .recompute import recomputed
 
 __all__ = ['LAST_BLOCK', 'RUNS', 'STAGES', 'InceptionResnetV2Npu', 'inception_resnet_v2_npu', 'residual_scales']
 

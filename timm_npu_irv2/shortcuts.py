@@ -13,7 +13,9 @@ from torch.nn.modules import module as nn_module
 
 __all__ = ['is_eager', 'is_unobserved']
 
-_compiler = torch.compiler
+# Global names are found faster than attributes of modules.
+_is_compiling, _tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
+_are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def is_eager(x: Tensor) -> bool:
@@ -21,9 +23,9 @@ def is_eager(x: Tensor) -> bool:
     return (
         type(x) is Tensor  # neither a subclass nor FX's proxy
         and not x.is_meta
-        and not _compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
+        and not _is_compiling()
+        and _tracing_state() is None
+        and not _are_transforms_active()
         and forward_ad._current_level < 0
         and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
                  or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)

@@ -20,8 +20,8 @@ from .. import device as devices
 from ..data.samplers import preserve_rng_state
 from ..distributed import StopRequest, World
 from ..errors import Stopped, UserError
-from ..layers import frozen_statistics
 from ..precision import Precision
+from ..recompute import frozen_statistics
 from ..serialization import atomic_file
 from .hidden_state import HiddenState
 from .metrics import Meter, Throughput
