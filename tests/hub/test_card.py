@@ -69,9 +69,9 @@ def test_every_block_of_the_card_runs(published, server, tmp_path):
 
 def test_the_commands_of_the_readme_are_known(online, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / 'README.md').read_text()
-    commands = re.findall(r'^python -m timm_npu_irv2\.hub (.*)', text, flags=re.MULTILINE)
-    assert [each.split()[0] for each in commands] == ['export', 'push', 'pull']
+    text = '\n'.join((ROOT / name).read_text() for name in ('README.md', 'docs/publish.md'))
+    commands = re.findall(r'^timm-npu-irv2 hub (.*)', text, flags=re.MULTILINE)
+    assert {each.split()[0] for each in commands} == {'export', 'push', 'pull'}
     options = re.findall(r'`(--(?:for timm|ema|dtype|class-names)[^`]*)`', text)
     assert options
     for words in (*commands, *(f'export a b {each}' for each in options)):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import device as devices
 from .. import rules, schema
 from ..distributed import World, gather_objects
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..serialization import read_checkpoint
 from .engine import Position, Trainer
 from .resumption import changed_options, check_data, check_options, order_classes
@@ -280,8 +280,11 @@ def _load_optimizer(trainer: Trainer, checkpoint: _State, path: Path, changed: C
         _logger.warning(f'{path} has no optimizer state that fits this network: the optimizer starts anew.')
         return
     given = [dict(group) for group in trainer.optimizer.param_groups]
-    with rules.naming(path):
-        trainer.optimizer.load_state_dict(schema.restored_optimizer(state, trainer.optimizer))
+    try:
+        with rules.naming(path):
+            trainer.optimizer.load_state_dict(schema.restored_optimizer(state, trainer.optimizer))
+    except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f'{path}: the state of the optimizer is incomplete: {one_line(error)}') from error
     for group, fresh in zip(trainer.optimizer.param_groups, given, strict=True):
         for option, name in _GROUP_OPTIONS.items():
             if option in changed and name in group:
