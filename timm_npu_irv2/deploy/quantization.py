@@ -65,7 +65,7 @@ class Loss:
 
 
 class ModelInputs:
-    """The images in a folder or a tar file, prepared for a model.
+    """Images in a folder or a tar file, prepared for a model.
 
     Class folders are numbered by their names, as the model was trained; where the file of the model has no names, in
     the order in which a training numbers them, if there are as many as the model has outputs.
