@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 from timm.data.loader import fast_collate
 
 from timm_npu_irv2.data.dataset import open_dataset
-from timm_npu_irv2.data.image_files import find_files
+from timm_npu_irv2.data.image_files import decode_batches, find_files
 from timm_npu_irv2.data.loader import create_eval_loader
 from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.data.samplers import Batch, SampleKey
@@ -193,3 +193,21 @@ def test_a_bad_file_is_refused_or_left_out_by_all(tmp_path, folder, name):
             reader(root, pipeline)
     for reader in of_evaluation, of_calibration:
         assert len(reader(root, pipeline, on_bad_image='skip')) == 1
+
+
+@pytest.mark.parametrize('kind', ['folder', 'tar'])
+def test_inference_gives_a_bad_file_no_answer_of_its_neighbour(tmp_path, folder, kind):
+    root = tmp_path / 'images'
+    root.mkdir()
+    for name, content in (('0.png', FILES['plain.png']), ('1.jpg', BAD['torn.jpg']), ('2.png', FILES['la.png'])):
+        (root / name).write_bytes(content)
+    if kind == 'tar':
+        with tarfile.open(tmp_path / 'images.tar', 'w') as archive:
+            archive.add(root, '.')
+        root = tmp_path / 'images.tar'
+    images, pipeline = find_files([str(root)], 'RGB'), ImagePipeline.from_config(config('RGB'))
+    options = dict(batch_size=2, num_threads=3)
+    batches = list(decode_batches(images, pipeline.transform(), on_bad_image='skip', **options))
+    assert [images.name(index) for indices, _ in batches for index in indices] == ['0.png', '2.png']
+    with pytest.raises(UserError, match=r'^image .*1\.jpg cannot be read'):
+        list(decode_batches(images, pipeline.transform(), **options))
