@@ -103,7 +103,7 @@ SITUATIONS = {
     'four channels': ('RGBA', write_images, ''),
     'YCbCr': ('YCbCr', write_images, ''),
     'missing class': ('RGB', lambda folder: without(write_images(folder), '2'), ''),
-    'renamed class': ('RGB', lambda folder: renamed(write_images(folder), '2', 'two'), "'two'"),
+    'renamed class': ('RGB', lambda folder: renamed(write_images(folder), '2', 'two'), 'two'),
     'blanks': ('RGB', lambda folder: renamed(write_images(folder), '2', ' 2 '), ''),
     'merging classes': ('RGB', lambda folder: merged(write_images(folder)), "photos"),
 }
@@ -177,9 +177,9 @@ def of_train(situation, capsys):
     train.symlink_to(situation.network.root / 'data' / 'train' if good else copied(situation.data))
     capsys.readouterr()
     code = run('train', '--data-dir', situation.root / 'data', '--output', situation.root, '--experiment', 'again',
-               '--resume', situation.network.checkpoint, '--epochs', 0, '--img-size', SIZE, '--num-classes',
-               len(CLASSES), '--crop-pct', 0.8, '--mean', '0.4', '--interpolation', 'bilinear', *COMMON,
-               *NETWORKS[situation.network.mode])
+               '--resume', situation.network.checkpoint, '--no-resume-opt', '--epochs', 0, '--img-size', SIZE,
+               '--num-classes', len(CLASSES), '--crop-pct', 0.8, '--mean', '0.4', '--interpolation', 'bilinear', *COMMON,
+               *NETWORKS[situation.network.mode], *([] if situation.message else ['--allow-changed-data']))
     if code:
         return code, capsys.readouterr().err
     report = json.loads((situation.root / 'again' / 'report.json').read_text())
