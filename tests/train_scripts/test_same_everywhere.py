@@ -178,7 +178,8 @@ def of_train(situation, capsys):
     capsys.readouterr()
     code = run('train', '--data-dir', situation.root / 'data', '--output', situation.root, '--experiment', 'again',
                '--resume', situation.network.checkpoint, '--no-resume-opt', '--epochs', 0, '--img-size', SIZE,
-               '--num-classes', len(CLASSES), '--crop-pct', 0.8, '--mean', '0.4', '--interpolation', 'bilinear', *COMMON,
+               '--num-classes', len(CLASSES), '--crop-pct', 0.8,
+               '--mean', '0.4', '--interpolation', 'bilinear', *COMMON,
                *NETWORKS[situation.network.mode], *([] if situation.message else ['--allow-changed-data']))
     if code:
         return code, capsys.readouterr().err
