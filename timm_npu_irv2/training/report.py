@@ -113,9 +113,7 @@ class Report:
             key: (best or {}).get(f'eval_{key}') for key in ('top1', 'top5', 'loss')}
         report = {
             'model': model,
-            'top1': results.get('top1'),
-            'top5': results.get('top5'),
-            'loss': results.get('loss'),
+            **{key: results.get(key) for key in ('top1', 'top5', 'loss')},
             'images_per_second': images_per_second,
             'seconds': seconds,
             'epochs': len(self.rows),
