@@ -17,10 +17,11 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
-from tests.conftest import create_pair, relative_error
+from tests.conftest import OURS, create_pair, relative_error
 from timm_npu_irv2 import UserError
 from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.deploy import EngineNetwork, InferenceNetwork, Predictor, load, save, to_inference
@@ -159,6 +160,13 @@ def test_every_head_and_every_number_of_channels(options):
     x = torch.randn(2, options.get('in_chans', 3), SIZE, SIZE)
     with torch.inference_mode():
         assert relative_error(to_inference(reference.eval(), engine='onnxruntime')(x), reference(x)) < 1e-5
+
+
+def test_a_new_network_whose_norms_are_all_alike():
+    """The exporter keeps equal tensors once."""
+    model, x = timm.create_model(OURS, num_classes=CLASSES).eval(), torch.randn(1, 3, SIZE, SIZE)
+    with torch.inference_mode():
+        assert relative_error(to_inference(model, engine='onnxruntime')(x), model(x)) < 1e-5
 
 
 def test_bfloat16_on_a_cpu_that_has_it(model, images, expected):

@@ -49,6 +49,9 @@ def separate_siblings(model: Any) -> None:
     constants = {each.name: numpy_helper.to_array(each) for each in initializers}
     constants |= {node.output[0]: numpy_helper.to_array(node.attribute[0].t) for node in nodes
                   if node.op_type == 'Constant'}
+    # The exporter keeps equal tensors once, under one of their names.
+    constants |= {node.output[0]: constants[node.input[0]] for node in nodes
+                  if node.op_type == 'Identity' and node.input[0] in constants}
     producers = {output: node for node in nodes for output in node.output}
     for split in [node for node in nodes if node.op_type == 'Split']:
         relu = producers[split.input[0]]
