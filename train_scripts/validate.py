@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.data import RealLabelsImagenet
-from timm.models import get_pretrained_cfg, is_model, list_models
+from timm.models import is_model, list_models
 from timm.utils import decay_batch_step, natural_key, random_seed, reparameterize_model
 from torch import Tensor, nn
 
@@ -41,6 +41,7 @@ from timm_npu_irv2.cli.checks import (
 )
 from timm_npu_irv2.cli.evaluation import (
     ENGINE_FLAGS,
+    classes_in,
     describe_precision,
     engine_options,
     engine_rules,
@@ -312,16 +313,6 @@ def load_model(args: Namespace, candidate: Candidate) -> nn.Module:
         except (RuntimeError, ValueError) as error:
             raise UserError(f'{candidate.checkpoint}: {" ".join(str(error).split())[:300]}') from error
     return reparameterize_model(model) if args.reparam else model
-
-
-def classes_in(state_dict: dict[str, Tensor], name: str) -> int | None:
-    """Return the number of classes of a checkpoint, from the shape of its classifier; None if that is not found."""
-    config = get_pretrained_cfg(name) if is_model(name) else None
-    for classifier in (getattr(config, 'classifier', None), 'classif', 'last_linear'):
-        for prefix in ('', 'module.'):
-            if isinstance(classifier, str) and f'{prefix}{classifier}.weight' in state_dict:
-                return len(state_dict[f'{prefix}{classifier}.weight'])
-    return None
 
 
 def prepare(

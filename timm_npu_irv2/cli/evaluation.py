@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor, nn
 
 from .. import device as devices
 from ..errors import UserError
 from .parser import Flag
 
-__all__ = ['ENGINE_FLAGS', 'describe_precision', 'engine_options', 'engine_rules', 'prepare_model',
+__all__ = ['ENGINE_FLAGS', 'classes_in', 'describe_precision', 'engine_options', 'engine_rules', 'prepare_model',
            'select_classes']
 
 ENGINE_FLAGS = (
@@ -43,6 +44,16 @@ def engine_options(args: Namespace, device: torch.device) -> dict[str, Any]:
     dtype = 'fast' if getattr(args, 'fast', False) else args.model_dtype
     return {'engine': args.engine, 'device': None if args.engine == 'om' else device,
             'dtype': 'int8' if args.calibration else dtype, 'calibration': args.calibration or None}
+
+
+def classes_in(state_dict: dict[str, Tensor], name: str) -> int | None:
+    """Return the number of classes of a checkpoint, from the shape of its classifier; None if that is not found."""
+    config = get_pretrained_cfg(name) if is_model(name) else None
+    for classifier in (getattr(config, 'classifier', None), 'classif', 'last_linear'):
+        for prefix in ('', 'module.'):
+            if isinstance(classifier, str) and f'{prefix}{classifier}.weight' in state_dict:
+                return len(state_dict[f'{prefix}{classifier}.weight'])
+    return None
 
 
 def prepare_model(
