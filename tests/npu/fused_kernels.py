@@ -5,6 +5,7 @@ import sys
 import types
 from importlib.machinery import ModuleSpec
 
+import standin_journal
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def megabytes(batch_size: int) -> float:
     for _ in range(2):  # the first ones allocate states
         step()
     touched.clear()
-    return (cost_of(step).bytes + sum(touched)) / 1e6
+    return (cost_of(step, standin_journal.recording).bytes + sum(touched)) / 1e6
 
 
 if __name__ == '__main__':

@@ -92,7 +92,8 @@ def test_more_processes_than_devices_are_one_line(run):
     code, errors = run(3, SMALL, devices=2)
     assert code == 2
     lines = [line for line in errors.splitlines() if 'error' in line.lower()]
-    assert lines == ['dist_train_npu.sh: error: 3 processes need as many devices; this machine has 2 npu device(s).']
+    assert lines == ['dist_train_npu.sh: error: npu:2 does not exist: this process sees 2 npu device(s). Start at most '
+                     '2 processes here, or check ASCEND_RT_VISIBLE_DEVICES.']
 
 
 def test_exhausted_memory_names_a_batch_size_that_fits(start):
