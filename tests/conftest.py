@@ -1,5 +1,6 @@
 """Shared pieces of the tests."""
 
+import logging
 import os
 import signal
 import socket
@@ -49,6 +50,17 @@ def reference_state_dict() -> dict[str, torch.Tensor]:
     """Weights of timm's network with 1000 classes, random everywhere."""
     torch.manual_seed(0)
     return fill(timm.create_model(REFERENCE)).state_dict()
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    """Take back the log of a script that ran in this process: it writes to a stream that ends with the test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture

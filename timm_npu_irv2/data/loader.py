@@ -6,6 +6,7 @@ a :class:`Batch` into uint8 images (``worker.py``); :class:`DeviceLoader` moves 
 and erases there, one batch ahead.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -113,8 +114,12 @@ class DeviceLoader:
 
     def close(self) -> None:
         """End the workers now instead of when the loader is deleted."""
-        self._running = None
-        self._loader._iterator = None
+        iterator: Any = self._loader._iterator
+        self._loader._iterator = self._running = None
+        if self._loader.num_workers and iterator is not None:
+            # The signal of a worker that was killed raises here, and would print a traceback in a destructor.
+            with contextlib.suppress(RuntimeError):
+                iterator._shutdown_workers()
 
     @property
     def average_batch_size(self) -> float:
