@@ -66,5 +66,4 @@ class _ScaledResidualReLU(torch.autograd.Function):
             kernels: Any = triton_kernels()
             return *kernels.scaled_residual_relu_backward(grad, output, ctx.scale, x_dtype, branch_dtype), None
         masked = torch.ops.aten.threshold_backward.default(grad, output, 0)
-        scaled = masked if ctx.scale == 1 else masked * ctx.scale
-        return masked.to(x_dtype), scaled.to(branch_dtype), None
+        return masked.to(x_dtype), masked.to(branch_dtype), None
