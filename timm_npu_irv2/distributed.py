@@ -35,7 +35,7 @@ from . import device as devices
 from .errors import UserError
 
 __all__ = ['StopRequest', 'World', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
-           'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'restarted',
+           'is_launched', 'is_lost_peer', 'is_port_free', 'launch', 'may_restart', 'restarted',
            'run_torchrun', 'shutdown', 'sum_over_ranks']
 
 _logger = logging.getLogger(__name__)
@@ -355,7 +355,7 @@ def _meeting_point(nodes: int, node_rank: int, addr: str | None, dist_url: str |
     url = dist_url.removeprefix('tcp://') if dist_url and dist_url.startswith('tcp://') else None
     endpoint = url or f"{addr or '127.0.0.1'}:{os.environ.get('MASTER_PORT', '29500')}"
     host, _, port = endpoint.rpartition(':')
-    if (nodes > 1 or url) and node_rank == 0 and not _is_free(int(port)):
+    if (nodes > 1 or url) and node_rank == 0 and not is_port_free(int(port)):
         raise UserError(f'port {port} is in use: choose another one with --dist-url tcp://{host}:PORT.')
     if nodes == 1:
         register_loopback_rendezvous()
@@ -402,7 +402,8 @@ def run_torchrun(argv: Sequence[str]) -> None:
     main(['--rdzv-backend', 'loopback', '--rdzv-endpoint', endpoint, '--rdzv-id', secrets.token_hex(16), *argv])
 
 
-def _is_free(port: int) -> bool:
+def is_port_free(port: int) -> bool:
+    """Return True if a process of this machine can listen on the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

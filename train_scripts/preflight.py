@@ -4,13 +4,13 @@ Usage: python train_scripts/preflight.py LAUNCHER train.py|validate.py PROCESSES
 """
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.data.dataset import find_root
+from timm_npu_irv2.distributed import is_port_free
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.training.options import parse_args
 
@@ -56,12 +56,8 @@ def check_port() -> None:
         return
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"MASTER_PORT '{port}' is not a port: use a number below 65536.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(('', int(port)))
-        except OSError as error:
-            raise UserError(f'port {port} is in use: set MASTER_PORT to another one, or leave it unset.') from error
+    if not is_port_free(int(port)):
+        raise UserError(f'port {port} is in use: set MASTER_PORT to another one, or leave it unset.')
 
 
 if __name__ == '__main__':
