@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from torch import nn
 
 from .ascend.environment import environment, running_on
 
+ROOT = Path(__file__).parents[1]
 REFERENCE = 'inception_resnet_v2'
 OURS = 'inception_resnet_v2_npu'
 
@@ -80,7 +82,9 @@ def start_on_standin(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
 
     def start(*command: str, variables: dict[str, str] | None = None, **switches) -> subprocess.Popen:
         journals = dict(operator_log=tmp_path / 'operators-%r', trace=tmp_path / 'trace-%r')
-        base = {**os.environ, 'OMP_NUM_THREADS': '1', **(variables or {})}
+        # It starts in tmp_path, from where `-m tests…` has to be found too.
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+        base = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', **(variables or {})}
         process = subprocess.Popen(
             command, env=environment(running_on(), base=base, **{**journals, **switches}), cwd=tmp_path,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -35,7 +35,7 @@ def test_a_step_at_o2_costs_no_more_than_it_did(start_on_standin, tmp_path):
 def test_batch_norm_and_relu_in_one_kernel_save_a_tenth_of_the_bytes(start_on_standin):
     process = start_on_standin(
         sys.executable, '-m', 'tests.npu.fused_kernels', run_operators=False, memory=200 << 30,
-        variables={'TIMM_NPU_IRV2_KERNELS': 'triton', 'PYTHONPATH': str(ROOT)})
+        variables={'TIMM_NPU_IRV2_KERNELS': 'triton'})
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     image, step = map(float, output.split()[-2:])
