@@ -211,15 +211,20 @@ _PROCESS = record({
     }),
     'meter': record({'loss': number(finite=False), 'hits': _integer, 'count': _integer}),
 }, {'buffers': mapping(_state, most=2), 'hidden': mapping(mapping(_plain_with_tensors))})
+_share = number(1, 2**31, integer=True)
+LAYOUT = record(
+    {'processes': _share, 'batch_size': _share, 'grad_accum_steps': _share}, {'epoch_samples': optional(_integer)})
 _TRAINING = record({
-    'position': record({'epoch': number(0, MOST_EPOCHS, integer=True), 'batch': _integer, 'updates': _integer}),
+    'position': record(
+        {'epoch': number(0, MOST_EPOCHS, integer=True), 'batch': _integer, 'updates': _integer}, {'samples': _integer}),
     'num_classes': optional(number(0, MOST_CLASSES, integer=True)),
     'processes': many(_PROCESS, 1, 10**5),
     'throughput': many(_seconds, 2, 2),
     'scheduler': optional(mapping(plain)),
 }, {
     'class_to_idx': optional(mapping(_integer)), 'pipeline': optional(record({}, PREPROCESSING)),
-    'skipped': many(_integer, 2, 2), 'format': _integer, 'data': mapping(_FINGERPRINT)})
+    'skipped': many(_integer, 2, 2), 'format': _integer, 'layout': LAYOUT,
+    'data': mapping(_FINGERPRINT)})
 _CHECKPOINT_NAME = text(1000, r'(?:.*/)?checkpoint-\d+\.pth\.tar')  # files of these names are removed in time
 _SAVER = record({}, {
     'checkpoint_files': many(many(optional(either(_CHECKPOINT_NAME, number(finite=False))), 2, 2)),
@@ -270,7 +275,7 @@ def check_checkpoint(content: dict[str, Any]) -> None:
     if 'training' not in content:  # another program's
         return
     record({'arch': text(1000), 'epoch': _integer, 'training': _TRAINING})(content, '')
-    if unknown := content['training']['position'].keys() - {'epoch', 'batch', 'updates'}:
+    if unknown := content['training']['position'].keys() - {'epoch', 'batch', 'updates', 'samples'}:
         raise Mismatch(f'training.position has the unknown entry {show(min(unknown, key=str))}')
     for index, process in enumerate(content['training']['processes']):
         where, (_, keys, position, _, gauss) = f'training.processes[{index}].random', process['random']['numpy']

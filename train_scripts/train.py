@@ -50,6 +50,7 @@ from timm_npu_irv2.training.checkpoint import RunInfo
 from timm_npu_irv2.training.checkpoint import resume as resume_checkpoint
 from timm_npu_irv2.training.engine import Position, Trainer
 from timm_npu_irv2.training.evaluation import evaluate
+from timm_npu_irv2.training.layout import plan_layout
 from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader, count_classes
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.output_dir import default_name, output_dir
@@ -77,6 +78,8 @@ class Run:
         lr: Learning rate of the schedule.
         metric: Metric that chooses the best checkpoint.
         started: Time on the monotonic clock at which this process began.
+        checkpoint: Checkpoint that the run goes on from; None for a new run.
+        is_restart: True if torchrun has started the processes again.
         seconds_before: Duration of the run before it was interrupted.
         bad_images_before: Unreadable images met before it was interrupted, with the reasons.
     """
@@ -92,6 +95,8 @@ class Run:
     lr: float
     metric: str
     started: float
+    checkpoint: Path | None = None
+    is_restart: bool = False
     seconds_before: float = 0.0
     bad_images_before: dict[str, str] = field(default_factory=dict)
 
@@ -109,7 +114,7 @@ class Run:
     def batch_size(self) -> int:
         """Images in an update, of all processes together."""
         loader: Any = self.trainer.loader
-        return round(loader.average_batch_size * self.world.size * self.args.grad_accum_steps)
+        return round(loader.average_batch_size * self.world.size * self.trainer.settings.grad_accum_steps)
 
     def bad_images(self) -> dict[str, str]:
         """Return the unreadable images of all processes, with the reasons, on rank 0. Every process must call this."""
@@ -153,14 +158,20 @@ def run_in(world: World, args: Namespace, started: float) -> None:
     lost_process = setup.translate_lost_process_errors(world, '--resume auto continues from the newest checkpoint.')
     with out_of_memory, lost_process, stop_request as stop:
         run = build_run(args, world, stop, started)
-        folder = Path(args.output or './output/train') / (args.experiment or default_name(args.model, run.image_size))
+        folder = output_root(args) / (args.experiment or default_name(args.model, run.image_size))
         with output_dir(folder, world, resume=args.resume), closing(run.loaders):
             train(run, folder)
 
 
+def output_root(args: Namespace) -> Path:
+    """Return the folder of all experiments."""
+    return Path(args.output or './output/train')
+
+
 def build_run(args: Namespace, world: World, stop: StopRequest | None, started: float) -> Run:
     """Build everything that training needs, in the only order that works."""
-    batch_size = setup.per_process_batch_size(args, world)
+    checkpoint, is_restart = find_checkpoint(args, world)
+    layout = plan_layout(args, world, checkpoint)
     random_seed(args.seed)  # the same initial weights in every process
     model = setup.build_model(args, None if args.initial_checkpoint else count_classes(args))
     parameters, num_classes = sum(p.numel() for p in model.parameters()), model.num_classes
@@ -171,34 +182,37 @@ def build_run(args: Namespace, world: World, stop: StopRequest | None, started: 
     precision = setup.build_precision(args, world)
 
     train_loader = build_train_loader(
-        args, pipeline, world, num_classes=num_classes, batch_size=batch_size, dtype=precision.input_dtype)
+        args, pipeline, world, num_classes=num_classes, batch_size=layout.batch_size,
+        epoch_samples=layout.epoch_samples, dtype=precision.input_dtype)
+    layout = layout.with_epoch_of(train_loader)
     eval_loader = None
     if args.val_split:
         eval_loader = build_eval_loader(
             args, pipeline, world, split=args.val_split, num_samples=args.val_num_samples, num_classes=num_classes,
-            batch_size=args.validation_batch_size or batch_size, train_loader=train_loader, dtype=precision.input_dtype)
+            batch_size=args.validation_batch_size or layout.batch_size, train_loader=train_loader,
+            dtype=precision.input_dtype)
     metric = args.eval_metric if eval_loader is not None else 'loss'
 
     task = build_task(model, args, world)
     module = task.get_trainable_module()
     average_batch_size = train_loader.average_batch_size
-    lr = setup.learning_rate(args, average_batch_size * world.size * args.grad_accum_steps)
+    lr = setup.learning_rate(args, average_batch_size * world.size * layout.grad_accum_steps)
     optimizer = setup.build_optimizer(module, args, lr)
     task.trainable_module, optimizer = precision.prepare(module, optimizer)
     if args.model_ema:
         setup.setup_ema(task, precision, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
                         on_cpu=args.model_ema_force_cpu)
-    updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
+    updates_per_epoch = -(-len(train_loader) // layout.grad_accum_steps)
     scheduler, epochs = setup.build_scheduler(optimizer, args, updates_per_epoch, metric == 'loss')
     random_seed(args.seed, world.rank)  # different dropout in every process
 
-    settings = setup.train_settings(args, average_batch_size)
+    settings = setup.train_settings(args, layout, average_batch_size)
     trainer = Trainer(task, train_loader, optimizer, precision, world, scheduler, settings, stop)
     loaders = {'training': train_loader, **({'validation': eval_loader} if eval_loader is not None else {})}
     data = {split: describe_data(loader.samples, loader.class_to_idx) for split, loader in loaders.items()}
     info = RunInfo(args.model, num_classes, vars(args), data)
     return Run(args, info, world, trainer, eval_loader, epochs, pipeline.input_size[-1], parameters, lr, metric,
-               started)
+               started, checkpoint, is_restart)
 
 
 @contextlib.contextmanager
@@ -232,6 +246,8 @@ def train(run: Run, folder: Path) -> None:
         trainer.on_recovery = lambda trainer: saver.save_recovery(trainer, run.checkpoint_entries())
         trainer.last_good = saver.last_good
         trainer.images_folder = folder if args.save_images else None
+        if args.elastic and run.checkpoint is None:
+            trainer.on_recovery(trainer)  # from now on a file holds the number of images in an update
         for epoch in range(trainer.position.epoch, run.epochs):
             trained = trainer.train_one_epoch()
             setup.distribute_batch_norm(
@@ -250,7 +266,7 @@ def train(run: Run, folder: Path) -> None:
 def resume(run: Run, saver: CheckpointSaver) -> None:
     """Bring the trainer to the state that --resume and --start-epoch ask for."""
     args, trainer = run.args, run.trainer
-    path, is_restart = find_checkpoint(run, saver.folder)
+    path, is_restart = run.checkpoint, run.is_restart
     # A restart repeats the command line, whose --start-epoch and --no-resume-opt the first start has carried out.
     start_epoch = None if is_restart else args.start_epoch
     if path is not None:
@@ -265,16 +281,15 @@ def resume(run: Run, saver: CheckpointSaver) -> None:
     setup.fast_forward(trainer.scheduler, trainer.position)
 
 
-def find_checkpoint(run: Run, folder: Path) -> tuple[Path | None, bool]:
+def find_checkpoint(args: Namespace, world: World) -> tuple[Path | None, bool]:
     """Return the checkpoint to resume from, or None, and True if the run continues after a restart by torchrun.
 
     It is the file of --resume; for 'auto' and after a restart, the newest in the folder, as rank 0 sees it.
     """
-    args = run.args
     named = Path(args.resume) if args.resume and args.resume != 'auto' else None
     if args.resume != 'auto' and not restarted():
         return named, False
-    newest = from_primary(find_newest(folder) if run.world.is_primary else None, run.world)
+    newest = from_primary(find_newest(output_root(args) / args.experiment) if world.is_primary else None, world)
     _logger.info(f'Resuming automatically: {newest or named or "there is no checkpoint, so this is a new run"}.')
     return newest or named, restarted() and newest is not None
 

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, exact, readable by timm, and never executed."""
 
 import argparse
+import dataclasses
 import os
 import pickle
 import random
@@ -23,6 +24,7 @@ from timm_npu_irv2.serialization import read_checkpoint, write_checkpoint
 from timm_npu_irv2.training import setup
 from timm_npu_irv2.training.checkpoint import RunInfo, resume, training_state
 from timm_npu_irv2.training.engine import Diverged, Position, Trainer, TrainSettings
+from timm_npu_irv2.training.layout import plan_layout
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
 from timm_npu_irv2.training.task import build_task
@@ -137,7 +139,9 @@ def trainer_by_options(*words: str, seed: int) -> tuple[Trainer, RunInfo]:
     generator = torch.Generator().manual_seed(1)
     dtype = precision.input_dtype
     loader = Batches((torch.randn(2, 3, 32, 32, generator=generator).to(dtype), torch.tensor([0, 1])) for _ in range(4))
-    settings = TrainSettings(recovery_interval=2)
+    layout = plan_layout(args, WORLD, None)
+    layout = dataclasses.replace(layout, epoch_samples=len(loader) * layout.images_per_batch)
+    settings = dataclasses.replace(setup.train_settings(args, layout, 1.0), recovery_interval=2)
     return Trainer(task, loader, optimizer, precision, WORLD, scheduler, settings), info_of(args)
 
 

@@ -13,19 +13,19 @@ from timm_npu_irv2.training import setup
 from timm_npu_irv2.training.checkpoint import resume, training_state
 from timm_npu_irv2.training.engine import Trainer
 from timm_npu_irv2.training.options import parse_args
-from timm_npu_irv2.training.resumption import APPLIED, FREE, REFUSED, check_data, describe_data
+from timm_npu_irv2.training.resumption import APPLIED, DIVIDED, FREE, REFUSED, check_data, describe_data
 
 PAGE = Path(__file__).parents[2] / 'docs' / 'interrupted.md'
 
 
 def test_every_option_has_one_place_in_the_table():
-    assert sorted([*FREE, *APPLIED, *REFUSED]) == sorted(vars(parse_args([])))
+    assert sorted([*FREE, *APPLIED, *DIVIDED, *REFUSED]) == sorted(vars(parse_args([])))
 
 
 def test_the_documentation_shows_the_table():
-    rows = re.findall(r'^\| (free|applied|refused) \|.*\| (.*) \|$', PAGE.read_text(), re.MULTILINE)
+    rows = re.findall(r'^\| (free|applied|divided|refused) \|.*\| (.*) \|$', PAGE.read_text(), re.MULTILINE)
     shown = {kind: set(re.findall(r'`--([\w-]+)`', options)) for kind, options in rows}
-    for kind, names in ('free', FREE), ('applied', APPLIED), ('refused', REFUSED):
+    for kind, names in ('free', FREE), ('applied', APPLIED), ('divided', DIVIDED), ('refused', REFUSED):
         assert shown[kind] == {name.replace('_', '-') for name in names}
 
 
@@ -66,8 +66,9 @@ def test_the_same_options_change_nothing(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(('after', 'said'), [
-    ('--seed 7', '--seed 42, not 7'), ('--batch-size 9', '--batch-size 128, not 9'),
-    ('--grad-accum-steps 3', '--grad-accum-steps 1, not 3'), ('--opt adamw', '--opt sgd, not adamw'),
+    ('--seed 7', '--seed 42, not 7'), ('--opt adamw', '--opt sgd, not adamw'),
+    ('--batch-size 9', r'1 process\(es\) × 128 × 1 accumulated = 128 images in an update, and this one has .* = 9:'),
+    ('--grad-accum-steps 3', 'let --elastic choose them'),
     ('--weight-decay 0', 'other parameter groups: resume with its --weight-decay'),
 ])
 def test_options_that_may_not_change_are_refused_unless_only_the_weights_are_resumed(tmp_path, after, said):

@@ -127,6 +127,11 @@ class DeviceLoader:
         return self.sampler.average_batch_size
 
     @property
+    def several_sizes(self) -> bool:
+        """True if the batches have different image sizes."""
+        return len(self._loader.dataset.transforms) > 1  # type: ignore[attr-defined]  # a BatchDataset, see __init__
+
+    @property
     def mixup_enabled(self) -> bool:
         """True if the batches of the next epoch are mixed. It can be switched off."""
         return self.mixup is not None and self.sampler.mixes(self.sampler.epoch)

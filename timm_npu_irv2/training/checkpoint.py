@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from .. import rules, schema
+from ..data.samplers import derive_seed, reseed
 from ..distributed import World, gather_objects
 from ..errors import UserError, one_line
 from ..serialization import read_checkpoint
 from .engine import Position, Trainer
+from .layout import check_layout, stored_layout
 from .resumption import changed_options, check_data, check_options, order_classes
 
 __all__ = ['RunInfo', 'resume', 'training_state']
@@ -75,7 +77,8 @@ def training_state(trainer: Trainer, info: RunInfo, extra: _State | None = None)
         'training': {
             'format': 2,  # 1 had no fingerprint of the data, and options that had been worked out
             'data': info.data,
-            'position': vars(trainer.position),
+            'position': {**vars(trainer.position), 'samples': _samples_done(trainer)},
+            'layout': trainer.layout.state_dict(),
             'num_classes': info.num_classes,
             'class_to_idx': getattr(trainer.loader, 'class_to_idx', None),  # for all who use the network
             'pipeline': pipeline.to_config() if pipeline else None,  # likewise
@@ -120,6 +123,13 @@ def _join(checkpoint: _State, suffix: str, module: nn.Module) -> _State:
     projection = checkpoint.get('task_state' + suffix, {}).get('projection', {})
     return {**{f'student.{key}': value for key, value in state_dict.items()},
             **{f'projection.{key}': value for key, value in projection.items()}}
+
+
+def _samples_done(trainer: Trainer) -> int:
+    """Return how many samples of the global order of its epoch the run has trained on."""
+    layout = trainer.layout
+    samples = trainer.position.batch * layout.images_per_batch
+    return samples if layout.epoch_samples is None else min(samples, layout.epoch_samples)
 
 
 def _process_state(trainer: Trainer) -> _State:
@@ -207,6 +217,8 @@ def resume(
         changed = changed_options(checkpoint['args'], info.options)
         if (applied := check_options(path, checkpoint['args'], info.options)):
             _logger.info(f'Changed since the checkpoint: {applied}.')
+        check_layout(path, stored_layout(checkpoint['training'], checkpoint['args']), trainer.layout,
+                     several_sizes=bool(info.options.get('train_img_sizes')))
     is_same_data = _is_same_data(checkpoint, path, info, allow_changed_data)
     _load_weights(trainer, checkpoint, path)
     if load_optimizer:
@@ -217,7 +229,7 @@ def resume(
         trainer.position = _position(trainer, checkpoint)
         if load_optimizer and checkpoint.get('training') is not None:
             with rules.naming(path):
-                _load_exactly(trainer, checkpoint['training'], is_same_data)
+                _load_exactly(trainer, checkpoint, is_same_data)
     _logger.info(f'Resumed from {path}: epoch {trainer.position.epoch}, batch {trainer.position.batch}.')
     return checkpoint
 
@@ -306,14 +318,20 @@ def _change_learning_rate(group: _State, fresh: _State) -> None:
 
 
 def _position(trainer: Trainer, checkpoint: _State) -> Position:
-    if 'training' in checkpoint:
-        return Position(**checkpoint['training']['position'])
-    epoch = checkpoint.get('epoch', 0) + (checkpoint.get('version', 0) > 1)  # older files count the epoch up first
-    return Position(epoch, 0, epoch * trainer.updates_per_epoch)
+    training = checkpoint.get('training')
+    if training is None:
+        epoch = checkpoint.get('epoch', 0) + (checkpoint.get('version', 0) > 1)  # older files count the epoch up first
+        return Position(epoch, 0, epoch * trainer.updates_per_epoch)
+    position = dict(training['position'])
+    samples, layout = position.pop('samples', None), stored_layout(training, checkpoint['args'])
+    if not layout.divides_like(trainer.layout):
+        position['batch'] = trainer.layout.batches_done(samples) if samples and layout.epoch_samples else 0
+    return Position(**position)
 
 
-def _load_exactly(trainer: Trainer, training: _State, is_same_data: bool) -> None:
-    world, processes = trainer.world, training['processes']
+def _load_exactly(trainer: Trainer, checkpoint: _State, is_same_data: bool) -> None:
+    world, training = trainer.world, checkpoint['training']
+    processes, layout = training['processes'], stored_layout(training, checkpoint['args'])
     trainer.throughput.images, trainer.throughput.seconds = training['throughput']
     trainer.precision.skipped_steps, trainer.precision.skipped_in_a_row = training.get('skipped', (0, 0))
     is_same_world = len(processes) == world.size
@@ -324,13 +342,37 @@ def _load_exactly(trainer: Trainer, training: _State, is_same_data: bool) -> Non
     elif training['scheduler'] is not None and own_scheduler is not None:  # an older checkpoint
         trainer.scheduler.lr_scheduler.load_state_dict(
             rules.known_entries(training['scheduler'], own_scheduler, 'training.scheduler'))
-    if not is_same_world:
-        _logger.warning(f'The checkpoint is of {len(processes)} process(es), this run has {world.size}: it continues, '
-                        'but not with the same bits.')
-    if not is_same_world or not is_same_data:
-        if trainer.position.batch:
-            trainer.position = Position(trainer.position.epoch, 0, trainer.position.epoch * trainer.updates_per_epoch)
+    if not layout.divides_like(trainer.layout):
+        _logger.warning(f'The checkpoint is of a run with {layout} images in an update, this one has {trainer.layout}: '
+                        'it continues with the next image, but not with the same bits.')
+    begins_again = not is_same_data or not (layout.epoch_samples or layout.divides_like(trainer.layout))
+    if begins_again and training['position']['batch']:
+        _logger.warning(f'Epoch {trainer.position.epoch} begins again.')
+        trainer.position = Position(trainer.position.epoch, 0, trainer.position.epoch * trainer.updates_per_epoch)
+    if is_same_world and not begins_again:
+        _load_process(trainer, own)
+    elif not is_same_world:
+        _start_process(trainer, checkpoint, begins_again)
+
+
+def _start_process(trainer: Trainer, checkpoint: _State, begins_again: bool) -> None:
+    """Give this process a state of its own where the checkpoint is of another number of processes.
+
+    The random states depend on the position, so that nothing is drawn twice. The sums of the metrics go to rank 0. The
+    statistics of BatchNorm are rank 0's everywhere, as they are in the state dict.
+    """
+    world, position = trainer.world, trainer.position
+    reseed(derive_seed(checkpoint['args']['seed'], position.epoch, _samples_done(trainer), world.rank, world.size),
+           world.device)
+    if begins_again:
         return
+    meters = [process['meter'] for process in checkpoint['training']['processes']] if world.is_primary else []
+    trainer.meter.load_state_dict({name: sum(meter[name] for meter in meters) for name in ('loss', 'hits', 'count')})
+
+
+def _load_process(trainer: Trainer, own: _State) -> None:
+    """Give this process the state of its predecessor: random states, sums of the metrics, running statistics."""
+    world = trainer.world
     where, present = f'training.processes[{world.rank}]', _random_state(world)
     if own['random']['device'] is None or present['device'] is None:  # the run goes on on another kind of device
         present.pop('device')

@@ -24,6 +24,7 @@ from ..precision import Precision
 from ..recompute import frozen_statistics
 from ..serialization import atomic_file
 from .hidden_state import HiddenState
+from .layout import Layout
 from .metrics import Meter, Throughput
 
 __all__ = ['BatchLoader', 'Diverged', 'Position', 'TrainSettings', 'Trainer']
@@ -72,6 +73,8 @@ class TrainSettings:
 
     Attributes:
         grad_accum_steps: Batches whose gradients make one update.
+        batch_size: Images of this process in a batch.
+        epoch_samples: Samples in an epoch of all processes together; None where an epoch has no global order.
         clip_grad: Limit of the gradients; None for no clipping.
         clip_mode: 'norm', 'value' or 'agc', as in ``timm.utils.dispatch_clip_grad``.
         log_interval: Updates between two lines of the log.
@@ -82,6 +85,8 @@ class TrainSettings:
     """
 
     grad_accum_steps: int = 1
+    batch_size: int = 1
+    epoch_samples: int | None = None
     clip_grad: float | None = None
     clip_mode: str = 'norm'
     log_interval: int = 50
@@ -166,6 +171,12 @@ class Trainer:
     def updates_per_epoch(self) -> int:
         """Optimizer updates in an epoch; the last may be of fewer batches."""
         return -(-len(self.loader) // self.settings.grad_accum_steps)
+
+    @property
+    def layout(self) -> Layout:
+        """Division of an update among the processes."""
+        settings = self.settings
+        return Layout(self.world.size, settings.batch_size, settings.grad_accum_steps, settings.epoch_samples)
 
     @property
     def learning_rate(self) -> float:

@@ -32,6 +32,7 @@ def build_train_loader(
         *,
         num_classes: int,
         batch_size: int,
+        epoch_samples: int | None = None,
         dtype: torch.dtype = torch.float32,
 ) -> DeviceLoader | StreamLoader:
     """Return the loader of the shuffled, augmented training set; whole batches only.
@@ -42,6 +43,8 @@ def build_train_loader(
         world: This process among all, and its device.
         num_classes: Number of classes of the network.
         batch_size: Images of this process in a batch.
+        epoch_samples: Samples in an epoch of all processes together, where the run has begun with another number of
+            processes; None for what the data gives.
         dtype: Type of the images.
 
     Raises:
@@ -57,7 +60,7 @@ def build_train_loader(
             '--aug-splits goes with none of --no-aug, --no-prefetcher, --train-img-sizes, --mixup and --cutmix.')
     return create_train_loader(
         dataset,
-        _train_sampler(args, len(dataset), world, batch_size),  # type: ignore[arg-type]  # Dataset declares no __len__
+        _train_sampler(args, len(dataset), world, batch_size, epoch_samples),  # type: ignore[arg-type]  # Dataset declares no __len__
         pipeline,
         world.device,
         augmentation=_augmentation(args),
@@ -148,7 +151,13 @@ def _open(args: Namespace, split: str, pipeline: ImagePipeline, **options: Any) 
     )
 
 
-def _train_sampler(args: Namespace, size: int, world: World, batch_size: int) -> TrainBatchSampler:
+def _train_sampler(
+        args: Namespace,
+        size: int,
+        world: World,
+        batch_size: int,
+        epoch_samples: int | None,
+) -> TrainBatchSampler:
     sizes = args.train_img_sizes or [0]
     batch_sizes = args.train_batch_sizes or [batch_size] * len(sizes)
     if len(batch_sizes) != len(sizes):
@@ -164,7 +173,7 @@ def _train_sampler(args: Namespace, size: int, world: World, batch_size: int) ->
         aug_repeats=args.aug_repeats,
         mixup_off_epoch=args.mixup_off_epoch,
         endless=args.use_multi_epochs_loader,
-        num_batches=args.train_batches_per_epoch,
+        num_batches=-(-epoch_samples // (batch_size * world.size)) if epoch_samples else args.train_batches_per_epoch,
         choice_weights=args.train_size_probs,
         choice_schedule=args.train_size_schedule,
         schedule_epochs=args.epochs if args.train_size_schedule == 'progressive' else None,

@@ -150,6 +150,10 @@ def _process_rules(args: argparse.Namespace) -> _Rules:
          f'--push-to-hub publishes {" and ".join(PUBLISHED)}, not {args.model}.'),
         (args.push_to_hub and not args.epochs,
          '--push-to-hub needs at least one epoch: `python -m timm_npu_irv2.hub` publishes a checkpoint.'),
+        (args.elastic and args.resume != 'auto',
+         '--elastic needs --resume auto: after a change of machines the run goes on from its newest checkpoint.'),
+        (args.elastic and (args.no_resume_opt or args.start_epoch is not None),
+         '--elastic does not go with --no-resume-opt and --start-epoch, which would act again at every change.'),
         (args.resume == 'auto' and not args.experiment, '--resume auto needs --experiment, the folder to search.'),
     ]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import UserError
 
-__all__ = ['APPLIED', 'FREE', 'REFUSED', 'changed_options', 'check_data', 'check_options', 'describe_data',
+__all__ = ['APPLIED', 'DIVIDED', 'FREE', 'REFUSED', 'changed_options', 'check_data', 'check_options', 'describe_data',
            'order_classes']
 
 # Every option of train.py is in one of these, by its attribute in the parsed namespace.
@@ -14,7 +14,7 @@ __all__ = ['APPLIED', 'FREE', 'REFUSED', 'changed_options', 'check_data', 'check
 FREE = frozenset('''
     data_dir train_split class_map dataset_download dataset_trust_remote_code allow_changed_data
     resume no_resume_opt start_epoch pretrained pretrained_path initial_checkpoint head_init_scale head_init_bias
-    device_modules device_list addr dist_url dist_backend world_size rank local_rank
+    device_modules elastic device_list addr dist_url dist_backend world_size rank local_rank
     workers worker_seeding pin_mem use_multi_epochs_loader validation_batch_size channels_last synchronize_step
     grad_checkpointing recompute log_interval recovery_interval checkpoint_hist save_images output experiment
     log_wandb wandb_project wandb_tags wandb_resume_id push_to_hub
@@ -37,9 +37,11 @@ APPLIED = frozenset('''
     kd_loss_type kd_temperature kd_token_distill_type distill_loss_weight task_loss_weight
     val_split val_num_samples val_interval tta
 '''.split())
+# DIVIDED: with the number of processes they say how an update is divided, see layout.py. Its images must stay the same.
+DIVIDED = frozenset('batch_size grad_accum_steps multiprocessing_distributed'.split())
 # REFUSED: the position in the epoch, the optimizer's state or the best metric would lose their meaning.
 REFUSED = frozenset('''
-    seed batch_size multiprocessing_distributed grad_accum_steps epoch_repeats aug_repeats train_batches_per_epoch
+    seed epoch_repeats aug_repeats train_batches_per_epoch
     train_img_sizes train_batch_sizes train_size_probs train_size_schedule train_size_schedule_spread
     train_size_random_mix train_num_samples dataset input_key target_key
     model num_classes in_chans gp model_kwargs split_bn kd_model_name kd_distill_type kd_student_feature_dim

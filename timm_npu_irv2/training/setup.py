@@ -30,6 +30,7 @@ from ..optim import combines_gradients, create_optimizer
 from ..precision import Precision, create_precision
 from ..serialization import load_weights
 from .engine import Position, TrainSettings
+from .layout import Layout
 from .options import WARMUP_EPOCHS, precision_options
 
 __all__ = [
@@ -41,7 +42,6 @@ __all__ = [
     'distribute_batch_norm',
     'fast_forward',
     'learning_rate',
-    'per_process_batch_size',
     'place_model',
     'set_global_options',
     'setup_ema',
@@ -70,22 +70,6 @@ def set_global_options(args: Namespace) -> None:
             set_jit_fuser(args.fuser)
     if args.fast_norm:
         set_fast_norm()
-
-
-def per_process_batch_size(args: Namespace, world: World) -> int:
-    """Return the images of a step in this process.
-
-    With --multiprocessing-distributed, --batch-size is that of all cards together, as in the zoo's script.
-
-    Raises:
-        UserError: It does not divide evenly.
-    """
-    if not args.multiprocessing_distributed:
-        return args.batch_size
-    if args.batch_size % world.size:
-        raise UserError(f'--batch-size {args.batch_size} is of all cards together with --multiprocessing-distributed: '
-                        f'it must be a multiple of {world.size}.')
-    return args.batch_size // world.size
 
 
 def build_model(args: Namespace, num_classes: int | None = None) -> nn.Module:
@@ -383,15 +367,18 @@ def translate_lost_process_errors(world: World, advice: str) -> Iterator[None]:
         raise UserError(f'{what}. {advice}') from error
 
 
-def train_settings(args: Namespace, batch_size_reference: float) -> TrainSettings:
+def train_settings(args: Namespace, layout: Layout, batch_size_reference: float) -> TrainSettings:
     """Return the options of a training step.
 
     Args:
         args: Options of train.py.
+        layout: Division of an update among the processes.
         batch_size_reference: Batch size whose loss has weight 1.
     """
     return TrainSettings(
-        grad_accum_steps=args.grad_accum_steps,
+        grad_accum_steps=layout.grad_accum_steps,
+        batch_size=layout.batch_size,
+        epoch_samples=layout.epoch_samples,
         clip_grad=args.clip_grad,
         clip_mode=args.clip_mode,
         log_interval=args.log_interval,

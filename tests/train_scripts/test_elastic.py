@@ -1,0 +1,91 @@
+"""A run that goes on with another number of processes sees each sample once in an epoch."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.kills import Job, differences, outcome
+
+WITNESS = Path(__file__).parents[1] / 'witness'
+IMAGES, GLOBAL_BATCH, EPOCHS = 48, 12, 3
+OPTIONS = ('--model test_resnet --img-size 32 --batch-size 3 --epochs 3 --recovery-interval 1 --elastic --model-ema '
+           '--drop 0.2 --reprob 0.3 --sched-on-updates --device-modules sample_log')
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    generator = np.random.default_rng(0)
+    for split, count in (('train', IMAGES), ('val', 8)):
+        for number in range(count):
+            path = tmp_path / 'images' / split / f'class{number % 3}' / f'{number:02}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    return tmp_path / 'images'
+
+
+class ElasticJob(Job):
+    """A job whose number of processes changes from start to start."""
+
+    starts = 0
+
+    def run(self, monkeypatch: pytest.MonkeyPatch, processes: int, kill_at: str = '') -> None:
+        """Run to the end, or until all processes are killed at a batch."""
+        self.processes = processes
+        path = [str(WITNESS), os.environ.get('PYTHONPATH', '')]
+        monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, path)))
+        monkeypatch.setenv('SAMPLE_LOG', str(self.folder.parent / f'samples-{self.starts}'))
+        monkeypatch.setenv('KILL_AT', kill_at)
+        self.starts += 1
+        codes = {process.wait(timeout=300) for process in self.start(workers=0)}
+        assert (0 in codes) == (not kill_at), self.log.read_text()
+
+    def samples(self) -> list[list[tuple[int, int, list[int]]]]:
+        """Return, for each start, (epoch, first place in the global order, indices) of the updates."""
+        starts = []
+        for start in range(self.starts):
+            places: dict[tuple[int, int], list[int]] = {}
+            logs = list(self.folder.parent.glob(f'samples-{start}-*'))
+            for line in (line for log in logs for line in log.read_text().splitlines()):
+                epoch, batch, *indices = map(int, line.split())
+                place = batch * len(indices) * len(logs) // GLOBAL_BATCH * GLOBAL_BATCH
+                places.setdefault((epoch, place), []).extend(indices)
+            starts.append([(*place, sorted(places[place])) for place in sorted(places)])
+        return starts
+
+
+def test_each_sample_comes_once_an_epoch_with_four_then_two_then_three_processes(images, tmp_path, monkeypatch):
+    """All are killed in the middle of an epoch; what they did after their last checkpoint is done again."""
+    job = ElasticJob(images, tmp_path / 'run', OPTIONS, 4, 'cpu')
+    job.run(monkeypatch, 4, kill_at='0 2')
+    job.run(monkeypatch, 2, kill_at='1 6')  # of 8 batches
+    job.run(monkeypatch, 3)
+    starts = job.samples()
+    kept = [update for number, start in enumerate(starts) for update in start
+            if all(update[:2] < later[0][:2] for later in starts[number + 1:])]
+    assert all(starts) and starts[1][0][1] != 0 != starts[2][0][1], 'they went on in the middle of an epoch'
+    assert [update[:2] for update in kept] == [(epoch, place) for epoch in range(EPOCHS) for place in (0, 12, 24, 36)]
+    for epoch in range(EPOCHS):
+        seen = Counter(index for update in kept if update[0] == epoch for index in update[2])
+        assert seen == Counter(range(IMAGES))
+    report = json.loads((job.folder / 'report.json').read_text())
+    assert (report['batch_size'], report['world_size'], report['epochs']) == (GLOBAL_BATCH, 3, EPOCHS)
+    assert '3 process(es) × 2 × 2 accumulated = 12 images in an update, as before' in job.log.read_text()
+    assert 'Traceback' not in job.log.read_text()
+
+
+@pytest.mark.long
+def test_with_four_processes_all_along_it_ends_in_the_same_bits(images, tmp_path, monkeypatch):
+    undisturbed = ElasticJob(images, tmp_path / 'a' / 'run', OPTIONS, 4, 'cpu')
+    job = ElasticJob(images, tmp_path / 'b' / 'run', OPTIONS, 4, 'cpu')
+    for each in undisturbed, job:
+        each.folder.parent.mkdir()
+    undisturbed.run(monkeypatch, 4)
+    job.run(monkeypatch, 4, kill_at='0 2')
+    job.run(monkeypatch, 4, kill_at='1 3')
+    job.run(monkeypatch, 4)
+    assert not differences(outcome(job.folder), outcome(undisturbed.folder))
