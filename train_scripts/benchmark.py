@@ -4,6 +4,7 @@
     python train_scripts/benchmark.py step            # cost of a training step: calls, bytes, memory (counted)
     python train_scripts/benchmark.py train --amp     # images/s of training, in turn with timm's network
     python train_scripts/benchmark.py infer           # images/s and latency of inference, in turn with others
+    python train_scripts/benchmark.py input --data-dir DIR    # images/s of decoding and augmentation, by stage
     python train_scripts/benchmark.py ops             # each fused operator against unfused ones
     python train_scripts/benchmark.py table report.json …     # rows for the README from reports of train.py
 """
@@ -19,11 +20,11 @@ from pathlib import Path
 
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as devices
-from timm_npu_irv2.benchmarks import inference, operators, report, step, table, training
+from timm_npu_irv2.benchmarks import inference, input, operators, report, step, table, training
 from timm_npu_irv2.benchmarks.counting import Journal
 from timm_npu_irv2.plots import draw_bar_chart
 
-COMMANDS = {'step': step, 'train': training, 'infer': inference, 'ops': operators, 'table': table}
+COMMANDS = {'step': step, 'train': training, 'infer': inference, 'input': input, 'ops': operators, 'table': table}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -121,7 +121,7 @@ FLAGS = (
     )),
     Group('Running and results', (
         Flag('-b --batch-size', 'batch size of a process', int, 256, '[1, inf)', {'metavar': 'N'}),
-        *pick('workers', 'pin_mem', 'no_prefetcher', 'seed'),
+        *pick('workers', 'pin_mem', 'no_prefetcher', 'input_backend', 'seed'),
         Flag('--log-freq', 'batches from one log line to the next', int, 10, '[1, inf)', {'metavar': 'N'}),
         Flag('--retry', 'reduce the batch size until a batch fits into memory', bool, False),
         Flag('--metrics-avg', 'averaging of precision, recall and F1, which are added to the results (pip install '

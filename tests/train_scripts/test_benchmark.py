@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from timm_npu_irv2.benchmarks import report
 from timm_npu_irv2.benchmarks.counting import cost_of
@@ -90,3 +91,21 @@ def test_reports_become_rows_of_the_readmes_table(tmp_path):
 def test_measuring_an_npu_without_data_is_refused_in_a_line():
     result = subprocess.run(['bash', SCRIPT.with_name('measure_npu.sh')], capture_output=True, text=True, check=False)
     assert result.returncode == 2 and 'usage: measure_npu.sh --data_path=DIR' in result.stderr
+
+
+def test_input_has_a_row_for_each_loader(tmp_path):
+    for index in range(3):
+        Image.effect_noise((90, 80), 50).convert('RGB').save(tmp_path / f'{index}.jpg')
+    small = ('--img-size', 75, '--batch-size', 2, '--images', 4, '--rounds', 1)
+    result = benchmark('input', *small, '--data-dir', tmp_path, '--json', tmp_path / 'out.json')
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / 'out.json').read_text())
+    assert {'timm', 'pillow', 'fast'} <= found['rows'].keys()
+    assert all(len(row) == len(found['columns']) and min(row) > 0 for row in found['rows'].values())
+    assert found['rows']['timm'][5] == 1 and found['rows']['fast'][5] != 1
+
+
+def test_input_needs_images(tmp_path):
+    for words in ['input'], ['input', '--data-dir', tmp_path]:
+        result = benchmark(*words)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr

@@ -347,6 +347,8 @@ _misc = Group('Running, logging and saving', (
           default='all', choices=('all', 'part')),
     _switch('--pin-mem', 'page-locked memory for the batches of streams; other data sets use it where it helps'),
     _switch('--no-prefetcher', 'normalise images on the host instead of on the device'),
+    _flag('--input-backend', 'way from an image file to pixels: pillow, or fast, for RGB images, with the same '
+          'augmentation up to rounding', default='pillow', recipe=True, choices=('pillow', 'fast')),
     _switch('--save-images', 'save a batch of training images at each log line'),
     _flag('--output', 'folder of all experiments (default: ./output/train)', default='', metavar='DIR'),
     _flag('--experiment', 'subfolder of this experiment (default: date, model and image size)', default='',

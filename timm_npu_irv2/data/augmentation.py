@@ -8,6 +8,7 @@ import torch
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
+from .fast import FastTransform
 from .pipeline import ImagePipeline
 
 __all__ = ['Augmentation', 'SplitTransform']
@@ -65,18 +66,27 @@ class Augmentation:
             'use_prefetcher': use_prefetcher,
         }
 
-    def transform(self, pipeline: ImagePipeline, size: int | tuple[int, int], use_prefetcher: bool = True) -> Callable:
+    def transform(
+            self,
+            pipeline: ImagePipeline,
+            size: int | tuple[int, int],
+            use_prefetcher: bool = True,
+            fast: bool = False,
+    ) -> Callable:
         """Return the transform for training images of one size.
 
         Args:
             pipeline: Resize method, mean and deviation of the images.
             size: Edge of the square images, or (height, width), in pixels.
             use_prefetcher: True for arrays of uint8, False for normalised float tensors.
+            fast: Take arrays, too, by the input backend 'fast'; only for RGB images.
         """
+        convert = FastTransform if fast else _unchanged
         options = self.transform_options(pipeline, use_prefetcher)
         if not self.num_aug_splits:
-            return create_transform(size, **options)
-        return SplitTransform(create_transform(size, **options, separate=True), self.num_aug_splits)
+            return convert(create_transform(size, **options))
+        parts = create_transform(size, **options, separate=True)
+        return SplitTransform([convert(part) for part in parts], self.num_aug_splits)
 
     def random_erasing(self, device: torch.device) -> RandomErasing | None:
         """Return the random erasing of whole batches on ``device``, or None if nothing is erased."""
@@ -99,3 +109,7 @@ class SplitTransform:
         image = self.base(image)
         augmented = (self.augment(image) for _ in range(self.num_splits - 1))
         return tuple(self.finish(each) for each in (image, *augmented))
+
+
+def _unchanged(transform: Callable) -> Callable:
+    return transform

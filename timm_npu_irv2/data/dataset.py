@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..errors import UserError, first_line
 from .classes import map_classes, read_class_map
 from .decode import read_image, to_pil_mode
+from .fast import read_array
 from .folder import FolderReader
 from .splits import check_split_name, find_split
 
@@ -28,21 +30,22 @@ class ImageDataset(Dataset):
     Args:
         reader: Reader of timm's, which yields (file, class index).
         image_mode: PIL mode that every image is converted to.
+        fast: Return arrays (H, W, 3) of the input backend 'fast' instead of PIL images; only for mode 'RGB'.
     """
 
-    def __init__(self, reader: Any, image_mode: str = 'RGB'):
-        self.reader, self.image_mode = reader, image_mode
+    def __init__(self, reader: Any, image_mode: str = 'RGB', fast: bool = False):
+        self.reader, self.image_mode, self.fast = reader, image_mode, fast
 
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+    def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, Any]:
         file, target, *_ = self.reader[index]
         target = -1 if target is None else target
         if isinstance(file, Image.Image):
             return to_pil_mode(file, self.image_mode), target
         with file:
-            return read_image(file, self.image_mode), target
+            return read_array(file) if self.fast else read_image(file, self.image_mode), target
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """Return the file name of an image."""

@@ -8,7 +8,7 @@ and erases there, one batch ahead.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -25,7 +25,8 @@ from ..distributed import World
 from ..errors import UserError, first_line
 from ..ops.normalize import normalize_images
 from .augmentation import Augmentation
-from .dataset import class_to_idx
+from .dataset import ImageDataset, class_to_idx
+from .fast import collate, has_jpeg_decoder
 from .pipeline import ImagePipeline
 from .samplers import BatchSampler, EvalBatchSampler, RankSampler, TrainBatchSampler, preserve_rng_state, reseed
 from .worker import BatchDataset, LoadedBatch, WorkerLost, ignore_signals
@@ -240,6 +241,7 @@ def create_train_loader(
         num_workers: int = 0,
         use_prefetcher: bool = True,
         on_bad_image: str = 'stop',
+        input_backend: str = 'pillow',
         dtype: torch.dtype = torch.float32,
 ) -> DeviceLoader:
     """Return the loader of augmented training images.
@@ -255,15 +257,17 @@ def create_train_loader(
         num_workers: Number of worker processes.
         use_prefetcher: False to normalise and erase in the workers.
         on_bad_image: 'stop' or 'skip' at an image that cannot be read.
+        input_backend: 'pillow', or 'fast' for RGB images as arrays (see ``fast.py``).
         dtype: Type of the images.
     """
     augmentation = augmentation or Augmentation()
+    fast = _prepare_backend(input_backend, dataset, pipeline)
     sizes: Sequence[Any] = img_sizes or [pipeline.input_size[-2:]]
     batches = BatchDataset(
         dataset,
-        [augmentation.transform(pipeline, size, use_prefetcher) for size in sizes],
+        [augmentation.transform(pipeline, size, use_prefetcher, fast) for size in sizes],
         pipeline.input_img_mode,
-        fast_collate if use_prefetcher else default_collate,
+        _collate(use_prefetcher, fast),
         sampler.seed,
         on_bad_image,
     )
@@ -290,6 +294,7 @@ def create_eval_loader(
         use_prefetcher: bool = True,
         on_bad_image: str = 'stop',
         mirror: bool = False,
+        input_backend: str = 'pillow',
         dtype: torch.dtype = torch.float32,
 ) -> DeviceLoader:
     """Return the loader of evaluation images in their order; rank r yields samples r, r + world.size, …, each once.
@@ -303,17 +308,38 @@ def create_eval_loader(
         use_prefetcher: False to normalise in the workers.
         on_bad_image: 'stop' or 'skip' at an image that cannot be read.
         mirror: True to let the mirror image follow each image.
+        input_backend: 'pillow', or 'fast' for RGB images as arrays (see ``fast.py``).
         dtype: Type of the images.
     """
+    fast = _prepare_backend(input_backend, dataset, pipeline)
     size = len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
     batches = BatchDataset(
         dataset,
-        [pipeline.transform(normalize=not use_prefetcher)],
+        [pipeline.transform(not use_prefetcher, fast)],
         pipeline.input_img_mode,
-        fast_collate if use_prefetcher else default_collate,
+        _collate(use_prefetcher, fast),
         None,
         on_bad_image,
     )
     sampler = EvalBatchSampler(size, world.rank, world.size, batch_size)
     return DeviceLoader(
         batches, sampler, pipeline, world.device, num_workers=num_workers, dtype=dtype, mirror=mirror)
+
+
+def _prepare_backend(name: str, dataset: Dataset, pipeline: ImagePipeline) -> bool:
+    """Let ``dataset`` read as the input backend does; return True for the fast one."""
+    if name == 'fast' and pipeline.input_img_mode != 'RGB':
+        _logger.warning(f"--input-backend fast is for RGB images, not '{pipeline.input_img_mode}': using pillow.")
+        return False
+    if name == 'fast' and not has_jpeg_decoder():
+        _logger.warning("--input-backend fast: Pillow decodes JPEG files, since simplejpeg is not installed: "
+                        "pip install 'timm-npu-irv2[fast]'.")
+    if isinstance(dataset, ImageDataset):
+        dataset.fast = name == 'fast'
+    return name == 'fast'
+
+
+def _collate(use_prefetcher: bool, fast: bool) -> Callable:
+    if fast:
+        return collate
+    return fast_collate if use_prefetcher else default_collate

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import UserError, first_line
 from .classes import label_names
+from .fast import FastTransform
 
 __all__ = ['MODES', 'MOST_CHANNELS', 'ImagePipeline', 'pool_over_positions', 'remember_training', 'trained_channels']
 
@@ -117,13 +118,14 @@ class ImagePipeline:
         """Return the entries of a ``pretrained_cfg``; :meth:`from_config` takes them back."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
-    def transform(self, normalize: bool = False) -> Callable[[Image.Image], Any]:
+    def transform(self, normalize: bool = False, fast: bool = False) -> Callable[[Any], Any]:
         """Return timm's transform for evaluation.
 
         Args:
             normalize: True for a normalised float tensor, False for an array of uint8; both (C, H, W).
+            fast: Take arrays, too, by the input backend 'fast'; only for RGB images.
         """
-        return create_transform(
+        transform = create_transform(
             self.input_size,
             is_training=False,
             interpolation=self.interpolation,
@@ -134,6 +136,7 @@ class ImagePipeline:
             crop_border_pixels=self.crop_border_pixels,
             use_prefetcher=not normalize,
         )
+        return FastTransform(transform) if fast else transform
 
 
 def pool_over_positions(model: Any, pipeline: ImagePipeline) -> tuple[nn.Module, ImagePipeline]:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -42,7 +43,7 @@ class BatchDataset(Dataset[LoadedBatch]):
     """A map-style data set whose keys are whole batches.
 
     Args:
-        samples: Data set of (PIL image, class index) that raises for an image that cannot be read.
+        samples: Data set of (PIL image or array, class index) that raises for an image that cannot be read.
         transforms: One transform for each image size of a batch.
         image_mode: PIL mode that every image is converted to.
         collate: Function from a list of (image, class index) to two tensors.
@@ -78,7 +79,8 @@ class BatchDataset(Dataset[LoadedBatch]):
         for index in (candidate % size for candidate in candidates):
             try:
                 image, target = self.samples[index]
-                image = to_pil_mode(image, self.image_mode)  # torchvision's have the mode of their file
+                if isinstance(image, Image.Image):
+                    image = to_pil_mode(image, self.image_mode)  # torchvision's have the mode of their file
             except Exception as error:  # decoders fail in as many ways as files can be damaged
                 skipped[index] = self._name(index), first_line(error)
                 if self.on_bad_image == 'stop':

@@ -69,6 +69,7 @@ def build_train_loader(
         num_workers=args.workers,
         use_prefetcher=not args.no_prefetcher,
         on_bad_image=args.on_bad_image,
+        input_backend=args.input_backend,
         dtype=dtype,
     )
 
@@ -118,7 +119,8 @@ def build_eval_loader(
         check_apart(train_loader.samples, dataset)
     return create_eval_loader(
         dataset, pipeline, world, batch_size=batch_size, num_workers=args.workers,
-        use_prefetcher=not args.no_prefetcher, on_bad_image=args.on_bad_image, mirror=args.tta == 2, dtype=dtype)
+        use_prefetcher=not args.no_prefetcher, on_bad_image=args.on_bad_image, mirror=args.tta == 2,
+        input_backend=args.input_backend, dtype=dtype)
 
 
 def count_classes(args: Namespace) -> int | None:
@@ -136,7 +138,7 @@ def mixup_active(args: Namespace) -> bool:
 
 
 def _open(args: Namespace, split: str, pipeline: ImagePipeline, **options: Any) -> Dataset:
-    return open_dataset(
+    dataset = open_dataset(
         args.dataset,
         args.data_dir,
         split,
@@ -149,6 +151,9 @@ def _open(args: Namespace, split: str, pipeline: ImagePipeline, **options: Any) 
         trust_remote_code=args.dataset_trust_remote_code,
         **options,
     )
+    if args.input_backend == 'fast' and isinstance(dataset, IterableDataset):
+        raise UserError('--input-backend fast needs a data set with an index, and this one is a stream.')
+    return dataset
 
 
 def _train_sampler(

@@ -28,7 +28,7 @@ APPLIED = frozenset('''
     img_size input_size crop_pct mean std interpolation input_img_mode on_bad_image
     no_aug train_crop_mode scale ratio hflip vflip color_jitter color_jitter_prob grayscale_prob gaussian_blur_prob aa
     aug_splits reprob remode recount resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode
-    mixup_off_epoch train_interpolation no_prefetcher
+    mixup_off_epoch train_interpolation no_prefetcher input_backend
     smoothing jsd_loss bce_loss bce_sum bce_target_thresh bce_pos_weight variable_batch_loss_scale
     drop drop_path drop_block bn_momentum bn_eps sync_bn dist_bn no_ddp_bb grad_compress
     model_ema model_ema_force_cpu model_ema_decay model_ema_warmup
