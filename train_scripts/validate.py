@@ -3,6 +3,7 @@
 
     python train_scripts/validate.py --data-dir DIR --checkpoint FILE [options]
     python train_scripts/validate.py -c RUN/args.yaml --checkpoint RUN/model_best.pth.tar      # options of the training
+    python train_scripts/validate.py --data-dir DIR --checkpoint FILE DEPLOYED model.onnx int8.onnx    # one table
     torchrun --nproc-per-node 8 train_scripts/validate.py --data-dir DIR --checkpoint FILE [options]
 
 The options are those of timm's validate.py. Each image counts once, so the result depends neither on the number of
@@ -18,16 +19,14 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import RealLabelsImagenet
 from timm.models import is_model, list_models
 from timm.utils import decay_batch_step, natural_key, random_seed, reparameterize_model
-from torch import Tensor, nn
+from torch import nn
 
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import hub, serialization
@@ -41,6 +40,7 @@ from timm_npu_irv2.cli.checks import (
 )
 from timm_npu_irv2.cli.evaluation import (
     ENGINE_FLAGS,
+    check_deployed,
     classes_in,
     describe_precision,
     engine_options,
@@ -51,30 +51,57 @@ from timm_npu_irv2.cli.evaluation import (
 from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, TRAIN_FLAGS, device_switches, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
-from timm_npu_irv2.cli.table import to_csv
+from timm_npu_irv2.cli.table import to_csv, to_text
 from timm_npu_irv2.data.classes import class_indices
-from timm_npu_irv2.data.loader import DeviceLoader
 from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions, remember_training, trained_channels
-from timm_npu_irv2.deploy import to_inference
+from timm_npu_irv2.deploy import is_deployed, open_deployed, to_inference
 from timm_npu_irv2.distributed import World, gather_objects, initialize, shutdown
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.plots import Prediction, draw_prediction_grid, select_predictions
+from timm_npu_irv2.hub.client import CONFIG, WEIGHTS, download, split_revision
 from timm_npu_irv2.serialization import atomic_write
 from timm_npu_irv2.training import setup
+from timm_npu_irv2.training.answers import ProcessAnswers, Tally, averaged_metrics, draw_answers, real_accuracy
 from timm_npu_irv2.training.evaluation import evaluate
 from timm_npu_irv2.training.loaders import build_eval_loader
 
 _logger = logging.getLogger('validate')
 
 Results = dict[str, Any]
-ProcessAnswers = tuple[list[int] | None, list[list[int]], list[int]]
+
+
+ENDINGS = ('.pth.tar', '.pth', '.safetensors', '.onnx', '.om')
+TABLE = {'network': 'network', 'format': 'format', 'top1': 'top-1', 'top5': 'top-5', 'loss': 'loss',
+         'images_per_second': 'images/s', 'file_mb': 'MB'}
 
 
 class Candidate(NamedTuple):
-    """A model to validate: its name, and its file of weights ('' for pretrained ones)."""
+    """A network to validate.
+
+    Attributes:
+        model: Name of its model, 'hf-hub:…' and 'local-dir:…' included.
+        checkpoint: File of its weights or deployed network; empty for published and pretrained ones.
+        place: Word of --checkpoint that names it; empty without one.
+    """
 
     model: str
     checkpoint: str
+    place: str = ''
+
+
+class Loaded(NamedTuple):
+    """A network with its weights.
+
+    Attributes:
+        model: Network from images to logits.
+        format: Format of its file, in words.
+        size: Number of bytes of its file; None for pretrained weights of timm.
+        deployed: True for a network that is ready to run, False for a trained model.
+    """
+
+    model: Any
+    format: str
+    size: int | None
+    deployed: bool
 
 
 # ------------------------------------------------------------------------------------------------------- options
@@ -95,8 +122,9 @@ FLAGS = (
     Group('Model', (
         Flag('-m --model', "model name; a pattern, 'all' or a file of names for several models", default=OUR_MODEL,
              rest={'metavar': 'NAME'}),
-        Flag('--checkpoint --pth-path', 'file of weights in any dialect, or a folder of them (the second name is '
-             "Ascend ModelZoo's)", default='', rest={'metavar': 'FILE'}),
+        Flag('--checkpoint --pth-path', "file of weights in any dialect, ONNX or .om file, folder of a deployed or an "
+             "exported network, 'hf-hub:OWNER/NAME', or a folder of such files; several are compared in a table (the "
+             "second name is Ascend ModelZoo's)", default=[], rest={'nargs': '+', 'metavar': 'FILE'}),
         Flag('--use-ema', 'use the averaged weights of the checkpoint', bool, False),
         Flag('--pretrained', 'use pretrained weights; implied without --checkpoint', bool, False),
         *pick('num_classes', 'gp', 'model_kwargs', 'fuser', 'fast_norm', 'torchscript', 'torchcompile',
@@ -155,7 +183,10 @@ def parse(argv: Sequence[str]) -> Namespace:
     args = parse_flags(FLAGS, argv, prog='validate.py', refused=UNSUPPORTED, description=(
         "Validate Inception-ResNet-v2, or any timm model, on NPU, CUDA or CPU. The options are those of timm's "
         "validate.py. '-' and '_' in names are the same."))
+    args.checkpoint = [each for each in args.checkpoint if each]
     args.data_dir = args.data or args.data_dir
+    if len(args.checkpoint) > 1 and not args.data_dir and not args.dataset and _is_data(args.checkpoint[-1]):
+        args.data_dir = args.checkpoint.pop()  # `--checkpoint FILE DIR`, which argparse takes for two files
     args.pretrained = args.pretrained or not args.checkpoint
     check_image_size(args.model, [size for size in (args.img_size, *(args.input_size or ())[1:]) if size])
     check_rules([
@@ -178,25 +209,40 @@ def parse(argv: Sequence[str]) -> Namespace:
     return args
 
 
-def find_candidates(model: str, checkpoint: str) -> list[Candidate]:
-    """Return the models to validate: one, unless --model or --checkpoint names several."""
-    folder = Path(checkpoint)
-    if checkpoint and folder.is_dir():
-        files = [str(path) for suffix in ('pth.tar', 'pth', 'safetensors') for path in folder.glob(f'*.{suffix}')]
-        if not files:
-            raise UserError(f'--checkpoint {folder}: no .pth.tar, .pth or .safetensors in this folder.')
-        return [Candidate(model, path) for path in sorted(files, key=natural_key)]
+def _is_data(place: str) -> bool:
+    return Path(place).is_dir() and not (Path(place) / CONFIG).is_file()
+
+
+def find_candidates(model: str, checkpoints: Sequence[str] = ()) -> list[Candidate]:
+    """Return the networks to validate: one, unless --model or --checkpoint names several."""
+    if checkpoints and (':' in model or is_model(model)):
+        return [candidate for place in checkpoints for candidate in _candidates_at(model, place)]
     if model == 'all':
         excluded = ['*_in21k', '*_in22k', '*in12k', '*_dino', '*fcmae', '*seer']  # other classes than ImageNet's 1000
         return [Candidate(name, '') for name in list_models(pretrained=True, exclude_filters=excluded)]
     if ':' in model or is_model(model):
-        return [Candidate(model, checkpoint)]
+        return [Candidate(model, '')]
     if Path(model).is_file():
         return [Candidate(line.strip(), '') for line in Path(model).read_text().splitlines() if line.strip()]
     names = list_models(model, pretrained=True) if any(mark in model for mark in '*?[') else []
     if not names:
         raise UserError(f'--model {model}: timm has no such model; `timm.list_models()` lists them.')
     return [Candidate(name, '') for name in names]
+
+
+def _candidates_at(model: str, place: str) -> list[Candidate]:
+    """Return the network in a place that --checkpoint names, or all networks in a folder."""
+    if place.startswith(('hf-hub:', 'local-dir:')):
+        return [Candidate(place, '', place)]
+    folder = Path(place)
+    if not folder.is_dir() or is_deployed(folder):
+        return [Candidate(model, place, place)]
+    if (folder / CONFIG).is_file():
+        return [Candidate(f'local-dir:{place}', '', place)]
+    files = [str(path) for ending in ENDINGS for path in folder.glob(f'*{ending}')]
+    if not files:
+        raise UserError(f'--checkpoint {folder}: no {", ".join(ENDINGS)} or {CONFIG} in this folder.')
+    return [Candidate(model, path, path) for path in sorted(files, key=natural_key)]
 
 
 # --------------------------------------------------------------------------------------------------------- story
@@ -219,7 +265,11 @@ def main(argv: Sequence[str]) -> int:
         if world.is_primary:
             if args.results_file:
                 write_results(Path(args.results_file), results, args.results_format)
+            if len(candidates) > 1:
+                print(to_text([{'network': row.get('checkpoint', row['model']), **row} for row in results], TABLE))
             print(f'--result\n{json.dumps(results, indent=4)}', flush=True)
+        if len(args.checkpoint) > 1 and len(results) < len(candidates):
+            raise UserError(f'{len(candidates) - len(results)} of {len(candidates)} networks could not be validated.')
     finally:
         shutdown(world)
     return 0
@@ -232,7 +282,9 @@ def validate_several(args: Namespace, world: World, candidates: Sequence[Candida
         try:
             results.append(validate(args, world, candidate))
         except UserError as error:
-            _logger.error(f'Skipped {candidate.checkpoint or candidate.model}: {error}')
+            _logger.error(f'Skipped {candidate.place or candidate.model}: {error}')
+    if not results:
+        raise UserError(f'none of the {len(candidates)} networks could be validated.')
     return sorted(results, key=lambda result: result.get('top1', 0), reverse=True)
 
 
@@ -256,39 +308,56 @@ def validate(args: Namespace, world: World, candidate: Candidate) -> Results:
 def measure(args: Namespace, world: World, candidate: Candidate, batch_size: int) -> Results:
     """Return the results of one model on rank 0, nothing on the others."""
     random_seed(args.seed)
-    model = load_model(args, candidate)
+    model, format, size, deployed = load(args, candidate, world.device)
     num_classes = args.num_classes or model.num_classes
     parameters = sum(parameter.numel() for parameter in model.parameters())
     pipeline = ImagePipeline.for_model(model, vars(args), use_test_size=not args.use_train_size)
     class_to_idx = None if args.valid_labels else class_indices(model.pretrained_cfg.get('label_names'))
     if args.test_pool:
         model, pipeline = pool_over_positions(model, pipeline)
-    dtype = torch.float32 if args.engine else getattr(torch, args.model_dtype or 'float32')
+    dtype = torch.float32 if args.engine or deployed else getattr(torch, args.model_dtype or 'float32')
     amp_dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else devices.half_dtype(world.device)
     loader = build_eval_loader(
         args, pipeline, world, split=args.split, batch_size=batch_size, num_samples=args.num_samples,
         num_classes=None if args.valid_labels else num_classes, class_to_idx=class_to_idx, dtype=dtype)
+    precision = format if deployed else describe_precision(dtype, amp_dtype if args.amp else None)
     _logger.info(f'{candidate.model}: {parameters / 1e6:.2f} M parameters, {num_classes} classes, '
-                 f'{pipeline.input_size[-1]} px; {world.size} × {world.device.type}, '
-                 f'{describe_precision(dtype, amp_dtype if args.amp else None)}; '
-                 f'weights: {candidate.checkpoint or "pretrained"}')
+                 f'{pipeline.input_size[-1]} px; {world.size} × {world.device.type}, {precision}; '
+                 f'weights: {candidate.place or "pretrained"}')
+    model = prepare(args, model, world.device, dtype, num_classes, deployed=deployed)
     tally = Tally(len(loader), args.log_freq)
-    metrics = evaluate(prepare(args, model, world.device, dtype, num_classes), loader, world,
-                       autocast=partial(devices.autocast, world.device, amp_dtype if args.amp else None),
-                       tta=args.tta, on_batch=tally)
+    metrics = evaluate(model, loader, world, tta=args.tta, on_batch=tally,
+                       autocast=partial(devices.autocast, world.device, amp_dtype if args.amp else None))
     seconds = time.perf_counter() - tally.started
     answers = gather_objects(tally.answers(loader), world)
     bad_images = sorted(name for names in gather_objects(list(loader.bad_images), world) for name in names)
     loader.close()
     if not world.is_primary:
         return {}
-    figures = {'param_count': round(parameters / 1e6, 2), 'img_size': pipeline.input_size[-1],
-               'crop_pct': pipeline.crop_pct, 'interpolation': pipeline.interpolation}
+    figures = {'param_count': round(parameters / 1e6, 2) or None, 'img_size': pipeline.input_size[-1],
+               'crop_pct': pipeline.crop_pct, 'interpolation': pipeline.interpolation, 'format': format,
+               'file_mb': round(size / 1e6, 1) if size else None}
     results = collect(args, candidate, metrics, figures, seconds, loader, answers)
     if bad_images:
         _logger.warning(f'{len(bad_images)} unreadable image(s) were not counted; the results name them.')
         results |= {'bad_image_count': len(bad_images), 'bad_images': bad_images}
     return results
+
+
+def load(args: Namespace, candidate: Candidate, device: torch.device) -> Loaded:
+    """Return the network of a candidate: a deployed one on its device, a model on the CPU."""
+    path = Path(candidate.checkpoint)
+    if candidate.checkpoint and is_deployed(path):
+        opened = open_deployed(path, device)
+        check_deployed(args, opened.network, candidate.checkpoint)
+        return Loaded(opened.network, opened.format, opened.size, True)
+    if candidate.checkpoint:
+        return Loaded(load_model(args, candidate), 'checkpoint', path.stat().st_size, False)
+    model = load_model(args, candidate)
+    source, _, place = candidate.model.partition(':')
+    folder = download(*split_revision(place)) if source == 'hf-hub' else Path(place)  # from the cache
+    size = (folder / WEIGHTS).stat().st_size if place else None
+    return Loaded(model, 'published' if place else 'pretrained', size, False)
 
 
 def load_model(args: Namespace, candidate: Candidate) -> nn.Module:
@@ -297,7 +366,7 @@ def load_model(args: Namespace, candidate: Candidate) -> nn.Module:
     state_dict = (args.use_ema and content.get('state_dict_ema')) or content.get('state_dict')
     model = hub.create_model(
         candidate.model,
-        pretrained=args.pretrained and state_dict is None,
+        pretrained=(args.pretrained or not candidate.checkpoint) and state_dict is None,
         num_classes=args.num_classes or (classes_in(state_dict, candidate.model) if state_dict else None),
         in_chans=args.in_chans or (args.input_size or [trained_channels(content)])[0],
         global_pool=args.gp,
@@ -321,9 +390,12 @@ def prepare(
         device: torch.device,
         dtype: torch.dtype,
         num_classes: int,
+        deployed: bool,
 ) -> nn.Module:
     """Return the model on its device, compiled if asked, reduced to the classes of --valid-labels."""
-    if args.engine:
+    if deployed:
+        pass  # it is on its device, and compiled
+    elif args.engine:
         model = to_inference(model.eval(), **engine_options(args, device))
         _logger.info(f'Engine: {args.engine}{", int8" if args.calibration else ""}')
     else:
@@ -331,30 +403,6 @@ def prepare(
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     return select_classes(model, args.valid_labels, num_classes) if args.valid_labels else model
-
-
-@dataclass
-class Tally:
-    """The five most likely classes of each image of this process; it also logs the progress."""
-
-    batches: int
-    log_freq: int
-    started: float = field(default_factory=time.perf_counter)
-    answered: list[Tensor] = field(default_factory=list)
-    targets: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, index: int, output: Tensor, target: Tensor) -> None:
-        """Record a batch: its index, logits and targets."""
-        self.answered.append(output.topk(min(5, output.shape[1]), dim=1).indices)
-        self.targets.append(target)
-        if index % self.log_freq == 0:
-            _logger.info(f'Validate [{index + 1:>{len(str(self.batches))}}/{self.batches}]')
-
-    def answers(self, loader: Any) -> ProcessAnswers:
-        """Return the indices of the images in the data set, their five most likely classes, and their targets."""
-        if not self.targets:
-            return [], [], []
-        return loader.indices, torch.cat(self.answered).tolist(), torch.cat(self.targets).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------- results
@@ -379,60 +427,13 @@ def collect(
         results |= averaged_metrics(args.metrics_avg, answers)
     results |= {**figures, 'loss': metrics['loss'], 'count': metrics['count'],
                 'images_per_second': round(metrics['count'] / seconds, 2)}
-    if candidate.checkpoint:
-        results['checkpoint'] = candidate.checkpoint
+    if candidate.place:
+        results['checkpoint'] = candidate.place
     if args.picture:
         draw_answers(Path(args.picture), loader, answers)
     _logger.info(f' * Acc@1 {results["top1"]:.3f} ({results["top1_err"]:.3f}) '
                  f'Acc@5 {results["top5"]:.3f} ({results["top5_err"]:.3f}) of {metrics["count"]} images')
     return results
-
-
-def real_accuracy(path: str, loader: Any, answers: Sequence[ProcessAnswers]) -> dict[str, float]:
-    """Return top-1 and top-5 in percent by the reassessed labels, over the images that have any."""
-    if not isinstance(loader, DeviceLoader):
-        raise UserError('--real-labels needs a data set with file names.')
-    try:
-        labels = RealLabelsImagenet(loader.samples.filenames(basename=True), path).real_labels
-    except (AssertionError, AttributeError, OSError, ValueError) as error:
-        reason = str(error) or 'the data set is not the 50000 images of ImageNet'
-        raise UserError(f'--real-labels {path}: {reason}') from error
-    hits: dict[str, list[bool]] = {'top1': [], 'top5': []}
-    for indices, answered, _ in answers:
-        for index, guesses in zip(indices or (), answered, strict=True):
-            right = labels[loader.samples.filename(index, basename=True)]
-            if right:
-                hits['top1'].append(guesses[0] in right)
-                hits['top5'].append(any(guess in right for guess in guesses))
-    return {key: 100 * sum(values) / max(len(values), 1) for key, values in hits.items()}
-
-
-def draw_answers(path: Path, loader: Any, answers: Sequence[ProcessAnswers]) -> None:
-    """Draw some images with their predictions, the wrong ones first."""
-    if not isinstance(loader, DeviceLoader):
-        raise UserError('--picture needs a data set with an index.')
-    names = {index: name for name, index in (loader.class_to_idx or {}).items()}
-    every = sorted((index, answered[0], target) for process in answers
-                   for index, answered, target in zip(*process, strict=True))
-    right = sum(answer == target for _, answer, target in every)
-    draw_prediction_grid(path, [
-        Prediction(loader.samples[index][0].convert('RGB'), [str(names.get(answer, answer))],
-                   target=str(names.get(target, target)))
-        for index, answer, target in select_predictions(every)
-    ], title=f'{right} of {len(every)} right ({100 * right / max(len(every), 1):.2f} %)')
-
-
-def averaged_metrics(average: str, answers: Sequence[ProcessAnswers]) -> dict[str, float]:
-    """Return precision, recall and F1 in percent."""
-    try:
-        from sklearn.metrics import precision_recall_fscore_support  # noqa: PLC0415 (an optional dependency)
-    except ImportError as error:
-        raise UserError('--metrics-avg needs scikit-learn: pip install scikit-learn.') from error
-    guesses = [answer[0] for _, answered, _ in answers for answer in answered]
-    targets = [target for _, _, own in answers for target in own]
-    scores = precision_recall_fscore_support(targets, guesses, average=average, zero_division=0)
-    names = 'precision', 'recall', 'f1_score'
-    return {f'{average}_{name}': round(100 * float(score), 4) for name, score in zip(names, scores[:3], strict=True)}
 
 
 def write_results(path: Path, results: Results | list[Results], format: str) -> None:

@@ -13,8 +13,10 @@ from .. import device as devices
 from ..errors import UserError
 from .parser import Flag
 
-__all__ = ['ENGINE_FLAGS', 'classes_in', 'describe_precision', 'engine_options', 'engine_rules', 'prepare_model',
-           'select_classes']
+__all__ = [
+    'ENGINE_FLAGS', 'check_deployed', 'classes_in', 'describe_precision', 'engine_options', 'engine_rules',
+    'prepare_model', 'select_classes',
+]
 
 ENGINE_FLAGS = (
     Flag('--engine', 'runtime for the folded network: torch, openvino, onnxruntime, om, or auto for the fastest one as '
@@ -44,6 +46,25 @@ def engine_options(args: Namespace, device: torch.device) -> dict[str, Any]:
     dtype = 'fast' if getattr(args, 'fast', False) else args.model_dtype
     return {'engine': args.engine, 'device': None if args.engine == 'om' else device,
             'dtype': 'int8' if args.calibration else dtype, 'calibration': args.calibration or None}
+
+
+def check_deployed(args: Namespace, network: Any, place: str) -> None:
+    """Raise UserError if the options ask for what a deployed network cannot do.
+
+    Args:
+        args: Options of the script.
+        network: Deployed network.
+        place: File or folder of the network, for messages.
+    """
+    trained = ('amp', 'model_dtype', 'engine', 'calibration', 'torchscript', 'torchcompile', 'test_pool', 'reparam',
+               'gradcam', 'fast')
+    given = [name for name in trained if getattr(args, name, None)]
+    given += [name for name in ('mean', 'std') if getattr(args, name, None) and getattr(network, 'normalizes', False)]
+    if given:
+        raise UserError(f'{place} is deployed, with its precision and its layers as they are: leave out '
+                        f'{", ".join("--" + name.replace("_", "-") for name in given)}.')
+    if args.num_classes not in (None, network.num_classes):
+        raise UserError(f'--num-classes {args.num_classes}: {place} has {network.num_classes} classes.')
 
 
 def classes_in(state_dict: dict[str, Tensor], name: str) -> int | None:

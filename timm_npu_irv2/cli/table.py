@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError
-from ..escaping import csv_cell, json_text
+from ..escaping import csv_cell, json_text, printable
 
-__all__ = ['EXTENSIONS', 'by_key', 'to_csv', 'to_format', 'to_json']
+__all__ = ['EXTENSIONS', 'by_key', 'to_csv', 'to_format', 'to_json', 'to_text']
 
 Row = Mapping[str, Any]
 
@@ -29,6 +29,27 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer = csv.DictWriter(text, columns, lineterminator='\n')
     writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def to_text(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """Return rows as a table for the terminal, aligned; numbers have at most four digits behind the point.
+
+    Args:
+        rows: Rows; a value may be missing.
+        columns: Titles of the columns by the names of their values, in their order.
+    """
+    lines = [list(columns.values()), *([_text(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numeric = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in columns]
+    return '\n'.join('  '.join(
+        cell.rjust(width) if right else cell.ljust(width)
+        for cell, width, right in zip(line, widths, numeric, strict=True)).rstrip() for line in lines)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return '-'
+    return f'{value:.4f}'.rstrip('0').rstrip('.') if isinstance(value, float) else printable(str(value))
 
 
 def _cell(value: Any) -> Any:
