@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
@@ -34,7 +34,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from . import device as devices
 from .errors import UserError
 
-__all__ = ['StopRequest', 'World', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
+__all__ = ['StopRequest', 'World', 'agree', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
            'is_launched', 'is_lost_peer', 'is_port_free', 'launch', 'may_restart', 'restarted',
            'run_torchrun', 'shutdown', 'sum_over_ranks']
 
@@ -197,6 +197,20 @@ def from_primary(value: T, world: World) -> T:
     if world.distributed:
         dist.broadcast_object_list(values, src=0, group=world.control)
     return values[0]
+
+
+def agree(compute: Callable[[], T], world: World) -> T:
+    """Return what ``compute`` returns on rank 0 in every process, or raise its UserError in every process."""
+    outcome: Any = None
+    if world.is_primary:
+        try:
+            outcome = compute()
+        except UserError as error:
+            outcome = error
+    outcome = from_primary(outcome, world)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -3,8 +3,10 @@
 
     python train_scripts/inference.py IMAGE_OR_FOLDER... --checkpoint RUN/last.pth.tar --topk 5 --picture answers.png
     python train_scripts/inference.py --data-dir DIR --model hf-hub:OWNER/NAME --results-file answers.csv
+    torchrun --nproc-per-node 8 train_scripts/inference.py DIR --checkpoint FILE --results-dir answers --resume
 
-The options are those of timm's inference.py. Threads decode images while the device computes.
+The options are those of timm's inference.py. Threads decode images while the device computes. Several processes, or
+--results-shards, write the results as they come, in shards; --resume goes on with an interrupted run.
 """
 
 import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
@@ -12,15 +14,15 @@ import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch r
 # isort: split
 import logging
 import sys
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import DatasetInfoLabelMapper
+from timm.utils.distributed import world_info_from_env
 from torch import Tensor, nn
 
 from timm_npu_irv2 import device as devices
@@ -34,6 +36,7 @@ from timm_npu_irv2.cli.checks import (
 )
 from timm_npu_irv2.cli.evaluation import (
     ENGINE_FLAGS,
+    check_deployed,
     describe_precision,
     engine_options,
     engine_rules,
@@ -41,26 +44,32 @@ from timm_npu_irv2.cli.evaluation import (
 )
 from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, device_switches, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
+from timm_npu_irv2.cli.predictions import Answers, Labels, Progress, ShardWriter, tabulate, write_results
 from timm_npu_irv2.cli.script import run_script, start_log
-from timm_npu_irv2.cli.table import EXTENSIONS, by_key, to_format, to_json
+from timm_npu_irv2.cli.shards import Shards, count_images, images_of_shards, open_shards, settings_of, shard_rules
+from timm_npu_irv2.cli.table import EXTENSIONS, by_key, to_json
 from timm_npu_irv2.data.classes import class_info
 from timm_npu_irv2.data.dataset import open_dataset
-from timm_npu_irv2.data.image_files import DatasetImages, NamedImages, decode_batches, find_files
+from timm_npu_irv2.data.image_files import (
+    DatasetImages,
+    ImageList,
+    IndexedImages,
+    NamedImages,
+    decode_batches,
+    decode_stream,
+    find_files,
+)
 from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions
-from timm_npu_irv2.deploy import to_inference
-from timm_npu_irv2.distributed import initialize, shutdown
+from timm_npu_irv2.deploy import is_deployed, open_deployed, to_inference
+from timm_npu_irv2.distributed import World, agree, barrier, initialize, shutdown
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.ops.normalize import normalize_images
 from timm_npu_irv2.plots import Prediction, draw_contact_sheet, gradcam
-from timm_npu_irv2.serialization import atomic_write, make_folder
 from timm_npu_irv2.training import setup
 
 _logger = logging.getLogger('inference')
 
 IN_PICTURE, BARS = 40, 5
-
-Table = list[dict[str, Any]]
-Labels = Callable[[int], str]
 
 
 # ------------------------------------------------------------------------------------------------------- options
@@ -72,7 +81,8 @@ def _column(name: str, content: str, default: str) -> Flag:
 
 FLAGS = (
     Group('Images', (
-        Flag('data', 'images, or folders of images', default=[], rest={'nargs': '*', 'metavar': 'IMAGE_OR_FOLDER'}),
+        Flag('data', "images, folders, tar files, WebDataset shards as in 'train-{0000..0009}.tar', or text files of "
+             'paths', default=[], rest={'nargs': '*', 'metavar': 'IMAGE_OR_FOLDER'}),
         Flag('--data-dir', 'one more image or folder; with --dataset, the folder of the data set',
              rest={'metavar': 'DIR'}),
         *pick('dataset', 'dataset_download', 'class_map', 'input_img_mode', 'on_bad_image'),
@@ -81,8 +91,8 @@ FLAGS = (
     Group('Model', (
         Flag('-m --model', "model name; 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER' for a published model",
              default=OUR_MODEL, rest={'metavar': 'NAME'}),
-        Flag('--checkpoint', 'file of weights in any dialect; averaged weights are preferred', default='',
-             rest={'metavar': 'FILE'}),
+        Flag('--checkpoint', 'file of weights in any dialect (averaged ones are preferred), ONNX or .om file, or '
+             'folder of a deployed network', default='', rest={'metavar': 'FILE'}),
         Flag('--pretrained', 'use pretrained weights; implied without --checkpoint', bool, False),
         *pick('num_classes', 'model_kwargs', 'fuser', 'fast_norm', 'torchscript', 'torchcompile', 'torchcompile_mode'),
         Flag('--test-pool', 'average over several positions of images that are larger than those of the training', bool,
@@ -96,7 +106,8 @@ FLAGS = (
              rest={'choices': ('center', 'squash', 'border')}),
     )),
     Group('Device and precision', (
-        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', *DEVICE_SWITCHES),
+        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', *DEVICE_SWITCHES, 'dist_url',
+              'dist_backend'),
         Flag('--fast', 'use 16-bit weights and images where that is faster: float16, on some CPUs bfloat16', bool,
              False),
         *ENGINE_FLAGS,
@@ -112,8 +123,13 @@ FLAGS = (
         Flag('--results-dir', 'folder to write the results into', default='', rest={'metavar': 'DIR'}),
         Flag('--results-file', 'file to write the results to (default: named after model and size, in --results-dir)',
              default='', rest={'metavar': 'FILE'}),
-        Flag('--results-format', 'formats of the results', default=['csv'],
+        Flag('--results-format', 'formats of the results (default: csv; parquet for shards)', default=[],
              rest={'nargs': '+', 'choices': tuple(EXTENSIONS)}),
+        Flag('--results-shards', 'write the results as they come, into files in --results-dir with those of N images '
+             'each (default: 1000 with several processes or --resume, otherwise one file at the end)', int,
+             within='[1, inf)', rest={'metavar': 'N'}),
+        Flag('--resume', 'go on with an interrupted run: leave out the images whose shards are in --results-dir', bool,
+             False),
         Flag('--results-separate-col', 'use a separate column for each of the K classes', bool, False),
         Flag('--fullname', 'write the paths of the images instead of their names', bool, False),
         _column('filename', 'the images', 'filename'),
@@ -147,11 +163,14 @@ def parse(argv: Sequence[str]) -> Namespace:
         "timm's inference.py. '-' and '_' in names are the same."))
     args.data = [*args.data, *([args.data_dir] if args.data_dir else [])]
     args.pretrained = args.pretrained or not args.checkpoint
+    args.shards = bool(args.results_shards or args.resume) or world_info_from_env()[2] > 1
+    args.results_format = args.results_format or ['parquet' if args.shards else 'csv']
     formats = args.results_format
     check_rules([
         (not args.data and not args.dataset, 'no images: name some, or a folder of them.'),
         (args.dataset and len(args.data) > 1, f'--dataset {args.dataset} is in one place: name one --data-dir.'),
-        (args.num_gpu > 1, f'--num-gpu {args.num_gpu}: this script uses one device.'),
+        (args.num_gpu > 1,
+         f'--num-gpu {args.num_gpu}: start the processes with torchrun --nproc-per-node {args.num_gpu}.'),
         (args.amp and args.model_dtype not in (None, 'float32'),
          f'--model-dtype {args.model_dtype} is for inference without --amp: leave one out.'),
         (args.fast and (args.amp or args.model_dtype), '--fast chooses the precision: leave out --amp, --model-dtype.'),
@@ -161,7 +180,9 @@ def parse(argv: Sequence[str]) -> Namespace:
          f'--results-format {" ".join(formats)}: the files would have the same name.'),
         (args.gradcam and not args.picture, '--gradcam is drawn into the picture: name it with --picture FILE.png.'),
         *engine_rules(args),
-        (args.checkpoint and not Path(args.checkpoint).is_file(), f'--checkpoint {args.checkpoint}: no such file.'),
+        (args.checkpoint and not Path(args.checkpoint).is_file() and not is_deployed(Path(args.checkpoint)),
+         f'--checkpoint {args.checkpoint}: no such file.'),
+        *(shard_rules(args) if args.shards else []),
         *dataset_rules(args.dataset),
     ])
     check_compile_backend(args.torchcompile)
@@ -172,7 +193,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     if args.picture:
         check_installed('--picture', 'matplotlib')
     if 'parquet' in formats:
-        check_installed('--results-format parquet', 'pandas', 'pyarrow')
+        check_installed('--results-format parquet', *([] if args.shards else ['pandas']), 'pyarrow')
     return args
 
 
@@ -183,43 +204,82 @@ def main(argv: Sequence[str]) -> int:
     """Parse the options, classify the images, and write the results."""
     args = parse(argv)
     setup.set_global_options(args)
-    world = initialize(args.device)
+    world = initialize(args.device, dist_url=args.dist_url, backend=args.dist_backend, timeout=timedelta(days=30))
     try:
         start_log(world.is_primary)
         devices.configure(world.device, **device_switches(args))
-        infer(args, world.device)
+        network, labels = prepare(args, world.device)
+        if args.shards:
+            with setup.translate_lost_process_errors(world, 'Start again with --resume.'):
+                infer_in_shards(args, world, network, labels)
+        else:
+            infer(args, network, labels)
     finally:
         shutdown(world)
     return 0
 
 
-def infer(args: Namespace, device: torch.device) -> None:
-    """Classify all images, and write the results as tables and as a picture."""
-    model = load_model(args)
+def prepare(args: Namespace, device: torch.device) -> tuple['Network', Labels | None]:
+    """Return the network on its device, and the function from a class index to its label (None for no labels)."""
+    if deployed := bool(args.checkpoint) and is_deployed(Path(args.checkpoint)):
+        model: Any = open_deployed(Path(args.checkpoint), device).network
+        check_deployed(args, model, args.checkpoint)
+    else:
+        model = load_model(args)
     pipeline = ImagePipeline.for_model(model, vars(args), use_test_size=not args.use_train_size)
-    labels = label_function(args, model)
+    labels, num_classes = label_function(args, model), model.num_classes
     if args.test_pool:
         model, pipeline = pool_over_positions(model, pipeline)
-    images = open_images(args, pipeline.input_img_mode)
-    dtype, amp_dtype = choose_dtypes(args, device)
+    dtype, amp_dtype = (torch.float32, None) if args.engine or deployed else choose_dtypes(args, device)
     if args.engine:
-        model, dtype = to_inference(model.eval(), **engine_options(args, device)), torch.float32
+        model = to_inference(model.eval(), **engine_options(args, device))
         _logger.info(f'Engine: {args.engine}{", int8" if args.calibration else ""}')
-    else:
+    elif not deployed:
         model = prepare_model(model, device, dtype, torchscript=args.torchscript)
-    network = Network(model, pipeline, device, dtype, amp_dtype, args.torchcompile, args.torchcompile_mode)
-    _logger.info(f'{args.checkpoint or args.model}: {len(images)} images of {pipeline.input_size[-1]} px; '
-                 f'{device.type}, {describe_precision(dtype, amp_dtype)}')
+    _logger.info(f'{args.checkpoint or args.model}: images of {pipeline.input_size[-1]} px; {device.type}, '
+                 f'{describe_precision(dtype, amp_dtype)}')
+    return Network(model, num_classes, pipeline, device, dtype, amp_dtype, args.torchcompile,
+                   args.torchcompile_mode), labels
+
+
+def infer(args: Namespace, network: 'Network', labels: Labels | None) -> None:
+    """Classify all images, and write the results as tables and as a picture."""
+    images = open_images(args, network.pipeline.input_img_mode)
     if args.gradcam:  # fails now, and not after all images, for a network or a size that it cannot handle
-        blank = torch.zeros(1, *pipeline.input_size, dtype=torch.uint8)
-        gradcam(model, network.place(blank), torch.zeros(1, dtype=torch.long, device=device))
+        blank = torch.zeros(1, *network.pipeline.input_size, dtype=torch.uint8)
+        gradcam(network.model, network.place(blank), torch.zeros(1, dtype=torch.long, device=network.device))
     answers = classify(args, network, images)
     if args.picture:
         draw(args, network, answers, labels or str)
     table = tabulate(args, answers, labels)
-    write_results(args, table, pipeline.input_size[-1])
+    write_results(args, table, network.pipeline.input_size[-1])
     if not args.no_console_results:
         print(f'--result\n{to_json(by_key(table, args.filename_col))}', end='', flush=True)
+
+
+def infer_in_shards(args: Namespace, world: World, network: 'Network', labels: Labels | None) -> None:
+    """Classify this process's share of the images, and write the results of each shard when it is complete."""
+    mode = network.pipeline.input_img_mode
+    images = IndexedImages(open_images(args, mode)) if args.dataset else ImageList(args.data, mode)
+    shards, missing = agree(lambda: _open_shards(args, network.pipeline, images), world)
+    writer = ShardWriter(args, shards, missing[world.rank::world.size], labels, network.num_classes)
+    progress = Progress(shards.images, shards.images_in(set(range(len(shards))) - set(missing)))
+    chosen = images_of_shards(images, images.name, shards, writer.numbers)
+    try:
+        for number, (names, logits) in enumerate(_answer_stream(args, network, images, chosen)):
+            writer.add(names, logits)
+            if world.is_primary and number % args.log_freq == 0:
+                progress.log(shards.images_in(shards.done()) + writer.waiting)
+        writer.finish()
+        barrier(world)
+    except KeyboardInterrupt:
+        _logger.warning('Interrupted; --resume goes on from here.')
+        raise
+    if world.is_primary:
+        progress.log(shards.images)
+        summary = {'images': shards.images, 'shards': len(shards), 'results': str(shards.folder),
+                   'images_per_second': round(progress.rate, 2)}
+        print(f'--result\n{to_json(summary)}', end='', flush=True)
 
 
 def load_model(args: Namespace) -> nn.Module:
@@ -274,7 +334,8 @@ class Network:
 
     def __init__(
             self,
-            model: nn.Module,
+            model: Any,
+            num_classes: int,
             pipeline: ImagePipeline,
             device: torch.device,
             dtype: torch.dtype,
@@ -282,7 +343,8 @@ class Network:
             compile_backend: str | None,
             compile_mode: str | None,
     ):
-        self.model, self.pipeline, self.device, self.dtype, self.amp_dtype = model, pipeline, device, dtype, amp_dtype
+        self.model, self.num_classes, self.pipeline, self.device = model, num_classes, pipeline, device
+        self.dtype, self.amp_dtype = dtype, amp_dtype
         self._run = torch.compile(model, backend=compile_backend, mode=compile_mode) if compile_backend else model
         self._mean, self._std = (torch.tensor(each, device=device) for each in (pipeline.mean, pipeline.std))
 
@@ -297,46 +359,21 @@ class Network:
             return self._run(images).float()
 
 
-@dataclass
-class Answers:
-    """Answers to N images, in batches.
-
-    Attributes:
-        names: Names of the images.
-        indices: Classes (N, K), the most likely first; empty for --topk 0.
-        outputs: Probabilities or logits (N, K) of these classes, or (N, classes) of all.
-        shown: First images for the picture, uint8 (M, C, H, W).
-        shown_top: Probabilities and classes (M, bars) of these images.
-    """
-
-    names: list[str] = field(default_factory=list)
-    indices: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    shown: list[Tensor] = field(default_factory=list)
-    shown_top: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-
 @torch.inference_mode()
 def classify(args: Namespace, network: Network, images: NamedImages) -> Answers:
     """Return the answers to all images that can be read, in their order."""
-    answers, started, done = Answers(), time.perf_counter(), 0
+    answers, progress = Answers(), Progress(len(images))
     for number, (indices, batch, ready) in enumerate(_placed_batches(args, network, images)):
         logits = network.logits(ready)
-        outputs = logits.softmax(-1) if args.output_type == 'prob' else logits
-        if args.topk:
-            outputs, classes = outputs.topk(min(args.topk, logits.shape[1]))
-            answers.indices.append(classes.cpu())
-        answers.outputs.append(outputs.cpu())
-        answers.names += [images.name(index, args.fullname) for index in indices]
+        done = len(answers.names)
+        answers.add(args, [images.name(index, args.fullname) for index in indices], logits)
         if args.picture and (room := IN_PICTURE - done) > 0:
             probabilities, classes = logits[:room].softmax(-1).topk(min(args.topk or 1, BARS, logits.shape[1]))
             answers.shown.append(batch[:room])
             answers.shown_top.append((probabilities.cpu(), classes.cpu()))
-        done += len(indices)
         if number % args.log_freq == 0:
-            _logger.info(f'Predict [{done:>{len(str(len(images)))}}/{len(images)}]  '
-                         f'{done / (time.perf_counter() - started):.1f} images/s')
-    if not done:
+            progress.log(len(answers.names))
+    if not answers.names:
         raise UserError('none of the images can be read.')
     return answers
 
@@ -351,6 +388,35 @@ def _placed_batches(
                              num_threads=args.workers, on_bad_image=args.on_bad_image)
     for indices, batch in batches:
         yield indices, batch, network.place(batch)
+
+
+# ------------------------------------------------------------------------------------------------------- shards
+
+
+def _open_shards(args: Namespace, pipeline: ImagePipeline, images: Any) -> tuple[Shards, list[int]]:
+    """Return the shards, and the numbers of those that are missing."""
+    settings = {**settings_of(args), 'pipeline': pipeline.to_config()}
+    count, digest = count_images(map(images.name, images))
+    shards = open_shards(Path(args.results_dir), args.results_format[0], args.results_shards, count, digest, settings,
+                         args.resume)
+    return shards, sorted(set(range(len(shards))) - shards.done())
+
+
+@torch.inference_mode()
+def _answer_stream(
+        args: Namespace,
+        network: Network,
+        images: Any,
+        chosen: Iterator[tuple[int, Any]],
+) -> Iterator[tuple[list[tuple[int, str]], Tensor]]:
+    """Yield batches of (shard, name) and their logits."""
+    transform = network.pipeline.transform()
+    threads = min(args.workers, images.max_threads or args.workers)
+    batches = decode_stream(
+        chosen, lambda item: transform(images.read(item[1])), lambda item: images.name(item[1]),
+        batch_size=args.batch_size, num_threads=threads, on_bad_image=args.on_bad_image)
+    for items, batch in batches:
+        yield [(shard, images.name(image)) for shard, image in items], network.logits(network.place(batch)).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------- results
@@ -375,42 +441,6 @@ def draw(args: Namespace, network: Network, answers: Answers, labels: Labels) ->
     count = f'{len(shown)} of {len(answers.names)}' if len(answers.names) > len(shown) else str(len(shown))
     if draw_contact_sheet(path, cells, f'{Path(args.checkpoint).name or args.model} · {count} images'):
         _logger.info(f'Picture: {path}')
-
-
-def tabulate(args: Namespace, answers: Answers, labels: Labels | None) -> Table:
-    """Return one row per image, with the columns of timm's inference.py."""
-    columns: dict[str, list[list[Any]]] = {}
-    if args.topk:
-        indices = torch.cat(answers.indices).tolist()
-        if args.include_index or labels is None:
-            columns[args.index_col] = indices
-        if labels is not None:
-            columns[args.label_col] = [[labels(index) for index in row] for row in indices]
-    if not args.exclude_output:
-        columns[args.output_col or args.output_type] = torch.cat(answers.outputs).tolist()
-    table: Table = [{args.filename_col: name} for name in answers.names]
-    for name, cells in columns.items():
-        for row, values in zip(table, cells, strict=True):
-            if len(values) == 1:
-                row[name] = values[0]
-            elif args.results_separate_col:
-                row |= {f'{name}_{place}': value for place, value in enumerate(values)}
-            else:
-                row[name] = values
-    return table
-
-
-def write_results(args: Namespace, table: Table, size: int) -> None:
-    """Write one file per format, if a file or a folder is named."""
-    if not args.results_file and not args.results_dir:
-        return
-    stem = Path(args.results_file or f'{args.model.replace(":", "_").replace("/", "_")}-{size}')
-    stem = stem.with_suffix('') if stem.suffix in EXTENSIONS.values() else stem
-    for format in args.results_format:
-        path = Path(args.results_dir) / f'{stem}{EXTENSIONS[format]}'
-        make_folder(path.parent)
-        atomic_write(path, to_format(table, format, args.filename_col))
-        _logger.info(f'Results: {path}')
 
 
 if __name__ == '__main__':

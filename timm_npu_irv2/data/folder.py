@@ -1,6 +1,7 @@
 """Images in folders and tar files, found in one way by training, evaluation, inference and calibration."""
 
 import io
+import logging
 import os
 import posixpath
 import tarfile
@@ -15,10 +16,14 @@ from timm.data.readers.reader import Reader
 from ..errors import UserError, first_line
 from .classes import clean_name, map_classes, natural_key, number_classes
 
-__all__ = ['ENDINGS', 'FolderReader', 'ImageFile', 'find_images']
+__all__ = ['ENDINGS', 'FolderReader', 'ImageFile', 'find_images', 'iterate_images']
+
+_logger = logging.getLogger(__name__)
 
 # Besides timm's: what Pillow reads.
 ENDINGS = frozenset('.bmp .gif .j2k .jfif .jp2 .jpe .mpo .pbm .pgm .png .pnm .ppm .tif .tiff .webp'.split())
+
+MOST_LINKS = 40  # from one to the next, as in Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,7 @@ class ImageFile:
             return io.BytesIO(file.read(self.size))
 
 
-def find_images(root: str | os.PathLike, endings: Collection[str] = ()) -> list[ImageFile]:
+def find_images(root: str | os.PathLike, endings: Collection[str] = (), tars: bool = False) -> list[ImageFile]:
     """Return the images in a folder, or in a tar file, however deep, in natural order.
 
     Symbolic links are followed. Hidden files and folders, whose names start with a dot, are left out.
@@ -64,22 +69,41 @@ def find_images(root: str | os.PathLike, endings: Collection[str] = ()) -> list[
     Args:
         root: Folder or tar file.
         endings: File name endings of images, with the dot; empty for timm's and the usual others.
+        tars: Search tar files in folders, too.
 
     Raises:
         UserError: No such folder or file, no images in it, or a tar file that cannot be read.
     """
+    return sorted(iterate_images(root, endings, tars), key=lambda image: natural_key(image.name))
+
+
+def iterate_images(root: str | os.PathLike, endings: Collection[str] = (), tars: bool = False) -> Iterator[ImageFile]:
+    """Yield the images of :func:`find_images` folder by folder, each folder and tar file in natural order.
+
+    The names in one folder or in one tar file are in memory at a time.
+    """
     wanted = {ending.lower() for ending in endings} or ENDINGS | get_img_extensions(as_set=True)
-    root = os.fspath(root)
+    root, empty, skipped = os.fspath(root), True, 0
     try:
         if os.path.isdir(root):  # noqa: PTH112 - os.scandir takes it from here
-            found = [ImageFile(root, name) for name in _walk(root, '', ()) if _ending(name) in wanted]
+            for name in _walk(root, '', ()):
+                if _ending(name) in wanted:
+                    yield ImageFile(root, name)
+                elif _ending(name) == '.tar' and tars:
+                    yield from _images_in_tar(f'{root}/{name}', wanted)
+                else:
+                    skipped += _ending(name) == '.tar'
+                    continue
+                empty = False
         else:
-            found = list(_images_in_tar(root, wanted))
+            for image in _images_in_tar(root, wanted):
+                yield image
+                empty = False
     except (OSError, tarfile.TarError) as error:
         raise UserError(f'{root}: {getattr(error, "strerror", None) or first_line(error)}') from error
-    if not found:
-        raise UserError(f'{root}: no images in this {"folder" if Path(root).is_dir() else "tar file"}.')
-    return sorted(found, key=lambda image: natural_key(image.name))
+    if empty:
+        advice = f', but {skipped} tar files: name one of them, or use --dataset wds/NAME' if skipped else ''
+        raise UserError(f'{root}: no images in this {"folder" if Path(root).is_dir() else "tar file"}{advice}.')
 
 
 def _ending(name: str) -> str:
@@ -92,32 +116,63 @@ def _walk(folder: str, inside: str, above: tuple[str, ...]) -> Iterator[str]:
     if real in above:
         return
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith('.'):
-                continue
-            if entry.is_dir():
-                yield from _walk(entry.path, f'{inside}{entry.name}/', (*above, real))
-            else:
-                yield inside + entry.name
+        found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith('.')]
+    for name, is_folder in sorted(found, key=lambda each: natural_key(each[0])):
+        if is_folder:
+            yield from _walk(f'{folder}/{name}', f'{inside}{name}/', (*above, real))
+        else:
+            yield inside + name
 
 
 def _images_in_tar(root: str, endings: Collection[str]) -> Iterator[ImageFile]:
     with tarfile.open(root, 'r:') as archive:
-        for name, member in _members(archive):
-            if _ending(name) == '.tar':
-                with tarfile.open(fileobj=archive.extractfile(member), mode='r:') as inner:
-                    for inner_name, image in _members(inner):
-                        if _ending(inner_name) in endings:
-                            yield ImageFile(root, f'{name[:-len(".tar")]}/{inner_name}',
-                                            member.offset_data + image.offset_data, image.size)
-            elif _ending(name) in endings:
-                yield ImageFile(root, name, member.offset_data, member.size)
+        found, lost = _places_in_tar(archive, endings)
+    if lost:
+        _logger.warning(f'{root}: left out {len(lost)} links that lead to no image in it, such as {lost[0]}; tar '
+                        '--dereference stores what links lead to.')
+    for name in sorted(found, key=natural_key):
+        yield ImageFile(root, name, *found[name])
+
+
+def _places_in_tar(
+        archive: tarfile.TarFile,
+        endings: Collection[str],
+        start: int = 0,
+) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Return offset and size of the images in an archive by name, and the links that lead to no image.
+
+    Of members with the same name the last one counts, as it does for tar. ``start`` is the archive's own offset.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    links: dict[str, str] = {}
+    for name, member in _members(archive):
+        if member.islnk() or member.issym():
+            folder = '' if member.islnk() else posixpath.dirname(name)
+            links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
+        elif _ending(name) == '.tar':
+            with tarfile.open(fileobj=archive.extractfile(member), mode='r:') as inner:
+                places, _ = _places_in_tar(inner, endings, start + member.offset_data)
+            found |= {f'{name[:-len(".tar")]}/{each}': place for each, place in places.items()}
+        elif _ending(name) in endings:
+            found[name] = start + member.offset_data, member.size
+    lost = []
+    for name, target in links.items():
+        for _ in range(MOST_LINKS):
+            target = links.get(target, target)  # noqa: PLW2901 - a link to a link
+        if target in found:
+            found[name] = found[target]
+        elif name not in found:
+            lost.append(name)
+    return found, lost
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    for member in archive:
+    """Yield the files and links of an archive, which keeps none of them in memory."""
+    while (member := archive.next()) is not None:
+        archive.members = []  # type: ignore[attr-defined]  # the stubs do not name it
         name = posixpath.normpath(member.name)
-        if member.isfile() and not any(part.startswith('.') for part in name.split('/')):
+        wanted = member.isfile() or member.islnk() or member.issym()
+        if wanted and not any(part.startswith('.') for part in name.split('/')):
             yield name, member
 
 

@@ -1,12 +1,15 @@
 """Images to classify, by name: files, folders and data sets, decoded by threads."""
 
+import itertools
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +18,17 @@ from torch import Tensor
 
 from ..errors import UserError
 from .decode import read_image, to_pil_mode
-from .folder import ImageFile, find_images
+from .folder import ImageFile, find_images, iterate_images
 
-__all__ = ['DatasetImages', 'NamedFiles', 'NamedImages', 'decode_batches', 'find_files']
+__all__ = [
+    'DatasetImages', 'ImageList', 'IndexedImages', 'NamedFiles', 'NamedImages', 'decode_batches', 'decode_stream',
+    'find_files',
+]
 
 _logger = logging.getLogger(__name__)
+
+Item = TypeVar('Item')
+LISTS = ('.txt', '.lst')  # endings of lists of paths
 
 
 class NamedImages(Protocol):
@@ -86,25 +95,99 @@ class DatasetImages:
         return str(self.dataset.filename(index, basename=not full) if hasattr(self.dataset, 'filename') else index)
 
 
-def find_files(places: Iterable[str], mode: str) -> NamedFiles:
-    """Return the images that are named, and those in the folders and tar files that are named, in natural order.
+class ImageList:
+    """Images in files, folders, tar files and lists of paths, one after another: none of them is kept in memory.
 
     Args:
-        places: Image files, folders and tar files; folders are searched to any depth.
+        places: Places, as :func:`find_files` takes them.
+        mode: PIL mode of the images.
+    """
+
+    max_threads: int | None = None
+
+    def __init__(self, places: Sequence[str], mode: str):
+        self.places, self.mode = places, mode
+
+    def __iter__(self) -> Iterator[ImageFile]:
+        return itertools.chain.from_iterable(_images_at(place) for place in self.places)
+
+    def read(self, image: ImageFile) -> Image.Image:
+        """Return an image, decoded."""
+        with image.open() as file:
+            return read_image(file, self.mode)
+
+    def name(self, image: ImageFile) -> str:
+        """Return the path of an image, which no other image has."""
+        return image.path
+
+
+class IndexedImages:
+    """Images with an index, behind the interface of :class:`ImageList`."""
+
+    def __init__(self, images: NamedImages):
+        self.images, self.max_threads, self.read = images, images.max_threads, images.__getitem__
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.images)))
+
+    def name(self, index: int) -> str:
+        """Return the path or the index of an image."""
+        return self.images.name(index, full=True)
+
+
+def find_files(places: Iterable[str], mode: str) -> NamedFiles:
+    """Return the images that are named, and those in the places that are named, in natural order.
+
+    Args:
+        places: Image files; folders, which are searched to any depth; tar files, among them WebDataset shards, several
+            as in 'train-{0000..0009}.tar'; and text files with such a place in each line.
         mode: PIL mode of the images.
 
     Raises:
         UserError: No such file or folder, or a folder or tar file without images.
     """
-    images: list[ImageFile] = []
-    for place in map(Path, places):
-        if not place.exists():
-            raise UserError(f'{place}: no such file or folder.')
-        if place.is_dir() or place.suffix.lower() == '.tar':
-            images += find_images(place)
-        else:
-            images.append(ImageFile(place.parent.as_posix(), place.name))
-    return NamedFiles(images, mode)
+    return NamedFiles([image for place in places for image in _images_at(place, find_images)], mode)
+
+
+def _images_at(
+        place: str,
+        search: Callable[..., Iterable[ImageFile]] = iterate_images,
+        listed: bool = False,
+) -> Iterator[ImageFile]:
+    """Yield the images in one place; in a list, a file that is missing is an image that cannot be read."""
+    path = Path(place)
+    if not path.exists() and (shards := _expand(place)):
+        for shard in shards:
+            yield from _images_at(shard, search)
+    elif not path.exists() and not listed:
+        raise UserError(f'{place}: no such file or folder.')
+    elif path.is_dir() or path.suffix.lower() == '.tar':
+        yield from search(path.as_posix(), tars=True)
+    elif path.suffix.lower() in LISTS and not listed:
+        for line in _lines(path):
+            beside = path.parent / line
+            known = line if Path(line).exists() or not beside.exists() else str(beside)
+            yield from _images_at(known, search, listed=True)
+    else:
+        yield ImageFile(path.parent.as_posix(), path.name)
+
+
+def _expand(place: str) -> list[str]:
+    """Return the names that a pattern such as 'train-{0000..0009}.tar' stands for; none if it is no pattern."""
+    match = re.search(r'\{(\d+)\.\.(\d+)\}', place)
+    if match is None:
+        return []
+    numbers = range(int(match[1]), int(match[2]) + 1)
+    return [f'{place[:match.start()]}{number:0{len(match[1])}}{place[match.end():]}' for number in numbers]
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file that are not empty, whatever ends them, without a byte order mark."""
+    try:
+        with path.open(encoding='utf-8-sig', errors='surrogateescape') as file:  # names of files may be any bytes
+            yield from (line.rstrip('\r\n') for line in file if line.strip())
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}') from error
 
 
 def decode_batches(
@@ -115,7 +198,7 @@ def decode_batches(
         num_threads: int,
         on_bad_image: str = 'stop',
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield batches of indices and uint8 images (N, C, H, W), decoded up to two batches ahead.
+    """Yield batches of indices and uint8 images (N, C, H, W); see :func:`decode_stream` for the other arguments.
 
     Args:
         images: Images to decode.
@@ -127,28 +210,52 @@ def decode_batches(
     Raises:
         UserError: An image cannot be read, and ``on_bad_image`` is 'stop'.
     """
-    indices = iter(range(len(images)))
-    queue: deque[tuple[int, Future[np.ndarray]]] = deque()
-    with ThreadPoolExecutor(max(1, min(num_threads, images.max_threads or num_threads))) as pool:
-        def decode(index: int) -> np.ndarray:
-            return transform(images[index])
+    return decode_stream(
+        iter(range(len(images))), lambda index: transform(images[index]), partial(images.name, full=True),
+        batch_size=batch_size, num_threads=min(num_threads, images.max_threads or num_threads),
+        on_bad_image=on_bad_image)
 
+
+def decode_stream(
+        items: Iterator[Item],
+        decode: Callable[[Item], np.ndarray],
+        name: Callable[[Item], str],
+        *,
+        batch_size: int,
+        num_threads: int,
+        on_bad_image: str = 'stop',
+) -> Iterator[tuple[list[Item], Tensor]]:
+    """Yield batches of items and their uint8 images (N, C, H, W), decoded up to two batches ahead.
+
+    Args:
+        items: What stands for the images.
+        decode: Function from an item to uint8 (C, H, W), called by any thread.
+        name: Function from an item to its name, for messages.
+        batch_size: Largest number of images in a batch.
+        num_threads: Number of threads that decode.
+        on_bad_image: 'stop' or 'skip' at an image that cannot be read.
+
+    Raises:
+        UserError: An image cannot be read, and ``on_bad_image`` is 'stop'.
+    """
+    queue: deque[tuple[Item, Future[np.ndarray]]] = deque()
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
         def refill() -> None:
-            for index in islice(indices, 2 * batch_size - len(queue)):
-                queue.append((index, pool.submit(decode, index)))
+            for item in islice(items, 2 * batch_size - len(queue)):
+                queue.append((item, pool.submit(decode, item)))
 
         try:
             refill()
             while queue:
-                batch = {}
-                for index, future in [queue.popleft() for _ in range(min(batch_size, len(queue)))]:
+                batch = []
+                for item, future in [queue.popleft() for _ in range(min(batch_size, len(queue)))]:
                     try:
-                        batch[index] = future.result()
+                        batch.append((item, future.result()))
                     except Exception as error:  # as many types as there are image formats
-                        _handle_bad_image(images.name(index, full=True), error, on_bad_image)
+                        _handle_bad_image(name(item), error, on_bad_image)
                 refill()
                 if batch:
-                    yield list(batch), torch.from_numpy(np.stack(list(batch.values())))
+                    yield [item for item, _ in batch], torch.from_numpy(np.stack([pixels for _, pixels in batch]))
         finally:
             for _, future in queue:
                 future.cancel()

@@ -93,12 +93,11 @@ def _source_of(path: Path) -> Path:
                     'preprocessing and the classes.')
 
 
-def _describe(path: Path) -> tuple[dict[str, Any], list[int | None], int, str]:
+def _describe(path: Path) -> tuple[dict[str, Any], list[Any], int, str]:
     """Return an ONNX file's preprocessing, shape of the input (None for any), number of classes, and dtype."""
     config = onnx.preprocessing(path)
     graph = onnx.optional('onnx').load(str(path), load_external_data=False).graph
-    shape, outputs = ([axis.dim_value or None for axis in each[0].type.tensor_type.shape.dim]
-                      for each in (graph.input, graph.output))
+    shape, outputs = _shape_of(graph.input[0]), _shape_of(graph.output[0])
     with rules.naming(path):
         arguments = {'num_classes': outputs[-1], 'in_chans': shape[1], 'global_pool': 'avg'}
         schema.check_inference_config({'dtype': 'float32', 'arguments': arguments, 'pretrained_cfg': config})
@@ -106,6 +105,10 @@ def _describe(path: Path) -> tuple[dict[str, Any], list[int | None], int, str]:
                       'uint8': rules.one_of(True, False)})(config, '')
     quantized = any(node.op_type == 'QuantizeLinear' for node in graph.node)
     return config, shape, outputs[-1], 'int8' if quantized else 'float32'
+
+
+def _shape_of(value: Any) -> list[Any]:
+    return [axis.dim_value or None for axis in value.type.tensor_type.shape.dim]
 
 
 class FileNetwork(nn.Module):
@@ -133,7 +136,7 @@ class FileNetwork(nn.Module):
             path: Path,
             session: Session,
             config: dict[str, Any],
-            shape: list[int | None],
+            shape: list[Any],
             num_classes: int,
     ) -> None:
         super().__init__()

@@ -52,14 +52,15 @@ def real_accuracy(path: str, loader: Any, answers: Sequence[ProcessAnswers]) -> 
     if not isinstance(loader, DeviceLoader):
         raise UserError('--real-labels needs a data set with file names.')
     try:
-        labels = RealLabelsImagenet(loader.samples.filenames(basename=True), path).real_labels
+        samples: Any = loader.samples
+        labels = RealLabelsImagenet(samples.filenames(basename=True), path).real_labels
     except (AssertionError, AttributeError, OSError, ValueError) as error:
         reason = str(error) or 'the data set is not the 50000 images of ImageNet'
         raise UserError(f'--real-labels {path}: {reason}') from error
     hits: dict[str, list[bool]] = {'top1': [], 'top5': []}
     for indices, answered, _ in answers:
         for index, guesses in zip(indices or (), answered, strict=True):
-            right = labels[loader.samples.filename(index, basename=True)]
+            right = labels[samples.filename(index, basename=True)]
             if right:
                 hits['top1'].append(guesses[0] in right)
                 hits['top5'].append(any(guess in right for guess in guesses))
@@ -71,8 +72,8 @@ def draw_answers(path: Path, loader: Any, answers: Sequence[ProcessAnswers]) -> 
     if not isinstance(loader, DeviceLoader):
         raise UserError('--picture needs a data set with an index.')
     names = {index: name for name, index in (loader.class_to_idx or {}).items()}
-    every = sorted((index, answered[0], target) for process in answers
-                   for index, answered, target in zip(*process, strict=True))
+    every = sorted((index, answered[0], target) for indices, ranked, targets in answers
+                   for index, answered, target in zip(indices or (), ranked, targets, strict=True))
     right = sum(answer == target for _, answer, target in every)
     draw_prediction_grid(path, [
         Prediction(loader.samples[index][0].convert('RGB'), [str(names.get(answer, answer))],
