@@ -192,8 +192,6 @@ def parse(argv: Sequence[str]) -> Namespace:
         check_output_file('--results-file', str(path), make_folder=True)
     if args.picture:
         check_installed('--picture', 'matplotlib')
-    if 'parquet' in formats:
-        check_installed('--results-format parquet', *([] if args.shards else ['pandas']), 'pyarrow')
     return args
 
 
@@ -203,6 +201,8 @@ def parse(argv: Sequence[str]) -> Namespace:
 def main(argv: Sequence[str]) -> int:
     """Parse the options, classify the images, and write the results."""
     args = parse(argv)
+    if 'parquet' in args.results_format:
+        check_installed('--results-format parquet', *([] if args.shards else ['pandas']), 'pyarrow')
     setup.set_global_options(args)
     world = initialize(args.device, dist_url=args.dist_url, backend=args.dist_backend, timeout=timedelta(days=30))
     try:
