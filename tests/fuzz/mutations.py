@@ -1,13 +1,26 @@
-"""Changes to what a file holds, for Hypothesis to choose, and the number of tries of a short and of a long run."""
+"""Changes to what a file holds, for Hypothesis to choose, and the short and the long form of a fuzz test."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+import inspect
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import HypothesisException
+
+# Of the long forms together, by default an hour. FUZZ_SEED is another number for other tries.
+SECONDS, SEED = float(os.environ.get('FUZZ_SECONDS', '3600')), int(os.environ.get('FUZZ_SEED', '0'))
+LIMIT = 120  # seconds of one try
 
 NUMBERS = [-1, 0, 1, 2, 3, 10**6, 10**19, -10**19, 10**400, 2**31, 2**63, 0.5, -0.5, 1e300, float('nan'),
            float('inf')]
@@ -22,17 +35,78 @@ TENSORS = [
 ]
 
 
-def fuzz(short: int, long: int) -> Callable[[Callable], tuple[Callable, Callable]]:
-    """Return a decorator of a function of Hypothesis' data that makes two tests of it: a short and a long one."""
+class TimedOut(BaseException):
+    """The end of a try that takes too long; no handler of Exception takes it for an error of a file."""
+
+
+def fuzz(short: int, share: float) -> Callable[[Callable], tuple[Callable, Callable]]:
+    """Return a decorator of a function of Hypothesis' data that makes two tests of it.
+
+    Args:
+        short: Tries of the first test, always the same ones, which ends with a failure.
+        share: Part of the time of all long tests that the second one takes. It collects failures and goes on.
+    """
 
     def decorate(check: Callable) -> tuple[Callable, Callable]:
-        usual = dict(deadline=None, suppress_health_check=list(HealthCheck), database=None,
-                     phases=(Phase.explicit, Phase.generate, Phase.shrink), print_blob=True)
-        quick = settings(max_examples=short, derandomize=True, **usual)(given(data=st.data())(check))
-        thorough = settings(max_examples=long, **usual)(given(data=st.data())(check))
+        quick = settings(
+            max_examples=short, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None,
+            phases=(Phase.explicit, Phase.generate, Phase.shrink), print_blob=True)(given(data=st.data())(check))
+
+        def thorough(**fixtures: Any) -> None:
+            collect_failures(check.__name__, lambda data: check(data=data, **fixtures), share * SECONDS)
+
+        signature = inspect.signature(check)
+        thorough.__signature__ = signature.replace(
+            parameters=[each for name, each in signature.parameters.items() if name != 'data'])
         return quick, pytest.mark.timeout(0)(pytest.mark.long(thorough))
 
     return decorate
+
+
+def collect_failures(name: str, check: Callable[[st.DataObject], None], seconds: float) -> None:
+    """Try for some time. Fail at the end, with every failure, if there was one; FUZZ_LOG names a file for them too."""
+    end, tries, failures, timeouts = time.monotonic() + seconds, 0, [], 0
+
+    def attempt(data: st.DataObject) -> None:
+        nonlocal tries, timeouts
+        tries += 1
+        try:
+            with time_limit(LIMIT):
+                check(data)
+        except HypothesisException:
+            raise
+        except TimedOut:
+            timeouts += 1
+            failures.append(traceback.format_exc()[-3000:])
+        except (Exception, SystemExit):
+            failures.append(traceback.format_exc()[-3000:])
+
+    batches = 0
+    while time.monotonic() < end:
+        batches += 1
+        hypothesis.seed(SEED * 10**6 + batches)(settings(
+            max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), database=None,
+            phases=(Phase.generate,))(given(st.data())(attempt)))()
+    line = f'{name} (seed {SEED}): {tries} tries, {len(failures)} failures, {timeouts} of them time-outs'
+    print(line)
+    if os.environ.get('FUZZ_LOG'):
+        with Path(os.environ['FUZZ_LOG']).open('a') as log:
+            log.write('\n'.join([line, *failures, '']))
+    assert not failures, '\n\n'.join([line, *failures])
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise TimedOut
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def mutated(content: Any, data: st.DataObject, tensors: bool = True, most: int = 2) -> Any:

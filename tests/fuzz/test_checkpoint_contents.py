@@ -61,7 +61,7 @@ def check_resuming(data, tmp_path_factory) -> None:
         path.parent.rmdir()
 
 
-test_resuming, test_resuming_for_long = fuzz(40, 20_000)(check_resuming)
+test_resuming, test_resuming_for_long = fuzz(40, 0.2)(check_resuming)
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def check_reading(data, tmp_path_factory) -> None:
     folder.rmdir()
 
 
-test_reading, test_reading_for_long = fuzz(8, 2_000)(check_reading)
+test_reading, test_reading_for_long = fuzz(8, 0.1)(check_reading)
 
 
 def check_card(data) -> None:
@@ -114,4 +114,4 @@ def check_card(data) -> None:
     return None
 
 
-test_card, test_card_for_long = fuzz(60, 20_000)(check_card)
+test_card, test_card_for_long = fuzz(60, 0.05)(check_card)

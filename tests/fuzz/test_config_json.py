@@ -65,7 +65,7 @@ def check_publication(data, tmp_path_factory, published) -> None:
         remove(folder)
 
 
-test_publication, test_publication_for_long = fuzz(8, 1_000)(check_publication)
+test_publication, test_publication_for_long = fuzz(8, 0.05)(check_publication)
 
 
 def check_deployment(data, tmp_path_factory, deployed) -> None:
@@ -81,4 +81,4 @@ def check_deployment(data, tmp_path_factory, deployed) -> None:
     return None
 
 
-test_deployment, test_deployment_for_long = fuzz(8, 1_000)(check_deployment)
+test_deployment, test_deployment_for_long = fuzz(8, 0.05)(check_deployment)
