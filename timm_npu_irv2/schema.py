@@ -182,12 +182,6 @@ def check_engine_config(config: dict[str, Any]) -> None:
 
 _seconds = number(0, 1e12)
 _state = mapping(tensor(), most=10**5)
-_OPTIMIZER = record({
-    'state': mapping(mapping(either(tensor(), plain), most=100), key=either(text(1000), _integer)),
-    'param_groups': many(record({'params': many(either(text(1000), _integer))},
-                                {'lr': either(number(0, 1e6), tensor())}), 1, 10**5),
-})
-
 
 def _plain_with_tensors(value: Any, where: str) -> None:
     """Accept plain values, tensors, and lists and dicts of them."""
@@ -199,6 +193,11 @@ def _plain_with_tensors(value: Any, where: str) -> None:
         plain(value, where)
 
 
+_OPTIMIZER = record({
+    'state': mapping(mapping(_plain_with_tensors, most=100), key=either(text(1000), _integer)),
+    'param_groups': many(record({'params': many(either(text(1000), _integer))},
+                                {'lr': either(number(0, 1e6), tensor())}), 1, 10**5),
+})
 _FINGERPRINT = record({
     'classes': optional(many(text(1000))), 'count': optional(_integer), 'names': optional(text(1000))})
 _PYTHON_RANDOM = many(number(0, 2**32 - 1, integer=True), 625, 625)
@@ -302,7 +301,8 @@ def check_report(report: dict[str, Any]) -> None:
 def restored_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return what ``optimizer.load_state_dict`` may take of a checkpoint's entry.
 
-    Options of its groups that the file lacks are the optimizer's own, and those that the optimizer lacks are left out.
+    Options of its groups that the file lacks are the optimizer's own. Of those that the optimizer lacks, numbers are
+    kept: timm's LAMB and Adan count their steps in the group, from the first step on. Others are left out.
 
     Raises:
         Mismatch: An option is of another type, or a tensor does not fit its parameter.
@@ -312,10 +312,13 @@ def restored_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) 
     every = zip(state['param_groups'], present, optimizer.param_groups, strict=True)
     for index, (found, own, held) in enumerate(every):
         where, options = f'optimizer.param_groups[{index}]', {k: v for k, v in own.items() if k != 'params'}
-        groups.append({**options, **known_entries(found, options, where), 'params': found['params']})
+        counted = {name: value for name, value in found.items() if name not in own and _is_number(value)}
+        groups.append({**options, **counted, **known_entries(found, options, where), 'params': found['params']})
         if len(held['params']) == len(own['params']):  # else the optimizer holds them in one buffer
             shapes |= dict(zip(found['params'], (each.shape for each in held['params']), strict=True))
     tensors = {name for entries in state['state'].values() for name, value in entries.items() if torch.is_tensor(value)}
+    for found in state['param_groups']:
+        _check_complete([key for key in found['params'] if key in state['state']], state['state'])
     for key, entries in state['state'].items():
         for name, value in entries.items():
             expect(value is None or torch.is_tensor(value) == (name in tensors), value,
@@ -326,7 +329,33 @@ def restored_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) 
     return {**state, 'param_groups': groups}
 
 
+def _check_complete(keys: list[Any], state: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Raise :class:`Mismatch` if a parameter lacks entries that others of its group have.
+
+    Optimizers keep one of a few sets of entries for a parameter, Adafactor for instance full or factored moments; none
+    of these sets is a part of another.
+    """
+    kinds = {frozenset(state[key]) for key in keys}
+    for key in keys:
+        for kind in kinds:
+            if state[key].keys() < kind:
+                missing = ', '.join(map(show, sorted(kind - state[key].keys(), key=str)))
+                raise Mismatch(f'optimizer.state[{show(key)}] lacks {missing}, which other parameters have')
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and 0 <= value.item() <= MOST
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST
+
+
 def _fits(shape: torch.Size, parameter: torch.Size) -> bool:
-    """Return True if a parameter's state may have this shape: its own, a single number, or that with fewer axes."""
+    """Return True if a parameter's state may have this shape.
+
+    It is the parameter's own, a single number, or that with axes left out or of length 1 (means over them, as
+    Adafactor keeps).
+    """
     fewer = len(shape) < len(parameter) and not Counter(shape) - Counter(parameter)
-    return shape == parameter or shape.numel() == 1 or fewer
+    reduced = len(shape) == len(parameter) and all(
+        own in (1, full) for own, full in zip(shape, parameter, strict=True))
+    return shape.numel() == 1 or fewer or reduced

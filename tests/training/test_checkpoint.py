@@ -103,7 +103,7 @@ def test_a_run_resumed_in_mid_epoch_ends_in_the_same_bits(tmp_path, words):
 # Between them: state outside of state dicts, in a scheduler, an optimizer, an average and a loss.
 HIDDEN = [
     '--model-dtype bfloat16 --model-ema', '--sched plateau --lr-noise 0.1 0.9 --patience-epochs 0', '--opt adahessian',
-    '--opt lookahead_adahessian --opt-kwargs update_each=3', '--loss-with-memory',
+    '--opt lookahead_adahessian --opt-kwargs update_each=3', '--loss-with-memory', '--opt lamb', '--opt adan',
 ]
 
 

@@ -1,6 +1,7 @@
 """What may change between a checkpoint and the run that goes on from it."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,46 @@ def test_options_that_may_not_change_are_refused_unless_only_the_weights_are_res
         resumed_with(tmp_path, '', after)
     assert '--no-resume-opt' in str(caught.value) and '\n' not in str(caught.value)
     resumed_with(tmp_path, '', after, load_optimizer=False)
+
+
+def change_state(path: Path, change: Callable[[dict], None]) -> None:
+    content = torch.load(path, weights_only=True)
+    change(content['optimizer']['state'])
+    write_checkpoint(content, path)
+
+
+def remove_moments(state: dict) -> None:
+    for entries in state.values():
+        del entries['exp_avg_sq']
+
+
+def shrink_moments(state: dict) -> None:
+    for entries in state.values():
+        entries['exp_avg_sq'] = torch.ones(1)
+
+
+@pytest.mark.parametrize('change', [remove_moments, shrink_moments])
+def test_a_state_that_fails_in_the_first_step_is_one_line(tmp_path, change):
+    trainer, info = trainer_by_options('--opt', 'adamw', seed=0)
+    train_epochs(trainer, until=1)
+    write_checkpoint(training_state(trainer, info), tmp_path / 'a.pth.tar')
+    change_state(tmp_path / 'a.pth.tar', change)
+    resumed, info = trainer_by_options('--opt', 'adamw', seed=0)
+    resume(resumed, tmp_path / 'a.pth.tar', info)
+    with pytest.raises(UserError, match=r'a\.pth\.tar: the first step with the state of its optimizer') as caught:
+        resumed.train_one_epoch()
+    assert '\n' not in str(caught.value) and '--no-resume-opt' in str(caught.value)
+
+
+def test_parameters_without_a_state_are_counted_in_the_log(tmp_path, caplog):
+    trainer, info = trainer_by_options('--opt', 'adamw', seed=0)
+    train_epochs(trainer, until=1)
+    write_checkpoint(training_state(trainer, info), tmp_path / 'a.pth.tar')
+    change_state(tmp_path / 'a.pth.tar', lambda state: state.pop(3))
+    resumed, info = trainer_by_options('--opt', 'adamw', seed=0)
+    resume(resumed, tmp_path / 'a.pth.tar', info)
+    count = len(list(resumed.module.parameters()))
+    assert f'has optimizer state for {count - 1} of {count} parameters' in caplog.text
 
 
 class Samples(list):

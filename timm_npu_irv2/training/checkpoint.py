@@ -230,6 +230,7 @@ def resume(
         if load_optimizer and checkpoint.get('training') is not None:
             with rules.naming(path):
                 _load_exactly(trainer, checkpoint, is_same_data)
+    trainer.resumed_from = path
     _logger.info(f'Resumed from {path}: epoch {trainer.position.epoch}, batch {trainer.position.batch}.')
     return checkpoint
 
@@ -297,6 +298,10 @@ def _load_optimizer(trainer: Trainer, checkpoint: _State, path: Path, changed: C
             trainer.optimizer.load_state_dict(schema.restored_optimizer(state, trainer.optimizer))
     except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f'{path}: the state of the optimizer is incomplete: {one_line(error)}') from error
+    total = sum(len(group['params']) for group in state['param_groups'])
+    if 0 < len(state['state']) < total:
+        _logger.warning(f'{path} has optimizer state for {len(state["state"])} of {total} parameters: that of the '
+                        'others starts anew.')
     for group, fresh in zip(trainer.optimizer.param_groups, given, strict=True):
         for option, name in _GROUP_OPTIONS.items():
             if option in changed and name in group:

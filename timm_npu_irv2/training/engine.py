@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..data.samplers import preserve_rng_state
-from ..distributed import StopRequest, World
-from ..errors import Stopped, UserError
+from ..distributed import StopRequest, World, is_lost_peer
+from ..errors import Stopped, UserError, one_line
 from ..precision import Precision
 from ..recompute import frozen_statistics
 from ..serialization import atomic_file
@@ -154,6 +154,7 @@ class Trainer:
             {'optimizer': self.optimizer, 'scheduler': self.scheduler, 'ema': self.ema, 'task': self.task},
             self.world.device)
         self._clipping = self._clip_arguments()
+        self.resumed_from: Path | None = None  # until the first step from there
         self._logged_update = -1
         self._buckets_arranged = False
 
@@ -206,9 +207,11 @@ class Trainer:
                 self.meter.update(result['loss'], result['output'], target)
                 self.throughput.count(images.shape[0])
                 loss = self._weighted(result['loss'], images.shape[0], share)
-                self.precision.step(  # backward; at the end of an update also clipping and the optimizer's step
-                    loss, self.optimizer, need_update=share.is_last, **self._clipping)
+                with self._naming_checkpoint() if self.resumed_from else contextlib.nullcontext():
+                    self.precision.step(  # backward; at the end of an update also clipping and the optimizer's step
+                        loss, self.optimizer, need_update=share.is_last, **self._clipping)
             if share.is_last:
+                self.resumed_from = None
                 self.optimizer.zero_grad()
                 self.position.updates += 1
                 self._update_ema()
@@ -220,6 +223,17 @@ class Trainer:
                 self._log_if_due(images, is_first=self.position.batch - first_batch <= self.settings.grad_accum_steps)
                 self._save_and_stop_if_due()
         return self._end_epoch()
+
+    @contextlib.contextmanager
+    def _naming_checkpoint(self) -> Iterator[None]:
+        """Turn an error of the first step of a resumed run, which a state of the optimizer causes, into one line."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+            if devices.is_out_of_memory(error) or is_lost_peer(error):
+                raise
+            raise UserError(f'{self.resumed_from}: the first step with the state of its optimizer failed: '
+                            f'{one_line(error)}; --no-resume-opt starts a new optimizer from its weights.') from error
 
     def _start_epoch(self) -> None:
         self.loader.set_epoch(self.position.epoch, self.position.batch)
