@@ -33,6 +33,7 @@ from timm_npu_irv2.cli.checks import (
     check_output_file,
     check_rules,
     dataset_rules,
+    translate_compile_errors,
 )
 from timm_npu_irv2.cli.evaluation import (
     ENGINE_FLAGS,
@@ -209,11 +210,13 @@ def main(argv: Sequence[str]) -> int:
         start_log(world.is_primary)
         devices.configure(world.device, **device_switches(args))
         network, labels = prepare(args, world.device)
-        if args.shards:
-            with setup.translate_lost_process_errors(world, 'Start again with --resume.'):
-                infer_in_shards(args, world, network, labels)
-        else:
-            infer(args, network, labels)
+        lost_process = setup.translate_lost_process_errors(world, 'Start again with --resume.')
+        with translate_compile_errors(args.torchcompile):
+            if args.shards:
+                with lost_process:
+                    infer_in_shards(args, world, network, labels)
+            else:
+                infer(args, network, labels)
     finally:
         shutdown(world)
     return 0

@@ -26,6 +26,7 @@ from timm.utils import random_seed
 
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2 import hub
+from timm_npu_irv2.cli.checks import translate_compile_errors
 from timm_npu_irv2.cli.flags import OUR_MODEL, device_switches
 from timm_npu_irv2.cli.parser import as_yaml
 from timm_npu_irv2.cli.script import run_script, start_log
@@ -154,9 +155,11 @@ def run_in(world: World, args: Namespace, started: float) -> None:
     start_log(world.is_primary)
     devices.configure(world.device, **device_switches(args))
     stop_request = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
-    out_of_memory = setup.translate_out_of_memory(world, args.batch_size, args.grad_accum_steps)
+    out_of_memory = setup.translate_out_of_memory(
+        world, args.batch_size, args.grad_accum_steps, shared=args.multiprocessing_distributed)
     lost_process = setup.translate_lost_process_errors(world, '--resume auto continues from the newest checkpoint.')
-    with out_of_memory, lost_process, stop_request as stop:
+    compiling, small_batch = translate_compile_errors(args.torchcompile), setup.translate_small_batch(args.batch_size)
+    with out_of_memory, lost_process, compiling, small_batch, stop_request as stop:
         run = build_run(args, world, stop, started)
         folder = output_root(args) / (args.experiment or default_name(args.model, run.image_size))
         with output_dir(folder, world, resume=args.resume), closing(run.loaders):

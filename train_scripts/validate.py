@@ -37,6 +37,7 @@ from timm_npu_irv2.cli.checks import (
     check_output_file,
     check_rules,
     dataset_rules,
+    translate_compile_errors,
 )
 from timm_npu_irv2.cli.evaluation import (
     ENGINE_FLAGS,
@@ -257,7 +258,8 @@ def main(argv: Sequence[str]) -> int:
         start_log(world.is_primary)
         devices.configure(world.device, **device_switches(args))
         candidates = find_candidates(args.model, args.checkpoint)
-        with setup.translate_lost_process_errors(world, 'Start again.'):
+        lost_process = setup.translate_lost_process_errors(world, 'Start again.')
+        with lost_process, translate_compile_errors(args.torchcompile):
             if len(candidates) == 1:
                 results: Any = validate(args, world, candidates[0])
             else:

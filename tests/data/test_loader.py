@@ -385,3 +385,15 @@ def test_a_broken_image_stops_with_its_name(tmp_path, workers):
     loader = train_loader(options(tmp_path, '-j', workers))
     with pytest.raises(UserError, match=r'^image .*class1/1\.png cannot be read: [^\n]*$'):
         list(loader)
+
+
+@pytest.mark.parametrize(('words', 'name', 'value', 'said'), [
+    ('', 'aa', 'xyz', '--aa xyz: '), ('--hflip 0.1', 'color_jitter', 'much', '--hflip 0.1 --color-jitter much: '),
+    ('--mixup 0.1', 'cutmix_minmax', [0.5], '--mixup 0.1 --cutmix-minmax 0.5: '),
+])
+def test_an_error_of_timms_transforms_names_the_options_that_were_given(folder, words, name, value, said):
+    args = options(folder, *words.split())
+    setattr(args, name, value)  # as if the parser had let it pass
+    with pytest.raises(UserError) as caught:
+        train_loader(args)
+    assert str(caught.value).startswith(said) and '\n' not in str(caught.value)

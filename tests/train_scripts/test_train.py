@@ -21,6 +21,7 @@ from timm.models import register_model
 
 from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.serialization import read_checkpoint
+from train_scripts import inference, validate
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'train_scripts' / 'train.py'
@@ -305,6 +306,7 @@ MISTAKES = [
     ('--lr 1e30 --log-interval 1', 'last good checkpoint: none was saved'),
     ('--lr 1e30 --train-batches-per-epoch 1', 'the validation loss is nan'),
     ('--amp-impl apex --amp', 'apex'),
+    ('--split-bn --resplit --img-size 32 -b 2', '--batch-size 2: batch normalisation needs more than one value'),
 ]
 
 
@@ -389,7 +391,38 @@ def too_large_model(pretrained=False, **kwargs):
 
 def test_lack_of_memory_names_the_batch_size_to_try(train, capsys):
     train('--model', 'too_large_model', code=2)
-    assert '--batch-size 4. Try --batch-size 2 --grad-accum-steps 2' in capsys.readouterr().err
+    assert '--batch-size 4. Try --batch-size 2 --grad-accum-steps 2, which makes' in capsys.readouterr().err
+    train('--model', 'too_large_model', '-b', '9', '--grad-accum-steps', '2', code=2)
+    assert '--batch-size 9. Try --batch-size 3 --grad-accum-steps 6, which makes' in capsys.readouterr().err
+    train('--model', 'too_large_model', '-b', '1', code=2)
+    assert '--batch-size 1. Try --grad-checkpointing.' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('words', ['--batch-size 2 --grad-accum-steps 2 --train-batches-per-epoch 6',
+                                   '--grad-checkpointing'])
+def test_a_resumed_run_may_follow_that_advice(train, words):
+    path = str(train('--recovery-interval', '1') / 'recovery-0-2.pth.tar')
+    assert last(train('--resume', path, *words.split()))['training']['position']['updates'] == 3
+
+
+def test_a_model_that_the_backend_cannot_compile_is_one_line(train, images, tmp_path, capsys):
+    from torch._dynamo import register_backend  # noqa: PLC0415 - takes seconds
+
+    @register_backend
+    def refusing(graph, inputs):
+        raise OSError('there is no compiler\nof C++')
+
+    words = ['--torchcompile', 'refusing']
+    weights = str(tmp_path / 'a.pth')
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), weights)
+    train(*words, code=2)
+    for script in validate, inference:
+        argv = [str(images), '--model', 'test_resnet', '--num-classes', '3', '--img-size', '64', '--device', 'cpu']
+        assert run_script('x.py', script.main, [*argv, *words, '--checkpoint', weights]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if 'error: ' in line]
+    said = '--torchcompile refusing: the model cannot be compiled: '
+    assert len(errors) == 3 and all(said in line for line in errors)
+    assert all('there is no compiler of C++' in line for line in errors)
 
 
 # As processes of their own

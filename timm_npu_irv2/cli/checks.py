@@ -3,15 +3,16 @@
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from timm.models import get_pretrained_cfg
 
 from .. import device as devices
-from ..errors import UserError
-from .flags import OUR_MODEL
+from ..errors import UserError, one_line
+from .flags import OUR_MODEL, TRAIN_FLAGS
 
 __all__ = [
     'check_compile_backend',
@@ -20,7 +21,9 @@ __all__ = [
     'check_output_file',
     'check_rules',
     'dataset_rules',
+    'given_options',
     'name_option',
+    'translate_compile_errors',
 ]
 
 DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
@@ -115,5 +118,41 @@ def name_option(option: str) -> Iterator[None]:
     except Exception as error:  # timm and torch check arguments by whatever fails first
         if devices.is_out_of_memory(error):
             raise
-        reason = ' '.join((str(error) or type(error).__name__).split())[:300]
-        raise UserError(f'{option}: {reason}') from error
+        raise UserError(f'{option}: {one_line(error)}') from error
+
+
+def given_options(args: Mapping[str, Any], *titles: str) -> str:
+    """Return the options of train.py that have another value than by default, with their values, as on a command line.
+
+    Args:
+        args: Values of all options, by the names of their attributes.
+        titles: Groups of options to look at, by the headings of ``--help``.
+    """
+    flags = {flag.dest: flag for group in TRAIN_FLAGS if group.title in titles for flag in group.flags}
+    given = {name: args[name] for name, flag in flags.items() if args.get(name, flag.default) != flag.default}
+    return ' '.join(f'--{name.replace("_", "-")}' + ('' if value is True else f' {_in_words(value)}')
+                    for name, value in given.items())
+
+
+def _in_words(value: Any) -> str:
+    return ' '.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+@contextlib.contextmanager
+def translate_compile_errors(backend: str | None) -> Iterator[None]:
+    """Turn an error of torch.compile, which compiles in the first call of a model, into one line.
+
+    Args:
+        backend: Backend of torch.compile; None where nothing is compiled.
+
+    Raises:
+        UserError: The backend cannot compile the model, or lacks something, such as a C++ compiler.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        dynamo = sys.modules.get('torch._dynamo.exc')
+        if backend is None or dynamo is None or not isinstance(error, dynamo.TorchDynamoException):
+            raise
+        raise UserError(f'--torchcompile {backend}: the model cannot be compiled: {one_line(error)} Use another '
+                        'backend, or leave the option out.') from error

@@ -11,6 +11,7 @@ from timm.data import Mixup
 from timm.data.mixup import FastCollateMixup
 from torch.utils.data import Dataset, IterableDataset
 
+from ..cli.checks import given_options, name_option
 from ..data.augmentation import Augmentation
 from ..data.dataset import check_apart, check_num_classes, find_root, open_dataset
 from ..data.loader import DeviceLoader, create_eval_loader, create_train_loader, create_train_sampler
@@ -58,20 +59,23 @@ def build_train_loader(
     if args.aug_splits and (args.no_aug or args.no_prefetcher or args.train_img_sizes or mixup_active(args)):
         raise UserError(
             '--aug-splits goes with none of --no-aug, --no-prefetcher, --train-img-sizes, --mixup and --cutmix.')
-    return create_train_loader(
-        dataset,
-        _train_sampler(args, len(dataset), world, batch_size, epoch_samples),  # type: ignore[arg-type]  # Dataset declares no __len__
-        pipeline,
-        world.device,
-        augmentation=_augmentation(args),
-        mixup=Mixup(**_mixup_options(args, num_classes)) if mixup_active(args) else None,
-        img_sizes=args.train_img_sizes or (),
-        num_workers=args.workers,
-        use_prefetcher=not args.no_prefetcher,
-        on_bad_image=args.on_bad_image,
-        input_backend=args.input_backend,
-        dtype=dtype,
-    )
+    size = len(dataset)  # type: ignore[arg-type]  # Dataset declares no __len__
+    sampler = _train_sampler(args, size, world, batch_size, epoch_samples)
+    with name_option(_augmentation_options(args)):
+        return create_train_loader(
+            dataset,
+            sampler,
+            pipeline,
+            world.device,
+            augmentation=_augmentation(args),
+            mixup=Mixup(**_mixup_options(args, num_classes)) if mixup_active(args) else None,
+            img_sizes=args.train_img_sizes or (),
+            num_workers=args.workers,
+            use_prefetcher=not args.no_prefetcher,
+            on_bad_image=args.on_bad_image,
+            input_backend=args.input_backend,
+            dtype=dtype,
+        )
 
 
 def build_eval_loader(
@@ -187,6 +191,10 @@ def _train_sampler(
     )
 
 
+def _augmentation_options(args: Namespace) -> str:
+    return given_options(vars(args), 'Augmentation and regularisation') or 'the augmentation'
+
+
 def _augmentation(args: Namespace) -> Augmentation:
     return Augmentation(
         no_aug=args.no_aug,
@@ -236,16 +244,17 @@ def _build_train_stream(
     if args.no_prefetcher and mixup_active(args):
         raise UserError('--no-prefetcher does not go with --mixup or --cutmix where the data set is a stream.')
     _logger.info('The data set is a stream: augmentation and resuming follow timm, not (seed, epoch, sample index).')
-    return create_stream_loader(
-        dataset,
-        pipeline,
-        world,
-        batch_size=batch_size,
-        augmentation=_augmentation(args),
-        mixup=FastCollateMixup(**_mixup_options(args, num_classes)) if mixup_active(args) else None,
-        num_workers=args.workers,
-        pin_memory=args.pin_mem,
-        use_prefetcher=not args.no_prefetcher,
-        worker_seeding=args.worker_seeding,
-        dtype=dtype,
-    )
+    with name_option(_augmentation_options(args)):
+        return create_stream_loader(
+            dataset,
+            pipeline,
+            world,
+            batch_size=batch_size,
+            augmentation=_augmentation(args),
+            mixup=FastCollateMixup(**_mixup_options(args, num_classes)) if mixup_active(args) else None,
+            num_workers=args.workers,
+            pin_memory=args.pin_mem,
+            use_prefetcher=not args.no_prefetcher,
+            worker_seeding=args.worker_seeding,
+            dtype=dtype,
+        )

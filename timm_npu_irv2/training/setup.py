@@ -49,6 +49,7 @@ __all__ = [
     'train_settings',
     'translate_lost_process_errors',
     'translate_out_of_memory',
+    'translate_small_batch',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -339,17 +340,38 @@ def distribute_batch_norm(task: TrainingTask, world: World, mode: str, *, includ
 
 
 @contextlib.contextmanager
-def translate_out_of_memory(world: World, batch_size: int, grad_accum_steps: int) -> Iterator[None]:
-    """Translate the device's lack of memory into a UserError that names a smaller --batch-size."""
+def translate_out_of_memory(world: World, batch_size: int, grad_accum_steps: int, shared: bool = False) -> Iterator[None]:
+    """Translate the device's lack of memory into a UserError that names a smaller --batch-size.
+
+    Args:
+        world: This process among all.
+        batch_size: Value of --batch-size.
+        grad_accum_steps: Value of --grad-accum-steps.
+        shared: True if --batch-size is that of all processes together.
+    """
     try:
         yield
     except RuntimeError as error:
         if not devices.is_out_of_memory(error):
             raise
-        raise UserError(
-            f'{world.device}: out of memory with --batch-size {batch_size}. Try --batch-size '
-            f'{max(1, batch_size // 2)} --grad-accum-steps {2 * grad_accum_steps}, which makes the same updates, or '
-            '--grad-checkpointing.') from error
+        own = batch_size // world.size if shared else batch_size
+        factor = next((number for number in range(2, own + 1) if own % number == 0), 0)
+        smaller = (f' --batch-size {batch_size // factor} --grad-accum-steps {factor * grad_accum_steps}, which makes the '
+                   'same updates, or') if factor else ''
+        raise UserError(f'{world.device}: out of memory with --batch-size {batch_size}. Try{smaller} '
+                        '--grad-checkpointing.') from error
+
+
+@contextlib.contextmanager
+def translate_small_batch(batch_size: int) -> Iterator[None]:
+    """Translate BatchNorm's lack of values to average over, in training, into a UserError that names --batch-size."""
+    try:
+        yield
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error):
+            raise
+        raise UserError(f'--batch-size {batch_size}: batch normalisation needs more than one value per channel in '
+                        'training: use larger batches or images, or no --split-bn.') from error
 
 
 @contextlib.contextmanager
