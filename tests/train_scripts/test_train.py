@@ -398,11 +398,14 @@ def test_lack_of_memory_names_the_batch_size_to_try(train, capsys):
     assert '--batch-size 1. Try --grad-checkpointing.' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('words', ['--batch-size 2 --grad-accum-steps 2 --train-batches-per-epoch 6',
-                                   '--grad-checkpointing'])
-def test_a_resumed_run_may_follow_that_advice(train, words):
-    path = str(train('--recovery-interval', '1') / 'recovery-0-2.pth.tar')
-    assert last(train('--resume', path, *words.split()))['training']['position']['updates'] == 3
+@pytest.mark.parametrize('words', ['--batch-size 2 --grad-accum-steps 2', '--grad-checkpointing'])
+def test_a_resumed_run_may_follow_that_advice(train, images, tmp_path, words):
+    argv = ['--data-dir', str(images), '--output', str(tmp_path), *SMALL[:-2], '--recovery-interval', '4']
+    assert run_script('train.py', train_script.main, [*argv, '--experiment', 'a']) == 0
+    path = str(tmp_path / 'a' / 'recovery-0-8.pth.tar')
+    argv += ['--experiment', 'b', '--resume', path, *words.split()]
+    assert run_script('train.py', train_script.main, argv) == 0
+    assert last(tmp_path / 'b')['training']['position']['updates'] == 9
 
 
 def test_a_model_that_the_backend_cannot_compile_is_one_line(train, images, tmp_path, capsys):

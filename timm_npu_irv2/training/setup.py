@@ -340,7 +340,8 @@ def distribute_batch_norm(task: TrainingTask, world: World, mode: str, *, includ
 
 
 @contextlib.contextmanager
-def translate_out_of_memory(world: World, batch_size: int, grad_accum_steps: int, shared: bool = False) -> Iterator[None]:
+def translate_out_of_memory(
+        world: World, batch_size: int, grad_accum_steps: int, shared: bool = False) -> Iterator[None]:
     """Translate the device's lack of memory into a UserError that names a smaller --batch-size.
 
     Args:
@@ -356,8 +357,8 @@ def translate_out_of_memory(world: World, batch_size: int, grad_accum_steps: int
             raise
         own = batch_size // world.size if shared else batch_size
         factor = next((number for number in range(2, own + 1) if own % number == 0), 0)
-        smaller = (f' --batch-size {batch_size // factor} --grad-accum-steps {factor * grad_accum_steps}, which makes the '
-                   'same updates, or') if factor else ''
+        smaller = (f' --batch-size {batch_size // factor} --grad-accum-steps {factor * grad_accum_steps}, which makes '
+                   'the same updates, or') if factor else ''
         raise UserError(f'{world.device}: out of memory with --batch-size {batch_size}. Try{smaller} '
                         '--grad-checkpointing.') from error
 
