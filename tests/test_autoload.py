@@ -2,18 +2,26 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import timm_npu_irv2
+
+PACKAGES = Path(timm_npu_irv2.__file__).parents[1]
 KNOWS = "assert timm.list_models('*npu*') == ['inception_resnet_v2_npu'], timm.list_models('*npu*')"
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run code in a fresh interpreter, away from the checkout, so that only what is installed is found."""
+    """Run code in a fresh interpreter, with the package under test and the installed entry point."""
     return subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, check=False, cwd='/',
-        env={'PATH': '/usr/bin:/bin', 'PYTHONDONTWRITEBYTECODE': '1', **environment},
+        env={'PATH': '/usr/bin:/bin', 'PYTHONDONTWRITEBYTECODE': '1', 'PYTHONPATH': str(PACKAGES), **environment},
     )
+
+
+def test_it_is_the_package_that_is_tested():
+    assert run('import timm_npu_irv2; print(timm_npu_irv2.__file__)').stdout.strip() == timm_npu_irv2.__file__
 
 
 @pytest.mark.parametrize('imports', [

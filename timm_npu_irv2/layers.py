@@ -37,6 +37,7 @@ class BatchNormAct2d(TimmBatchNormAct2d):
     def __init__(self, num_features: int, **kwargs) -> None:
         super().__init__(num_features, **kwargs)
         self.new_batches: List[int] = [0]  # a list is ten times faster to write to than an attribute of a module
+        self.counts_batches = True  # see recompute.py
 
     def _get_buffers(self) -> Dict[str, Optional[Tensor]]:
         buffers = self.__dict__['_buffers']
@@ -72,8 +73,13 @@ class BatchNormAct2d(TimmBatchNormAct2d):
 
     def can_fuse(self) -> bool:
         """Return True if the activation is a ReLU, and nobody can tell whether its module and ``drop`` are called."""
-        modules = self._modules
-        return is_unobserved(modules['act'], nn.ReLU) and is_unobserved(modules['drop'], nn.Identity)
+        modules, parameters = self._modules, self._parameters
+        return (
+            type(self) is BatchNormAct2d  # not parametrized
+            and 'weight' in parameters and 'bias' in parameters  # not pruned
+            and is_unobserved(modules['act'], nn.ReLU)
+            and is_unobserved(modules['drop'], nn.Identity)
+        )
 
     def normalize(self, x: Tensor, on_host: bool = True) -> Tensor:
         """Normalise ``x`` without the activation; in training count the batch, on the host or in the buffer."""
@@ -100,8 +106,7 @@ class BatchNormAct2d(TimmBatchNormAct2d):
             return mean is None and var is None, 0.0 if momentum is None else momentum, mean, var
         if not self.track_running_stats:
             return True, 0.0, None, None
-        # momentum 0 freezes the statistics (see recompute.py): such a pass is not counted.
-        if momentum is None or momentum != 0.0:
+        if self.counts_batches:
             if on_host:
                 self.new_batches[0] += 1
             elif self.num_batches_tracked is not None:
@@ -139,7 +144,7 @@ def convolve_1x1(conv: nn.Module, x: Tensor) -> Tensor:
     """Compute ``conv(x)`` for a 1×1 convolution in the chosen form; a product of matrices is a shortcut."""
     if variants().pointwise == 'product' and is_eager(x) and is_unobserved(conv, nn.Conv2d):
         parameters: Any = conv._parameters
-        if parameters['weight'].dtype == x.dtype:
+        if 'weight' in parameters and 'bias' in parameters and parameters['weight'].dtype == x.dtype:
             return pointwise_convolution(x, parameters['weight'], parameters['bias'])
     return conv(x)
 
@@ -193,6 +198,13 @@ class Siblings(nn.Module):
         return _as_tuple(out)
 
 
+def add_scaled(x: Tensor, branch: Tensor, scale: float) -> Tensor:
+    """Compute x + scale * branch; ``scale`` may have become a tensor or a parameter."""
+    if torch.jit.is_scripting() or not isinstance(scale, Tensor):
+        return torch.add(x, branch, alpha=scale)
+    return x + branch * scale
+
+
 class ResidualBlock(nn.Module):
     r"""A residual block: $\max(0, x + s\,(W z + b))$ with $z$ the concatenated branches, normalised and activated.
 
@@ -236,13 +248,13 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> the same shape."""
         if torch.jit.is_scripting():
-            return self.activate(torch.add(x, self.residual(x), alpha=self.scale))
+            return self.activate(add_scaled(x, self.residual(x), self.scale))
         if is_eager(x) and self.can_shortcut():
             bias: Any = self.conv2d.bias
             scales = torch.is_grad_enabled() and self.scale != 1.0
             return self.shortcut(x, bias * self.scale if scales else None)
         out = recomputed(self.residual, x, keep_convolutions=True) if self.recompute else self.residual(x)
-        return self.activate(torch.add(x, out, alpha=self.scale))
+        return self.activate(add_scaled(x, out, self.scale))
 
     def can_shortcut(self) -> bool:
         """Return True if nobody can tell whether the block's own layers are called, or :meth:`shortcut` is."""
@@ -252,8 +264,9 @@ class ResidualBlock(nn.Module):
             is_unobserved(norm, BatchNormAct2d)
             and norm.can_fuse()
             and is_unobserved(conv, nn.Conv2d)
-            and conv._parameters['bias'] is not None
+            and conv._parameters.get('bias') is not None
             and (end is None or is_unobserved(end, nn.ReLU))
+            and type(self.scale) is float  # not a parameter
         )
 
     def shortcut(self, x: Tensor, scaled_bias: Optional[Tensor]) -> Tensor:

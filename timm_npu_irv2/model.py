@@ -17,22 +17,14 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import create_classifier
+from timm.layers import create_classifier, get_device_dtype
 from timm.models import _builder as timm_builder
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from . import weights
-from .layers import (
-    BlockSequence,
-    LayerFactory,
-    PiecewiseNorm,
-    ResidualBlock,
-    Siblings,
-    concatenate,
-    conv_pool,
-)
+from .layers import BlockSequence, LayerFactory, PiecewiseNorm, ResidualBlock, Siblings, concatenate, conv_pool
 from .recompute import recomputed
 
 __all__ = ['LAST_BLOCK', 'RUNS', 'STAGES', 'InceptionResnetV2Npu', 'inception_resnet_v2_npu', 'residual_scales']
@@ -228,7 +220,7 @@ class InceptionResnetV2Npu(nn.Module):
             raise ValueError(f'inception_resnet_v2_npu has output_stride 32 only, not {output_stride}.')
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = 1536
+        self.num_features = 1536
         dd = {'device': device, 'dtype': dtype}
         layers = LayerFactory(norm_layer, norm_eps, act_layer)
 
@@ -251,9 +243,12 @@ class InceptionResnetV2Npu(nn.Module):
             dict(num_chs=channels, reduction=reduction, module=stage[-1])
             for channels, reduction, stage in zip((64, 192, 320, 1088, 1536), (2, 4, 8, 16, 32), STAGES, strict=True)
         ]
+        self.layer_names = [name for stage in STAGES for name in stage]
+        self.feature_ends = [self.layer_names.index(stage[-1]) for stage in STAGES]
         self.global_pool, self.head_drop, self.classif = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd,
         )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.recompute_cheap = False  # see set_grad_checkpointing
         self.register_load_state_dict_pre_hook(_translate_on_load)
 
@@ -297,13 +292,20 @@ class InceptionResnetV2Npu(nn.Module):
         """Return the last layer: a Linear, or an Identity without classes."""
         return self.classif
 
-    def reset_classifier(self, num_classes: int, global_pool: str = 'avg') -> None:
-        """Replace the head by a randomly initialised one, on the device and in the dtype of the network."""
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the head by a randomly initialised one, in the network's device, dtype and mode.
+
+        Args:
+            num_classes: Number of logits; 0 for none.
+            global_pool: Global pooling, by timm's name; None for the one that is there.
+        """
         self.num_classes = num_classes
-        weight = self.conv2d_7b.conv.weight
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.classif = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, device=weight.device, dtype=weight.dtype,
-        )
+            self.num_features, num_classes, pool_type=pool_type, **get_device_dtype(self))
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.classif.train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> the last feature map (N, 1536, H / 32, W / 32), sizes rounded down."""
@@ -363,14 +365,18 @@ class InceptionResnetV2Npu(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Drop the stages after the last one in ``indices`` (and the head); return the indices as positive numbers."""
+        """Drop the stages after the last one in ``indices``; return the indices as positive numbers.
+
+        The head goes too, unless every stage stays and ``prune_head`` is False.
+        """
         wanted, last = feature_take_indices(len(STAGES), indices)
         for stage in STAGES[last + 1:]:
             for name in stage:
                 setattr(self, name, nn.Identity())
-        if prune_head:
-            self.num_classes = 0
-            self.global_pool, self.head_drop, self.classif = nn.Identity(), nn.Identity(), nn.Identity()
+        info: Any = self.feature_info[last]
+        self.num_features = info['num_chs']
+        if prune_head or last < len(STAGES) - 1:
+            self.reset_classifier(0, '')
         return wanted
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -381,9 +387,7 @@ class InceptionResnetV2Npu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, num_classes)."""
-        x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
+        return self.forward_head(self.forward_features(x))
 
 
 def _dialect(model: Any) -> str:
@@ -439,12 +443,7 @@ def inception_resnet_v2_npu(pretrained: bool = False, **kwargs: Any) -> Inceptio
     unchecked = timm_builder._CHECK_HASH
     timm_builder.set_pretrained_check_hash(True)
     try:
-        return build_model_with_cfg(
-            InceptionResnetV2Npu,
-            'inception_resnet_v2_npu',
-            pretrained,
-            pretrained_filter_fn=_checkpoint_filter,
-            **kwargs,
-        )
+        return build_model_with_cfg(InceptionResnetV2Npu, 'inception_resnet_v2_npu', pretrained,
+                                    pretrained_filter_fn=_checkpoint_filter, **kwargs)
     finally:
         timm_builder.set_pretrained_check_hash(unchecked)

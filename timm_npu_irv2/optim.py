@@ -96,7 +96,9 @@ def _optimizer_class(fused: _Fused, description: str) -> type[Optimizer]:
     """Return a class for timm's registry, whose constructor returns an instance of the class that fits the device."""
     def new(cls: type, params: Iterable[Any], **kwargs: Any) -> Optimizer:
         return _create(fused, params, **kwargs)
-    namespace = {'__new__': new, '__doc__': f'{description}.', '__module__': __name__}
+    # Python calls no __init__ here, since no instance of this class is made: its signature tells the arguments.
+    namespace = {'__new__': new, '__init__': fused.equivalent.__init__, '__doc__': f'{description}.',
+                 '__module__': __name__}
     return type(fused.vendor_name, (Optimizer,), namespace)
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -57,17 +57,21 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
     The second forward of a checkpointed block sees the batch once more, which must not count twice.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms: List[Any] = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    # Norms that count on the device do so whatever their momentum is.
-    counts = [norm.num_batches_tracked for norm in norms if not hasattr(norm, 'new_batches')]
+    own = [norm for norm in norms if hasattr(norm, 'counts_batches')]
+    counts = [norm.num_batches_tracked for norm in norms if not hasattr(norm, 'counts_batches')]
     counted = [(count, count.clone()) for count in counts if count is not None]
     for norm in norms:
         norm.momentum = 0.0
+    for norm in own:
+        norm.counts_batches = False
     try:
         yield
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+        for norm in own:
+            norm.counts_batches = True
         for count, before in counted:
             count.copy_(before)

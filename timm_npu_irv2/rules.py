@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -229,6 +229,10 @@ def _items(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list | tuple | set | frozenset) else ()
 
 
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+
 def check_like(value: Any, reference: Any, where: str) -> None:
     """Raise :class:`Mismatch` unless ``value`` has the structure of ``reference``: names, types, and shapes of tensors.
 
@@ -236,7 +240,7 @@ def check_like(value: Any, reference: Any, where: str) -> None:
     """
     if isinstance(reference, dict):
         expect(isinstance(value, dict) and value.keys() == reference.keys(), value, where,
-                f'a dict with {", ".join(map(str, reference)) or "no entries"}')
+                f'a dict with {_listed(list(map(str, reference))) or "no entries"}')
         for name, item in reference.items():
             check_like(value[name], item, place(where, str(name)))
     elif isinstance(reference, list | tuple):

@@ -1,10 +1,12 @@
 """The rule for shortcuts: one is taken only where nobody can tell it from the modules that it bypasses.
 
-Other people's programs look at a network in many ways: hooks on a module, a layer replaced or wrapped, tracers (FX,
-TorchScript, torch.compile, export), transforms (torch.func, forward-mode derivatives), tensor subclasses (DTensor, fake
-and quantized tensors), meta tensors. For each of these the network runs its modules one by one, as timm's does. The
-checks take well under a microsecond, since they are made in every layer of every step.
+Other people's programs look at a network in many ways: hooks on a module, a layer replaced or wrapped, a method of its
+class replaced, tracers (FX, TorchScript, torch.compile, export), transforms (torch.func, forward-mode derivatives),
+tensor subclasses (DTensor, fake and quantized tensors), meta tensors. For each of these the network runs its modules
+one by one, as timm's does. The checks take well under a microsecond, since they are made in every layer of every step.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from torch.nn.modules import module as nn_module
 
 __all__ = ['is_eager', 'is_unobserved']
 
+_call = nn.Module.__call__
+_forwards: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.Identity, nn.MaxPool2d, nn.ReLU)}
 # Global names are found faster than attributes of modules.
 _is_compiling, _tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
 _are_transforms_active = torch._C._are_functorch_transforms_active
@@ -27,19 +31,22 @@ def is_eager(x: Tensor) -> bool:
         and _tracing_state() is None
         and not _are_transforms_active()
         and forward_ad._current_level < 0
+        and nn.Module.__call__ is _call
         and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
                  or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
     )
 
 
 def is_unobserved(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
-    """Return True if ``module`` is exactly of one of ``kinds``, has no hooks, and its ``forward`` is its class's.
+    """Return True if ``module`` is exactly of one of ``kinds``, has no hooks, and its ``forward`` is its class's own.
 
     Parametrizations and wrappers such as FSDP's change the class; pruning registers a hook; accelerate replaces
     ``forward`` on the instance; ``module.compile()`` puts a compiled call there.
     """
-    if type(module) not in kinds:
+    kind: Any = type(module)
+    if kind not in kinds or kind.forward is not _forwards.setdefault(kind, kind.forward):
         return False
+    assert module is not None  # NoneType is none of the kinds
     state = module.__dict__
     return not (
         state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks']

@@ -158,6 +158,7 @@ def test_segmentation_models_use_its_features():
     with torch.no_grad():
         for actual, expected in zip(model.encoder(x), reference.encoder(x), strict=True):
             assert relative_error(actual, expected) < 1e-5
+        assert relative_error(model(x), reference(x)) < 1e-5
 
 
 def test_fastai_finds_its_body():
@@ -169,6 +170,21 @@ def test_fastai_finds_its_body():
     bodies[1][0].model.load_state_dict(bodies[0][0].model.state_dict())
     bodies[1][1].load_state_dict(bodies[0][1].state_dict())
     assert close(*bodies)
+
+
+@pytest.mark.long
+def test_fastai_trains_it():
+    basics = pytest.importorskip('fastai.basics')
+    pytest.importorskip('fastai.callback.progress')  # it adds no_bar
+    data = torch.utils.data.TensorDataset(images(8, torch.float64, 107), torch.arange(8) % 5)
+    losses = []
+    for model in short_pair(torch.float64, blocks=1):
+        loaders = basics.DataLoaders(*(basics.DataLoader(data, bs=4) for _ in range(2)))
+        learner = basics.Learner(loaders, model, loss_func=nn.CrossEntropyLoss(), lr=1e-4)
+        with learner.no_bar(), learner.no_logging():
+            learner.fit(2)
+        losses.append(torch.tensor(learner.recorder.values).flatten())
+    assert losses[0].isfinite().all() and relative_error(losses[1], losses[0]) < 1e-5
 
 
 def test_torchao_quantizes_the_classifier():

@@ -158,6 +158,45 @@ def test_pruning_takes_effect_in_the_forward_that_follows(copies, place):
     assert agree(*copies)
 
 
+@pytest.mark.parametrize('place', ['conv2d_2b.bn', 'mixed_6a.branch0.bn'])
+def test_pruned_and_parametrized_norms_are_honoured(copies, place):
+    for model in copies:
+        norm = model.get_submodule(place)
+        prune.custom_from_mask(norm, 'weight', torch.arange(norm.num_features) % 2)
+        with torch.no_grad():
+            norm.weight_orig.mul_(2)
+        torch.nn.utils.parametrize.register_parametrization(norm, 'bias', Doubled(nn.Identity()))
+    assert agree(*copies)
+
+
+def test_a_learned_scale_has_a_gradient(copies):
+    gradients = []
+    for model in copies:
+        model.double()
+        for block in (*model.repeat, *model.repeat_2):
+            block.scale = nn.Parameter(torch.tensor(block.scale, dtype=torch.float64))
+        model(images(dtype=torch.float64)).square().sum().backward()
+        gradients.append(torch.stack([block.scale.grad for block in (*model.repeat, *model.repeat_2)]))
+    assert relative_error(gradients[1], gradients[0]) < 1e-6
+
+
+@pytest.mark.parametrize('kind', [nn.ReLU, nn.Conv2d, nn.MaxPool2d, nn.Module])
+def test_a_replaced_method_of_a_class_is_called(copies, kind, monkeypatch):
+    name = '__call__' if kind is nn.Module else 'forward'
+    original, called = getattr(kind, name), []
+
+    def replacement(module, *args, **kwargs):
+        called.append(module)
+        return original(module, *args, **kwargs) * 1.01 if kind is not nn.Module else original(module, *args, **kwargs)
+
+    monkeypatch.setattr(kind, name, replacement)
+    x = images()
+    reference, ours = (model(x) for model in copies)  # with gradients, when shortcuts are most
+    assert relative_error(ours, reference) < 1e-5
+    expected = {module for module in copies[1].modules() if isinstance(module, kind)}
+    assert expected <= set(called)
+
+
 def test_parametrizations_take_effect(copies):
     for model in copies:
         for place in ('repeat.0.conv2d', 'conv2d_4a.conv'):
@@ -175,6 +214,16 @@ class Doubled(nn.Module):
         return self.module(*args) * 2
 
 
+def as_attribute(model: nn.Module, *names: str) -> None:
+    """Replace parameters by doubled tensors that are plain attributes, as hypernetworks do."""
+    for name in names:
+        place, _, kind = name.rpartition('.')
+        layer = model.get_submodule(place)
+        value = getattr(layer, kind).detach() * 2
+        delattr(layer, kind)
+        setattr(layer, kind, value)
+
+
 @pytest.mark.parametrize('change', [
     lambda m: m.repeat.__setitem__(1, nn.Identity()),
     lambda m: m.repeat.append(copy.deepcopy(m.repeat[0])),
@@ -182,6 +231,9 @@ class Doubled(nn.Module):
     lambda m: setattr(m.repeat[0], 'conv2d', Doubled(m.repeat[0].conv2d)),
     lambda m: setattr(m.repeat_2[0], 'relu', nn.SiLU()),
     lambda m: setattr(m.repeat[1], 'scale', 0.5),
+    lambda m: setattr(m.repeat[1], 'scale', nn.Parameter(torch.tensor(0.5))),
+    lambda m: as_attribute(m, 'repeat.0.conv2d.weight', 'repeat_1.0.conv2d.bias'),
+    lambda m: as_attribute(m, 'conv2d_2b.bn.weight', 'mixed_6a.branch0.bn.bias'),
     lambda m: setattr(m, 'conv2d_2b', Doubled(m.conv2d_2b)),
     lambda m: setattr(m.conv2d_2b, 'bn', Doubled(m.conv2d_2b.bn)),
     lambda m: setattr(m.conv2d_4a.bn, 'act', nn.GELU()),
@@ -189,8 +241,9 @@ class Doubled(nn.Module):
     lambda m: setattr(m, 'maxpool_5a', nn.Sequential(nn.Conv2d(192, 192, 3, 2, bias=False).requires_grad_(False))),
     lambda m: setattr(m.repeat[0].conv2d, 'forward', lambda x: torch.zeros(len(x), 320, *x.shape[2:])),
     lambda m: setattr(m.block8, 'forward', lambda x: -x),
-], ids=['identity', 'append', 'wrap a block', 'wrap conv2d', 'another activation', 'another scale', 'wrap conv2d_2b',
-        'wrap its norm', 'another norm activation', 'another pooling', 'a pooling with weights', 'forward replaced',
+], ids=['identity', 'append', 'wrap a block', 'wrap conv2d', 'another activation', 'another scale', 'learned scale',
+        "a convolution's plain tensors", "a norm's plain tensors", 'wrap conv2d_2b', 'wrap its norm',
+        'another norm activation', 'another pooling', 'a pooling with weights', 'forward replaced',
         "block's forward replaced"])
 def test_surgery_has_the_effect_it_has_on_timms(copies, change):
     before = [model(images()) for model in copies]
@@ -242,6 +295,15 @@ def test_the_count_of_batches_is_a_buffer_like_any_other(copies):
     ours.conv2d_1a.bn.num_batches_tracked.zero_()
     assert copy.deepcopy(ours).conv2d_1a.bn.num_batches_tracked == 0
     assert ours.repeat[0].bn.num_batches_tracked == 2
+
+
+def test_batches_that_leave_the_statistics_as_they_are_count(copies):
+    for model in copies:
+        for norm in (model.conv2d_1a.bn, model.conv2d_2b.bn):
+            norm.momentum = 0.0
+        model.train()(images(8, size=107))
+        assert model.conv2d_1a.bn.num_batches_tracked == model.conv2d_2b.bn.num_batches_tracked == 1
+        assert model.conv2d_1a.bn.running_var.var() > 0  # they are what they were
 
 
 def test_the_count_is_shared_and_moves_with_the_model(copies):

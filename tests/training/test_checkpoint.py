@@ -100,6 +100,27 @@ def test_a_run_resumed_in_mid_epoch_ends_in_the_same_bits(tmp_path, words):
     assert_same(one, other)
 
 
+def test_older_checkpoints_keep_the_counts_of_batches_in_the_weights_alone(tmp_path):
+    args = options('--model-ema')
+    trainer = trainer_of(args)
+    trainer.train_one_epoch()
+    content = training_state(trainer, info_of(args))
+    modules = {'model': trainer.module, 'ema': trainer.ema.module}
+    statistics = {name: {key: value + 1 for key, value in module.named_buffers() if 'num_batches' not in key}
+                  for name, module in modules.items()}
+    processes = content['training']['processes']
+    processes.append({**processes[0], 'buffers': statistics})
+    write_checkpoint(content, tmp_path / 'a.pth.tar')
+    resumed = trainer_of(args, seed=5)
+    resumed.world = World(rank=1, size=2)
+    resume(resumed, tmp_path / 'a.pth.tar', info_of(args))
+    for name, module in ('model', resumed.module), ('ema', resumed.ema.module):
+        buffers = dict(module.named_buffers())
+        assert_same({key: buffers[key] for key in statistics[name]}, statistics[name])
+        counts = [value for key, value in buffers.items() if 'num_batches' in key]
+        assert len(counts) > 5 and all(count == 4 for count in counts), name
+
+
 # Between them: state outside of state dicts, in a scheduler, an optimizer, an average and a loss.
 HIDDEN = [
     '--model-dtype bfloat16 --model-ema', '--sched plateau --lr-noise 0.1 0.9 --patience-epochs 0', '--opt adahessian',

@@ -382,11 +382,19 @@ def _load_process(trainer: Trainer, own: _State) -> None:
     if own['random']['device'] is None or present['device'] is None:  # the run goes on on another kind of device
         present.pop('device')
     rules.known_entries(own['random'], present, f'{where}.random')
-    rules.known_entries(own.get('buffers', {}), _buffers(trainer), f'{where}.buffers')
+    present = _buffers(trainer)
+    own_buffers = _with_counts(own.get('buffers', {}), present)
+    rules.known_entries(own_buffers, present, f'{where}.buffers')
     trainer.meter.load_state_dict(own['meter'])
     _set_random_state(own['random'], world)
-    for name, buffers in own.get('buffers', {}).items():
+    for name, buffers in own_buffers.items():
         module = trainer.ema if name == 'ema' else trainer.module
         for key, buffer in unwrap_model(module).named_buffers() if module is not None else ():
-            if key in buffers:  # older checkpoints lack num_batches_tracked here
-                buffer.copy_(buffers[key])
+            buffer.copy_(buffers[key])
+
+
+def _with_counts(buffers: _State, present: _State) -> _State:
+    """Return the buffers of a process with the counts of batches, which older checkpoints have in the weights alone."""
+    counts = {name: {key: value for key, value in own.items() if key.endswith('.num_batches_tracked')}
+              for name, own in present.items()}
+    return {name: {**counts.get(name, {}), **own} if isinstance(own, dict) else own for name, own in buffers.items()}
