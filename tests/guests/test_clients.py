@@ -176,15 +176,15 @@ def test_fastai_finds_its_body():
 def test_fastai_trains_it():
     basics = pytest.importorskip('fastai.basics')
     pytest.importorskip('fastai.callback.progress')  # it adds no_bar
-    data = torch.utils.data.TensorDataset(images(8, torch.float64, 107), torch.arange(8) % 5)
+    data = torch.utils.data.TensorDataset(images(8, size=107), torch.arange(8) % 5)
     losses = []
-    for model in short_pair(torch.float64, blocks=1):
+    for model in short_pair(blocks=1):
         loaders = basics.DataLoaders(*(basics.DataLoader(data, bs=4) for _ in range(2)))
         learner = basics.Learner(loaders, model, loss_func=nn.CrossEntropyLoss(), lr=1e-4)
         with learner.no_bar(), learner.no_logging():
             learner.fit(2)
         losses.append(torch.tensor(learner.recorder.values).flatten())
-    assert losses[0].isfinite().all() and relative_error(losses[1], losses[0]) < 1e-5
+    assert losses[0].isfinite().all() and relative_error(losses[1], losses[0]) < 1e-4
 
 
 def test_torchao_quantizes_the_classifier():

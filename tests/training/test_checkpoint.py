@@ -110,6 +110,7 @@ def test_older_checkpoints_keep_the_counts_of_batches_in_the_weights_alone(tmp_p
                   for name, module in modules.items()}
     processes = content['training']['processes']
     processes.append({**processes[0], 'buffers': statistics})
+    content['training']['layout']['processes'] = 2
     write_checkpoint(content, tmp_path / 'a.pth.tar')
     resumed = trainer_of(args, seed=5)
     resumed.world = World(rank=1, size=2)
