@@ -76,6 +76,16 @@ def test_classes_of_a_network_keep_their_numbers(tmp_path):
         open_folder(tmp_path, class_to_idx=expected)
 
 
+def test_a_data_set_with_its_own_order_gets_the_numbers_of_the_network(tmp_path):
+    expected = {'cat': 0, 'bee': 1, 'ant': 2}
+    root = str(write(tmp_path, 'ant', 'bee', 'cat'))
+    dataset = open_dataset('torch/image_folder', root, 'validation', class_to_idx=expected)
+    assert [target for _, target in dataset] == [2, 1, 0] and class_to_idx(dataset) == expected
+    assert [target for _, target in open_dataset('torch/image_folder', root, 'validation')] == [0, 1, 2]
+    with pytest.raises(UserError, match="does not know: 'cat'"):
+        open_dataset('torch/image_folder', root, 'validation', class_to_idx={'ant': 0, 'bee': 1})
+
+
 def test_a_class_map_numbers_and_selects(tmp_path):
     (tmp_path / 'map.txt').write_text('cat\nzebra\nant\n')
     dataset = open_folder(write(tmp_path / 'data', 'ant', 'bee', 'cat'), class_map=str(tmp_path / 'map.txt'),

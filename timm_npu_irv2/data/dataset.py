@@ -1,6 +1,7 @@
 """Data sets: folders and tar files through this package's reader, others through timm's."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UserError, first_line
+from . import wds
 from .classes import map_classes, read_class_map
 from .decode import read_image, to_pil_mode
 from .fast import read_array
 from .folder import FolderReader
 from .splits import check_split_name, find_split
 
-__all__ = ['ImageDataset', 'check_apart', 'check_num_classes', 'class_to_idx', 'find_root', 'open_dataset']
+__all__ = [
+    'ImageDataset', 'RenumberedDataset', 'check_apart', 'check_num_classes', 'class_to_idx', 'find_root',
+    'open_dataset',
+]
 
 # Data sets of torchvision with two splits: timm takes the second one for any name but train.
 TRAIN_OR_TEST = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
@@ -56,6 +61,29 @@ class ImageDataset(Dataset):
         return self.reader.filenames(basename, absolute)
 
 
+class RenumberedDataset(Dataset):
+    """A data set whose classes get the numbers of the network.
+
+    Args:
+        dataset: Data set of (image, class index).
+        numbers: Number of the network by the number in the data set.
+        class_to_idx: Class indices of the network by name.
+    """
+
+    def __init__(self, dataset: Any, numbers: Mapping[int, int], class_to_idx: Mapping[str, int]):
+        self.dataset, self.numbers, self.class_to_idx = dataset, numbers, dict(class_to_idx)
+        for name in 'filename', 'filenames':
+            if hasattr(dataset, name):
+                setattr(self, name, getattr(dataset, name))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, target = self.dataset[index]
+        return image, self.numbers[int(target)]
+
+
 def class_to_idx(dataset: Any) -> dict[str, int] | None:
     """Return the class indices by name, where the data set knows them (folders, tar files, most of torchvision's)."""
     return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
@@ -70,6 +98,8 @@ def open_dataset(
         class_map: str = '',
         input_img_mode: str = 'RGB',
         input_key: str | None = None,
+        num_classes: int | None = None,
+        on_bad_image: str = 'stop',
         **options: Any,
 ) -> Dataset:
     """Return a data set by the names of ``timm.data.create_dataset``.
@@ -83,6 +113,9 @@ def open_dataset(
         class_map: File of class indices by name, which takes the place of ``class_to_idx``.
         input_img_mode: PIL mode of the images.
         input_key: Key of the images in records; file name endings of images in folders, with ';' between them.
+        num_classes: Number of classes of the network, which labels in WebDataset shards must be below.
+        on_bad_image: 'stop' or 'skip' at an image in WebDataset shards that cannot be read; of other data sets the
+            loader decides.
         options: Further arguments of ``create_dataset``.
 
     Raises:
@@ -93,8 +126,12 @@ def open_dataset(
     if folder is None or '/' in name:
         if folder is not None:
             root, options['search_split'] = str(folder), False
-        options |= dict(class_map=class_map, input_img_mode=input_img_mode, input_key=input_key)
-        return _create(name, root, split, class_to_idx if not class_map else None, options)
+        options |= dict(input_img_mode=input_img_mode, input_key=input_key)
+        if name.lower().startswith('wds/'):
+            table = read_class_map(class_map, root or '') if class_map else class_to_idx
+            return _create_stream_of_shards(name, split, root=root, class_to_idx=table, num_classes=num_classes,
+                                            on_bad_image=on_bad_image, **options)
+        return _create(name, root, split, class_to_idx if not class_map else None, options | {'class_map': class_map})
     table = read_class_map(class_map, folder) if class_map else class_to_idx
     endings = input_key.split(';') if input_key else ()
     return ImageDataset(FolderReader(folder, table, class_map=bool(class_map), endings=endings), input_img_mode)
@@ -128,21 +165,41 @@ def _create(
         expected: Mapping[str, int] | None,
         options: dict[str, Any],
 ) -> Dataset:
+    with _naming(name, split):
+        dataset: Any = create_dataset(name, root=root, split=split, **options)
+    found = class_to_idx(dataset)
+    numbers: dict[int, int] | None = None
+    if expected and found and all(isinstance(each, str) for each in found):
+        map_classes(found, expected)
+        numbers = {index: expected[each] for each, index in found.items()}
+    if hasattr(dataset, 'reader') and not isinstance(dataset, IterableDataset):
+        dataset = ImageDataset(dataset.reader, options['input_img_mode'])
+    if numbers is None or all(index == number for index, number in numbers.items()):
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        stream: Any = dataset
+        stream.target_transform, stream.reader.class_to_idx = numbers.__getitem__, dict(expected or {})
+        return stream
+    return RenumberedDataset(dataset, numbers, expected or {})
+
+
+def _create_stream_of_shards(name: str, split: str, **options: Any) -> Dataset:
+    wanted = ('root', 'class_to_idx', 'num_classes', 'on_bad_image', 'input_img_mode', 'input_key', 'target_key',
+              'is_training', 'batch_size', 'repeats', 'num_samples', 'seed')
+    with _naming(name, split):
+        return wds.open_shards(name=name.partition('/')[2], split=split,
+                               **{key: options[key] for key in wanted if key in options})
+
+
+@contextlib.contextmanager
+def _naming(name: str, split: str) -> Iterator[None]:
+    """Turn an error in the construction of a data set into one line that names it."""
     try:
-        dataset = create_dataset(name, root=root, split=split, **options)
+        yield
     except UserError:
         raise
     except Exception as error:  # the readers of timm and torchvision check arguments by whatever fails first
         raise UserError(f"data set '{name}', split '{split}': {first_line(error)}") from error
-    found = class_to_idx(dataset)
-    if expected and found and all(isinstance(each, str) for each in found):
-        map_classes(found, expected)
-        if any(expected[each] != index for each, index in found.items()):
-            raise UserError(f"data set '{name}', split '{split}', has the network's classes in another order: number "
-                            'them with --class-map.')
-    if hasattr(dataset, 'reader') and not isinstance(dataset, IterableDataset):
-        return ImageDataset(dataset.reader, options['input_img_mode'])
-    return dataset
 
 
 def check_num_classes(dataset: Any, num_classes: int | None) -> None:

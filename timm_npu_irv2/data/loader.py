@@ -29,7 +29,7 @@ from .dataset import ImageDataset, class_to_idx
 from .fast import collate, has_jpeg_decoder
 from .pipeline import ImagePipeline
 from .samplers import BatchSampler, EvalBatchSampler, RankSampler, TrainBatchSampler, preserve_rng_state, reseed
-from .worker import BatchDataset, LoadedBatch, WorkerLost, ignore_signals
+from .worker import BatchDataset, LoadedBatch, ignore_signals, translate_worker_errors
 
 __all__ = ['DeviceLoader', 'create_eval_loader', 'create_train_loader', 'create_train_sampler']
 
@@ -96,12 +96,8 @@ class DeviceLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        try:
+        with translate_worker_errors():
             yield from devices.prefetch(self._readable(), self._to_device, self.device)
-        except UserError as error:  # a worker's comes with a traceback in its text
-            raise UserError(str(error).strip().splitlines()[-1].rpartition('UserError: ')[2]) from error
-        except (EOFError, ConnectionError) as error:  # the worker died while it sent a batch
-            raise WorkerLost from error
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch that the next iteration yields, without its first ``start_batch`` batches."""

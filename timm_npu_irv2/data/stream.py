@@ -11,9 +11,11 @@ from torch import Tensor
 
 from .. import device as devices
 from ..distributed import World
+from ..errors import UserError
 from .augmentation import Augmentation
 from .dataset import class_to_idx
 from .pipeline import ImagePipeline
+from .worker import translate_worker_errors
 
 __all__ = ['StreamLoader', 'create_stream_loader']
 
@@ -47,14 +49,31 @@ class StreamLoader:
         self.memory_format = devices.memory_format(device)
         self.samples, self.class_to_idx = loader.dataset, class_to_idx(loader.dataset)
         self.average_batch_size = float(getattr(loader, 'loader', loader).batch_size)
-        self.bad_images: dict[str, str] = {}  # timm leaves them out, and names them in the log
+        self.bad_images: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, targets in self._loader:
-            yield images.to(self.device, self.dtype, memory_format=self.memory_format), targets.to(self.device)
+        with translate_worker_errors():
+            try:
+                for images, targets in self._loader:
+                    self._collect_bad_images()
+                    yield images.to(self.device, self.dtype, memory_format=self.memory_format), targets.to(self.device)
+                self._collect_bad_images()
+            except (SyntaxError, ValueError, OSError) as error:
+                if isinstance(error, UserError | ConnectionError):
+                    raise
+                raise UserError(f'an image of the stream cannot be read: {_last_line(error)}; --on-bad-image skip is '
+                                'for wds/ and for data sets with an index.') from error
+
+    def _collect_bad_images(self) -> None:
+        """Log and keep the images that were left out since the last call."""
+        record = getattr(self.samples.reader, 'bad_images', None)
+        for name, reason in record.new() if record is not None else ():
+            if name not in self.bad_images:
+                _logger.warning(f'Skipped image {name}, which cannot be read: {reason}')
+            self.bad_images[name] = reason
 
     def close(self) -> None:
         """Do nothing: the workers end with each iteration."""
@@ -127,3 +146,8 @@ def create_stream_loader(
         **options,
     )
     return StreamLoader(loader, world.device, dtype, pipeline, mixup)
+
+
+def _last_line(error: BaseException) -> str:
+    """Return the last line of an error's text: a worker's has a traceback before it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -4,6 +4,7 @@ An image that cannot be read, or whose pixels have no known meaning, is never re
 it is skipped, logged and counted.
 """
 
+import contextlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from ..errors import UserError, first_line
 from .decode import to_pil_mode
 from .samplers import Batch, SampleKey, derive_seed, preserve_rng_state, reseed
 
-__all__ = ['BatchDataset', 'LoadedBatch', 'WorkerLost', 'ignore_signals', 'is_lost_worker']
+__all__ = ['BatchDataset', 'LoadedBatch', 'WorkerLost', 'ignore_signals', 'is_lost_worker', 'translate_worker_errors']
 
 GRACE = 30  # seconds; torchrun, too, waits as long between SIGTERM and SIGKILL
 
@@ -114,6 +115,22 @@ def ignore_signals(worker_id: int) -> None:
 
 class WorkerLost(RuntimeError):
     """A worker was killed while it sent a batch."""
+
+
+@contextlib.contextmanager
+def translate_worker_errors() -> Iterator[None]:
+    """Translate the errors of a worker that reach the main process.
+
+    Raises:
+        UserError: As the worker raised it; torch adds a traceback to its text.
+        WorkerLost: The worker died while it sent a batch.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].rpartition('UserError: ')[2]) from error
+    except (EOFError, ConnectionError) as error:
+        raise WorkerLost from error
 
 
 def is_lost_worker(error: BaseException) -> bool:

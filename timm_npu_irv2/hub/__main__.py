@@ -25,7 +25,8 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument('--ema', action='store_true', help='export the averaged weights')
     add.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32',
                      help='the type to round the weights to (default: float32)')
-    add.add_argument('--class-names', metavar='FILE', help='a file with one class name per line, or a data set folder')
+    add.add_argument('--class-names', metavar='FILE',
+                     help='a file with a class name in each line, or a folder or tar file of class folders')
     add.add_argument('--report', metavar='FILE', help='the accuracy to publish: a report.json, or the JSON of '
                      'validate.py (default: the report.json beside the checkpoint)')
     add.add_argument('--license', default='apache-2.0', help='the license of the weights (default: apache-2.0)')

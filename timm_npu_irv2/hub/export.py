@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import rules, schema
 from ..data.classes import clean_name, map_classes, number_classes
+from ..data.folder import iterate_images
 from ..data.splits import find_split
 from ..errors import UserError, one_line
 from ..serialization import atomic_write, make_folder, read_json, save_weights
@@ -47,7 +48,8 @@ def export(
         target: 'npu' for this package's network, 'timm' for a repository that timm loads without this package.
         ema: Take the averaged weights.
         dtype: The type the weights are rounded to: 'float32', 'float16' or 'bfloat16'.
-        class_names: A file with one name per line, or a folder of class folders; by default the checkpoint's.
+        class_names: A file with one name per line, or a folder or tar file of class folders; by default the
+            checkpoint's.
         report: A report.json of train.py or the JSON of validate.py; by default the one beside the checkpoint.
         license: The hub's name of a license.
         datasets: The hub's names of the data sets trained on.
@@ -100,10 +102,8 @@ def _build(content: Checkpoint, architecture: str, source: Path) -> nn.Module:
 
 def _read_names(source: Path, trained: Sequence[str] | None) -> list[str]:
     """Return the lines of a file, or the classes of a data set, in the order of the training if it had these names."""
-    if source.is_dir():
-        root = find_split(source, 'train')
-        folders = (path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith('.'))
-        found = list(number_classes(folders))
+    if source.is_dir() or source.suffix.lower() == '.tar':
+        found = _class_folders(find_split(source, 'train'))
         if trained is None or set(found).isdisjoint(trained):
             return found
         map_classes(found, {name: index for index, name in enumerate(trained)})
@@ -113,6 +113,20 @@ def _read_names(source: Path, trained: Sequence[str] | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'--class-names {source}: {one_line(error)}') from error
     return [line for line in lines if line]
+
+
+def _class_folders(root: Path) -> list[str]:
+    """Return the class folders of a folder or tar file in their order; folders without any image are taken, too."""
+    try:
+        folders = {image.folder for image in iterate_images(root)}
+    except UserError:
+        if not root.is_dir():
+            raise
+        folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith('.')}
+    try:
+        return list(number_classes(folders))
+    except UserError as error:
+        raise UserError(f'--class-names {root}: {error}') from None
 
 
 def _config(

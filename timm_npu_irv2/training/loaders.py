@@ -52,7 +52,7 @@ def build_train_loader(
         UserError: The data is missing or empty, or does not fit the options or the network.
     """
     dataset = _open(args, args.train_split, pipeline, is_training=True, batch_size=batch_size,
-                    repeats=args.epoch_repeats, num_samples=args.train_num_samples)
+                    repeats=args.epoch_repeats, num_samples=args.train_num_samples, num_classes=num_classes)
     if isinstance(dataset, IterableDataset):
         return _build_train_stream(args, dataset, pipeline, world, num_classes, batch_size, dtype)
     check_num_classes(dataset, num_classes)
@@ -113,7 +113,7 @@ def build_eval_loader(
     if train_loader is not None:
         class_to_idx = train_loader.class_to_idx
     dataset = _open(args, split, pipeline, class_to_idx=class_to_idx, is_training=False, batch_size=batch_size,
-                    num_samples=num_samples)
+                    num_samples=num_samples, num_classes=num_classes)
     if isinstance(dataset, IterableDataset):
         return create_stream_loader(
             dataset, pipeline, world, batch_size=batch_size, num_workers=args.workers, pin_memory=args.pin_mem,
@@ -153,6 +153,7 @@ def _open(args: Namespace, split: str, pipeline: ImagePipeline, **options: Any) 
         target_key=args.target_key,
         seed=args.seed,
         trust_remote_code=args.dataset_trust_remote_code,
+        on_bad_image=args.on_bad_image,
         **options,
     )
     if args.input_backend == 'fast' and isinstance(dataset, IterableDataset):

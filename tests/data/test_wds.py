@@ -1,0 +1,143 @@
+"""WebDataset shards: the pixels of the other readers, bad images stopped at or named, classes by number or by name."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_npu_irv2.data.dataset import class_to_idx, open_dataset
+from timm_npu_irv2.data.pipeline import ImagePipeline
+from timm_npu_irv2.data.stream import create_stream_loader
+from timm_npu_irv2.distributed import World
+from timm_npu_irv2.errors import UserError
+
+pytest.importorskip('webdataset')
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+PIPELINE = ImagePipeline((3, 32, 32), (0.0,) * 3, (1 / 255,) * 3)
+GREY = np.random.default_rng(0).integers(0, 65536, (40, 50), dtype=np.uint16)
+
+
+def encoded(index: int, kind: str = 'PNG') -> bytes:
+    file = io.BytesIO()
+    Image.new('RGB', (40, 50), (10 * index, 0, 0)).save(file, kind)
+    return file.getvalue()
+
+
+def write(path: Path, samples: list[dict[str, bytes]]) -> None:
+    with tarfile.open(path, 'w') as archive:
+        for number, sample in enumerate(samples):
+            for ending, content in sample.items():
+                member = tarfile.TarInfo(f'{number:04}.{ending}')
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def open_loader(root: Path, num_workers: int = 0, split: str = '{0..1}.tar', **options):
+    dataset = open_dataset('wds/x', str(root), split, is_training=False, batch_size=4, **options)
+    return create_stream_loader(dataset, PIPELINE, World(), batch_size=4, num_workers=num_workers)
+
+
+def targets(loader) -> list[int]:
+    return torch.cat([targets for _, targets in loader]).tolist()
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """Two shards of five images, each with a number."""
+    for shard in range(2):
+        write(tmp_path / f'{shard}.tar', [{'png': encoded(5 * shard + i), 'cls': str(5 * shard + i).encode()}
+                                          for i in range(5)])
+    return tmp_path
+
+
+@pytest.fixture
+def damaged(shards) -> Path:
+    """The same with a torn image, one without a file that is an image, and an empty one."""
+    samples = [{'png': encoded(i), 'cls': str(i).encode()} for i in range(5)]
+    samples[1]['png'], samples[3]['png'] = encoded(1)[:-40], b''
+    samples[2] = {'heic': b'x', 'cls': b'2'}
+    write(shards / '0.tar', samples)
+    return shards
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_bad_images_are_left_out_and_named(damaged, num_workers, caplog):
+    loader = open_loader(damaged, num_workers, on_bad_image='skip')
+    assert sorted(targets(loader)) == [0, 4, 5, 6, 7, 8, 9]
+    assert [name.rpartition('/')[2] for name in sorted(loader.bad_images)] == ['0001', '0002', '0003']
+    assert all(f'Skipped image {damaged}/0.tar/000{i}, which' in caplog.text for i in (1, 2, 3))
+    assert sorted(targets(loader)) == [0, 4, 5, 6, 7, 8, 9] and len(loader.bad_images) == 3  # the next epoch
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_a_bad_image_stops_the_run_in_a_line_that_names_it(damaged, num_workers):
+    with pytest.raises(UserError, match=r'^image .*0\.tar/0001 cannot be read: [^\n]*$'):
+        list(open_loader(damaged, num_workers))
+
+
+def test_a_torn_shard_is_no_silent_end(shards):
+    content = (shards / '0.tar').read_bytes()
+    (shards / '0.tar').write_bytes(content[:1000])
+    with pytest.raises(UserError, match=r'0\.tar cannot be read'):
+        list(open_loader(shards))
+    loader = open_loader(shards, on_bad_image='skip')
+    assert targets(loader) == [5, 6, 7, 8, 9]
+    assert loader.bad_images[str(shards / '0.tar')] == 'unexpected end of data'
+
+
+def test_names_that_repeat_from_shard_to_shard_are_different_images(tmp_path):
+    for shard in range(2):
+        write(tmp_path / f'{shard}.tar', [{'png': encoded(shard), 'cls': str(shard).encode()}])
+    assert targets(open_loader(tmp_path)) == [0, 1]
+
+
+def test_pixels_are_those_of_the_other_readers(tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(GREY).save(file, 'PNG')
+    write(tmp_path / '0.tar', [{'png': file.getvalue(), 'cls': b'0'}, {'jpeg': encoded(7, 'JPEG'), 'cls': b'1'}])
+    (images, _), = open_loader(tmp_path, split='0.tar')
+    expected = PIPELINE.transform()(Image.fromarray((GREY >> 8).astype(np.uint8)).convert('RGB'))
+    assert torch.equal(images[0].round().to(torch.uint8), torch.as_tensor(expected))
+    assert len(images) == 2
+
+
+def test_classes_by_name(tmp_path):
+    names = ['dog', 'cat ', 'dog']
+    write(tmp_path / '0.tar', [{'png': encoded(0), 'json': json.dumps({'label': name}).encode()} for name in names])
+    options = dict(split='0.tar', target_key='label')
+    loader = open_loader(tmp_path, class_to_idx={'cat': 0, 'cow': 1, 'dog': 2}, **options)
+    assert targets(loader) == [2, 0, 2] and loader.class_to_idx['cow'] == 1
+    (tmp_path / 'map.txt').write_text('\ufeffdog\r\ncat\r\n')
+    loader = open_loader(tmp_path, class_map=str(tmp_path / 'map.txt'), class_to_idx={'cat': 0}, **options)
+    assert targets(loader) == [0, 1, 0] and class_to_idx(loader.samples) == {'dog': 0, 'cat': 1}
+    with pytest.raises(UserError, match="is of class 'dog', which the network does not know"):
+        list(open_loader(tmp_path, class_to_idx={'cat': 0}, **options))
+    with pytest.raises(UserError, match="is of class 'dog', which has no number: give one with --class-map"):
+        list(open_loader(tmp_path, **options))
+
+
+@pytest.mark.parametrize(('label', 'options', 'message'), [
+    ({'cls': b'7'}, dict(num_classes=7), 'has class 7, and the network has 7'),
+    ({'cls': b'seven'}, {}, "has the class 'seven', which is no number"),
+])
+def test_wrong_labels_are_one_line_whatever_is_done_about_images(tmp_path, label, options, message):
+    write(tmp_path / '0.tar', [{'png': encoded(0), **label}])
+    with pytest.raises(UserError, match=message):
+        list(open_loader(tmp_path, split='0.tar', on_bad_image='skip', **options))
+
+
+@pytest.mark.parametrize(('label', 'options', 'message'), [
+    ({'txt': b'7'}, {}, r'cannot be read: it has no class, as there is no \.cls file'),
+    ({'json': b'{"a": 1}'}, dict(target_key='b'), 'cannot be read: it has no class, as there is no b'),
+])
+def test_an_image_without_a_label_cannot_be_read(tmp_path, label, options, message):
+    write(tmp_path / '0.tar', [{'png': encoded(0), **label}, {'png': encoded(1), 'cls': b'1', 'json': b'{"b": 1}'}])
+    with pytest.raises(UserError, match=message):
+        list(open_loader(tmp_path, split='0.tar', **options))
+    assert targets(open_loader(tmp_path, split='0.tar', on_bad_image='skip', **options)) == [1]
