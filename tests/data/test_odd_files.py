@@ -1,5 +1,6 @@
 """Odd image files have the same pixels in training, evaluation, inference and calibration, in a folder and in a tar."""
 
+import functools
 import io
 import shutil
 import tarfile
@@ -12,11 +13,13 @@ from PIL import Image, ImageCms
 from timm.data.loader import fast_collate
 
 from timm_npu_irv2.data.dataset import open_dataset
+from timm_npu_irv2.data.folder import find_images
 from timm_npu_irv2.data.image_files import decode_batches, find_files
 from timm_npu_irv2.data.loader import create_eval_loader
 from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.data.samplers import Batch, SampleKey
 from timm_npu_irv2.data.worker import BatchDataset
+from timm_npu_irv2.deploy import InferenceNetwork, Predictor
 from timm_npu_irv2.deploy.quantization import ModelInputs
 from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
@@ -156,6 +159,32 @@ def of_calibration(root: Path, pipeline: ImagePipeline, **options) -> dict[str, 
     return dict(zip(names, (torch.from_numpy(image[0]) for image, _ in inputs), strict=not options))
 
 
+class Recorder(torch.nn.Module):
+    """A network that keeps the images that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.images: list[torch.Tensor] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.images += images.clone()
+        return torch.zeros(len(images), 2)
+
+
+@functools.cache
+def deployed(channels: int) -> InferenceNetwork:
+    return InferenceNetwork(2, channels)
+
+
+def of_predictor(root: Path, pipeline: ImagePipeline) -> dict[str, torch.Tensor]:
+    network, recorder, images = deployed(pipeline.input_size[0]), Recorder(), find_images(root)
+    network.pretrained_cfg = pipeline.to_config()
+    files = [image.path if image.offset < 0 else image.open().read() for image in images]
+    with Predictor(network, topk=1, compiled=recorder) as predictor:
+        predictor.predict(files)
+    return dict(zip((image.name.rpartition('/')[2] for image in images), recorder.images, strict=True))
+
+
 @pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA', 'YCbCr'])
 @pytest.mark.parametrize('kind', ['folder', 'tar'])
 @pytest.mark.filterwarnings('ignore')
@@ -164,7 +193,7 @@ def test_all_readers_have_the_same_pixels(folder, mode, kind):
     pipeline = ImagePipeline.from_config(config(mode))
     expected = of_evaluation(folder, pipeline)
     assert expected.keys() == FILES.keys() and len(FILES) >= 54
-    for reader in of_evaluation, of_training, of_inference, of_calibration:
+    for reader in of_evaluation, of_training, of_inference, of_calibration, of_predictor:
         found = reader(root, pipeline)
         assert found.keys() == expected.keys()
         assert [name for name in FILES if not torch.equal(found[name], expected[name])] == []
@@ -191,6 +220,8 @@ def test_a_bad_file_is_refused_or_left_out_by_all(tmp_path, folder, name):
     for reader in of_evaluation, of_training, of_calibration:
         with pytest.raises(UserError, match=rf'^image .*{name} cannot be read: [^\n]+$'):
             reader(root, pipeline)
+    with pytest.raises(UserError, match=rf'{name} cannot be read: [^\n]+$'):
+        of_predictor(root, pipeline)
     for reader in of_evaluation, of_calibration:
         assert len(reader(root, pipeline, on_bad_image='skip')) == 1
 

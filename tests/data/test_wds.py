@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.test_odd_files import FILES, of_evaluation
 from timm_npu_irv2.data.dataset import class_to_idx, open_dataset
 from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.data.stream import create_stream_loader
@@ -105,6 +106,19 @@ def test_pixels_are_those_of_the_other_readers(tmp_path):
     expected = PIPELINE.transform()(Image.fromarray((GREY >> 8).astype(np.uint8)).convert('RGB'))
     assert torch.equal(images[0].round().to(torch.uint8), torch.as_tensor(expected))
     assert len(images) == 2
+
+
+def test_odd_files_have_the_pixels_that_they_have_in_folders(tmp_path):
+    (tmp_path / 'val' / 'odd').mkdir(parents=True)
+    for name, content in FILES.items():
+        (tmp_path / 'val' / 'odd' / name).write_bytes(content)
+    write(tmp_path / '0.tar', [{name.rpartition('.')[2]: content, 'cls': str(index).encode()}
+                               for index, (name, content) in enumerate(FILES.items())])
+    expected = of_evaluation(tmp_path / 'val', PIPELINE)
+    batches = list(open_loader(tmp_path, split='0.tar'))
+    assert torch.cat([targets for _, targets in batches]).tolist() == list(range(len(FILES)))
+    for name, image in zip(FILES, torch.cat([images for images, _ in batches]), strict=True):
+        assert torch.equal(image.round().to(torch.uint8), expected[name]), name
 
 
 def test_classes_by_name(tmp_path):
