@@ -25,8 +25,15 @@ def model_name(arch: str) -> str:
 
 
 def loss_scale(text: str) -> float | str:
-    """Return a number, or 'dynamic'."""
-    return text if text == 'dynamic' else float(text)
+    """Return a number, or 'dynamic'.
+
+    Raises:
+        ArgumentTypeError: Neither.
+    """
+    try:
+        return text if text == 'dynamic' else float(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"expected a number or 'dynamic', not '{text}'.") from error
 
 
 def auto_augment(text: str) -> str:
@@ -44,6 +51,8 @@ def auto_augment(text: str) -> str:
             if float(number) > limits.get(name, 30.0):
                 raise ValueError
         if text:
+            if text.partition('-')[0] in kinds and not all(re.search(r'^t|\d', part) for part in text.split('-')[1:]):
+                raise ValueError  # timm would leave such a part out
             kinds.get(text.partition('-')[0], policies.auto_augment_transform)(text, {'img_mean': (128, 128, 128)})
     except Exception as error:  # whatever the parsers of timm raise
         raise ArgumentTypeError(
@@ -116,7 +125,8 @@ _model = Group('Model', (
     _switch('--pretrained', 'start from pretrained weights', recipe=True),
     _flag('--pretrained-path', 'file to load instead of the pretrained weights; the classifier is adapted',
           metavar='FILE'),
-    _flag('--initial-checkpoint', 'file of weights to load after initialisation', default='', metavar='FILE'),
+    _flag('--initial-checkpoint', 'file of weights to load after initialisation, with its number of classes', default='',
+          metavar='FILE'),
     _flag('--resume', "checkpoint to continue from; 'auto': the newest one in the output folder", default='',
           metavar='FILE'),
     _switch('--allow-changed-data', 'resume although the data set is not that of the checkpoint'),

@@ -66,11 +66,11 @@ def key_values(text: str) -> tuple[str, Any]:
     """Split 'name=value'; the value is read as a Python literal where it is one, otherwise as text.
 
     Raises:
-        ValueError: The text has another form.
+        ArgumentTypeError: The text has another form.
     """
     key, separator, value = text.partition('=')
     if not separator or not key:
-        raise ValueError('expected name=value')
+        raise argparse.ArgumentTypeError(f"expected name=value, not '{text}'.")
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deeply

@@ -16,13 +16,14 @@ from timm.models import create_model, is_model, list_models
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
 from timm.utils import ModelEmaV3, distribute_bn, set_jit_fuser
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import device as devices
 from ..cli.checks import name_option
+from ..cli.evaluation import classes_in
 from ..data.worker import is_lost_worker
 from ..distributed import World, is_lost_peer
 from ..errors import UserError, first_line
@@ -93,8 +94,8 @@ def build_model(args: Namespace, num_classes: int | None = None) -> nn.Module:
             raise UserError(f'{option} {path}: no such file.')
     if args.num_classes is None and num_classes is not None:
         _logger.info(f'Classifier: {num_classes} outputs, one per class folder.')
+    model = _create(args, args.num_classes or num_classes)
     with name_option(f'--model {args.model}'):
-        model = _create(args, args.num_classes or num_classes)
         _initialize_head(model, args)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -113,16 +114,18 @@ def _recompute(model: Any, args: Namespace) -> None:
 
 
 def _create(args: Namespace, num_classes: int | None) -> nn.Module:
+    """Return the model with the weights that the options name; --initial-checkpoint decides the number of classes."""
     pretrained, initial = args.pretrained_path, args.initial_checkpoint
     overlay: dict[str, Any] | None = None
     if pretrained:  # -1: adapt the head
         source = {'file': pretrained} if _is_numpy(pretrained) else {'state_dict': load_weights(pretrained, True)}
         overlay = {**source, 'num_classes': -1}
+    weights = load_weights(initial, use_ema=True) if initial and not _is_numpy(initial) else None
     options = {
         'pretrained': args.pretrained or bool(args.pretrained_path),
         'pretrained_cfg_overlay': overlay,
         'in_chans': args.in_chans or (args.input_size or [3])[0],
-        'num_classes': num_classes,
+        'num_classes': num_classes or (classes_in(weights, args.model) if weights else None),
         'drop_rate': args.drop,
         'drop_path_rate': args.drop_path,
         'drop_block_rate': args.drop_block,
@@ -130,11 +133,22 @@ def _create(args: Namespace, num_classes: int | None) -> nn.Module:
         'scriptable': args.torchscript,
         'checkpoint_path': initial if _is_numpy(initial) else '',
     }
-    model: Any = create_model(args.model, **{**options, **args.model_kwargs})
+    with name_option(f'--model {args.model}' + (f' --pretrained-path {pretrained}' if pretrained else '')):
+        model: Any = create_model(args.model, **{**options, **args.model_kwargs})
     model.pretrained_cfg.pop('state_dict', None)  # or the weights would be in memory twice
-    if initial and not _is_numpy(initial):
-        model.load_state_dict(load_weights(initial, use_ema=True))
+    if weights is not None:
+        _load_initial(model, weights, args)
     return model
+
+
+def _load_initial(model: Any, weights: dict[str, Tensor], args: Namespace) -> None:
+    """Load the weights of --initial-checkpoint, which must fit as they are."""
+    option, found = f'--initial-checkpoint {args.initial_checkpoint}', classes_in(weights, args.model)
+    if found is not None and found != model.num_classes:
+        raise UserError(f'{option}: it has {found} classes and the model {model.num_classes}: leave out --num-classes, '
+                        'or use --pretrained-path, which adapts the classifier.')
+    with name_option(option):
+        model.load_state_dict(weights)
 
 
 def _is_numpy(path: str | None) -> bool:
