@@ -182,6 +182,8 @@ def test_the_command_fails_in_one_line_and_leaves_nothing(tmp_path):
     for source, reason in (('missing.pth', 'no such file'), ('other.pth', 'not weights of Inception-ResNet-v2')):
         done = run(tmp_path / source, tmp_path / 'out.safetensors', '--to', 'timm')
         assert done.returncode == 2 and reason in done.stderr and done.stderr.count('\n') == 1
+    done = run(tmp_path / 'other.pth', tmp_path / 'out.onnx', '--to', 'timm')
+    assert done.returncode == 2 and 'use the ending .safetensors or .pth. `timm-npu-irv2 export-onnx`' in done.stderr
     folder = run(tmp_path / 'other.pth', tmp_path / 'nowhere' / 'out.pth', '--to', 'timm')
     assert folder.returncode == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ['other.pth']

@@ -214,6 +214,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--use-ema', action='store_true', help='read the averaged weights (EMA) if the file has them')
     args = parser.parse_args(argv)
     try:
+        _check_output(args.output)
         source = load_weights(args.input, use_ema=args.use_ema)
         dialect = detect_dialect(source)
         save_weights(convert(source, to=args.to), args.output)
@@ -222,6 +223,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     print(printable(f'{args.input} ({dialect}) -> {args.output} ({args.to}), {len(source)} tensors read'))
     return 0
+
+
+def _check_output(path: str) -> None:
+    """Raise UserError for an ending of another format, which would be written as a pickle of torch's."""
+    if not path.endswith(('.safetensors', '.pth', '.pt', '.bin', '.tar')):
+        further = ' `timm-npu-irv2 export-onnx` writes ONNX.' if path.endswith('.onnx') else ''
+        raise UserError(f'cannot write {path}: use the ending .safetensors or .pth.{further}')
 
 
 if __name__ == '__main__':

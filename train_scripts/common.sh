@@ -21,6 +21,12 @@ fail() {  # fail MESSAGE: one line, exit code 2
     exit 2
 }
 
+check_python() {  # the Python that the launchers start has this package
+    [[ -n $PYTHON ]] || fail 'python is not found: activate an environment, or set PYTHON.'
+    "$PYTHON" -c 'import sys, importlib.util as i; sys.exit(i.find_spec("timm_npu_irv2") is None)' 2>/dev/null ||
+        fail "$PYTHON does not have timm_npu_irv2: activate the environment that has it, or set PYTHON."
+}
+
 load_cann() {  # the environment of CANN, if it is installed and not loaded yet
     local file
     [[ -z ${ASCEND_OPP_PATH:-} ]] || return 0
@@ -74,7 +80,7 @@ launch() {  # launch SCRIPT PROCESSES OPTION...: run one of the Python scripts i
     local script=$1 processes=$2
     shift 2
     [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "'$processes' is not a number of processes."
-    [[ -n $PYTHON ]] || fail 'python is not found: activate an environment, or set PYTHON.'
+    check_python
     load_cann
     set_defaults "$processes"
     local nodes=${NNODES:-1}

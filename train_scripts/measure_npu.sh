@@ -7,7 +7,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 [[ $# -gt 0 ]] || fail 'usage: measure_npu.sh --data_path=DIR [options of train.py]'
-[[ -n $PYTHON ]] || fail 'python is not found: activate an environment, or set PYTHON.'
+check_python
 OUTPUT=${OUTPUT:-output/measured} BATCH=${BATCH:-192}
 load_cann
 mkdir -p "$OUTPUT"

@@ -61,4 +61,7 @@ def check_port() -> None:
 
 
 if __name__ == '__main__':
+    if len(sys.argv) < 4:
+        print(__doc__)
+        sys.exit(0 if {'-h', '--help'} & set(sys.argv) else 2)
     sys.exit(run_script(sys.argv[1], main, sys.argv[2:]))

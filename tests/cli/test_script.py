@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from timm_npu_irv2.cli.checks import check_installed, check_output_file, name_option
-from timm_npu_irv2.cli.script import run_script
+from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,15 @@ def test_an_error_of_several_processes_is_one_line_and_exit_code_2(tmp_path):
         capture_output=True, text=True, check=False,
         env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
     assert (done.returncode, done.stderr) == (2, 'fails.py: error: it is wrong\n')
+
+
+@pytest.mark.parametrize(('is_primary', 'count'), [(True, 1), (False, 0)])
+def test_torchs_warning_about_workers_comes_once(is_primary, count):
+    with warnings.catch_warnings(record=True) as warned:
+        start_log(is_primary)
+        for line in range(2):
+            warnings.warn_explicit('This DataLoader will create 4 worker processes', UserWarning, 'dataloader', line)
+    assert len(warned) == count
 
 
 def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path):

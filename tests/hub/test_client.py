@@ -23,6 +23,9 @@ from timm_npu_irv2.hub.client import download
 
 from .conftest import CLASSES, FILES, ROOT, command, contents, environment, logits, python
 
+sys.path.insert(0, str(ROOT / 'train_scripts'))
+import train  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
@@ -141,7 +144,10 @@ def test_a_server_that_is_gone(for_timm, online, tmp_path):
     online.stop()
     assert set(contents(hub.pull('me/insects', tmp_path / 'after'))) == FILES  # from the cache
     for action in (lambda: hub.pull('me/others', tmp_path / 'others'), lambda: hub.push(for_timm, 'me/insects'),
-                   lambda: hub.create('hf-hub:me/others'), lambda: hub.prepare('me/insects')):
+                   lambda: hub.create('hf-hub:me/others'), lambda: hub.prepare('me/insects'),
+                   lambda: hub.check_available('inception_resnet_v2_npu'),
+                   lambda: train.main(['--model', 'hf-hub:me/others', '--data-dir', str(tmp_path), '--device', 'cpu']),
+                   lambda: train.main(['--pretrained', '--data-dir', str(tmp_path), '--device', 'cpu'])):
         with pytest.raises(UserError, match='cannot be reached') as caught:
             action()
         assert '\n' not in str(caught.value) and 'HF_ENDPOINT' in str(caught.value)

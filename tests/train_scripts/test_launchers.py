@@ -35,7 +35,7 @@ import preflight  # noqa: E402
 def recorded(tmp_path):
     """A stand-in for Python that writes down each call; calls(launcher, words…) gives them."""
     log, python = tmp_path / 'calls', tmp_path / 'python'
-    python.write_text(f'#!/usr/bin/env bash\nprintf "%s\\0" "$@" $\'\\n\' >> "{log}"\n')
+    python.write_text(f'#!/usr/bin/env bash\n[[ $1 == -c ]] && exit 0\nprintf "%s\\0" "$@" $\'\\n\' >> "{log}"\n')
     python.chmod(0o755)
 
     def calls(launcher: str, *words: str, **environment: str) -> list[list[str]]:
@@ -108,7 +108,7 @@ def test_several_machines_meet_where_the_environment_says(recorded):
 
 def test_the_environment_of_the_npu_has_defaults_that_give_way(tmp_path):
     python = tmp_path / 'python'
-    python.write_text('#!/usr/bin/env bash\necho "$TASK_QUEUE_ENABLE $HCCL_CONNECT_TIMEOUT $OMP_NUM_THREADS"\n')
+    python.write_text('#!/usr/bin/env bash\n[[ $1 == -c ]] && exit 0\necho "$TASK_QUEUE_ENABLE $HCCL_CONNECT_TIMEOUT $OMP_NUM_THREADS"\n')
     python.chmod(0o755)
     result = run('train_full_1p.sh', PYTHON=str(python), HCCL_CONNECT_TIMEOUT='7', OMP_NUM_THREADS='3')
     assert result.stdout == '2 7 3\n'
@@ -120,7 +120,7 @@ PRINTED = ('${PYTORCH_NPU_ALLOC_CONF-none} ${HCCL_IF_BASE_PORT-none} ${HCCL_SOCK
 
 def variables_of(tmp_path: Path, *words: str, **environment: str) -> list[str]:
     python = tmp_path / 'python'
-    python.write_text(f'#!/usr/bin/env bash\n[[ $1 == *preflight.py ]] || echo "{PRINTED}"\n')
+    python.write_text(f'#!/usr/bin/env bash\n[[ $1 == -c ]] && exit 0\n[[ $1 == *preflight.py ]] || echo "{PRINTED}"\n')
     python.chmod(0o755)
     return run('dist_train_npu.sh', *words, PYTHON=str(python), **environment).stdout.split()
 
@@ -153,7 +153,7 @@ def test_cann_below_the_home_folder_is_loaded_the_newer_one_first(tmp_path, fold
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / 'set_env.sh').write_text(f'export ASCEND_OPP_PATH={folder}\n')
-    python.write_text('#!/usr/bin/env bash\necho "$ASCEND_OPP_PATH"\n')
+    python.write_text('#!/usr/bin/env bash\n[[ $1 == -c ]] && exit 0\necho "$ASCEND_OPP_PATH"\n')
     python.chmod(0o755)
     assert run('train_full_1p.sh', PYTHON=str(python), HOME=str(tmp_path)).stdout == f'{first}\n'
 
@@ -162,7 +162,7 @@ def test_cann_is_loaded_where_it_is(tmp_path):
     toolkit, python = tmp_path / 'a b', tmp_path / 'python'
     toolkit.mkdir()
     (toolkit / 'set_env.sh').write_text('export ASCEND_OPP_PATH="$UNSET_VARIABLE"here\nfalse\n')
-    python.write_text('#!/usr/bin/env bash\necho "$ASCEND_OPP_PATH"\n')
+    python.write_text('#!/usr/bin/env bash\n[[ $1 == -c ]] && exit 0\necho "$ASCEND_OPP_PATH"\n')
     python.chmod(0o755)
     assert run('train_full_1p.sh', PYTHON=str(python), ASCEND_TOOLKIT_HOME=str(toolkit)).stdout == 'here\n'
 
@@ -191,6 +191,14 @@ def test_no_python(tmp_path):
     result = subprocess.run([shutil.which('bash'), SCRIPTS / 'train_full_1p.sh'], capture_output=True, text=True,
                             check=False, env={'PATH': str(tmp_path)})
     assert 'python is not found' in one_line(result)
+
+
+def test_a_python_without_the_package(tmp_path):
+    python = tmp_path / 'python'
+    python.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" -S -I "$@"\n')  # without installed packages
+    python.chmod(0o755)
+    message = one_line(run('dist_train_npu.sh', '2', '--data-dir', str(tmp_path), PYTHON=str(python)))
+    assert f'{python} does not have timm_npu_irv2: activate the environment that has it, or set PYTHON.' in message
 
 
 def test_a_missing_data_folder_is_one_line_for_all_processes():
@@ -241,6 +249,14 @@ def test_help_of_a_launcher_does_nothing_else(name, option):
     result = run(name, option, PYTHON='/no/such/python')
     assert (result.returncode, result.stderr) == (0, '')
     assert name in result.stdout and '#' not in result.stdout
+
+
+@pytest.mark.parametrize('script', ['digits.py', 'preflight.py', 'torchrun.py', 'train.py'])
+def test_help_of_a_script_does_nothing_else(script, tmp_path):
+    done = subprocess.run([sys.executable, SCRIPTS / script, '--help'], capture_output=True, text=True, check=False,
+                          cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, '') and 'usage' in done.stdout.lower()
+    assert not list(tmp_path.iterdir())
 
 
 def test_restarts_need_a_folder_to_go_on_in(tmp_path, monkeypatch):

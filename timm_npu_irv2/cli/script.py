@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def start_log(is_primary: bool = True) -> None:
     logging.getLogger().handlers[0].setFormatter(_OneLine('%(message)s'))
     logging.getLogger().setLevel(logging.INFO if is_primary else logging.WARNING)
     logging.captureWarnings(not is_primary)
+    # torch says this for each loader, and again when it starts.
+    warnings.filterwarnings('once' if is_primary else 'ignore', message='This DataLoader will create')
 
 
 def run_script(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

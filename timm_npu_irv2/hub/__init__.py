@@ -10,6 +10,7 @@ HF_TOKEN and the token of ``hf auth login`` mean what they mean to huggingface_h
 """
 from .client import prepare, push, translate_hub_errors
 from .export import export
-from .load import create, create_model, from_pretrained, pull
+from .load import check_available, create, create_model, from_pretrained, pull
 
-__all__ = ['create', 'create_model', 'export', 'from_pretrained', 'prepare', 'pull', 'push', 'translate_hub_errors']
+__all__ = ['check_available', 'create', 'create_model', 'export', 'from_pretrained', 'prepare', 'pull', 'push',
+           'translate_hub_errors']

@@ -130,10 +130,12 @@ def download(repo: str, revision: str | None = None) -> Path:
 def find_outage(repo: str, revision: str | None, name: str) -> Exception | None:
     """Return why the hub cannot be asked about a file, so that only the cache can have it; None if it can be.
 
-    It asks once. hf_hub_download alone takes half a minute to find out that there is no network.
+    It asks once, for 4 seconds unless HF_HUB_ETAG_TIMEOUT is set. hf_hub_download alone takes half a minute to find out
+    that there is no network.
     """
+    timeout = hub_constants.HF_HUB_ETAG_TIMEOUT if 'HF_HUB_ETAG_TIMEOUT' in os.environ else 4
     try:
-        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), timeout=timeout)
     except (HTTPError, OSError) as error:  # OfflineModeIsEnabled is one of the latter
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise

@@ -28,7 +28,7 @@ from .client import (
     translate_hub_errors,
 )
 
-__all__ = ['create', 'create_model', 'from_pretrained', 'pull']
+__all__ = ['check_available', 'create', 'create_model', 'from_pretrained', 'pull']
 
 
 def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> nn.Module:
@@ -114,12 +114,8 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str = '',
             name = f'local-dir:{folder}'
         elif source == 'local-dir':
             _check_config(Path(repo), name)
-        cfg = get_pretrained_cfg(name, allow_unregistered=True) if pretrained and not repo else None
-        if cfg is not None and cfg.hf_hub_id and 'pretrained_cfg' not in kwargs:
-            # timm asks for both formats again and again before it gives up: a minute without a network.
-            unreachable = find_outage(cfg.hf_hub_id, None, WEIGHTS)
-            if unreachable is not None and not isinstance(try_to_load_from_cache(cfg.hf_hub_id, WEIGHTS), str):
-                raise unreachable
+        if pretrained and not repo and 'pretrained_cfg' not in kwargs and _hub_id(name):
+            check_available(name)
             kwargs = {'pretrained_cfg_overlay': {'hf_hub_filename': WEIGHTS}, **kwargs}
         if Path(checkpoint_path).suffix in ('.npz', '.npy'):  # arrays of JAX, which some models of timm's can read
             return timm.create_model(name, checkpoint_path=checkpoint_path, **kwargs)
@@ -136,6 +132,31 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str = '',
             remember_training(model.pretrained_cfg, content, model.num_classes)
         source, _, repo = name.partition(':')
         return _with_mode(model, read_json(Path(repo, CONFIG)).get('input_img_mode')) if repo else model
+
+
+def check_available(name: str) -> None:
+    """Raise UserError at once if the pretrained weights of a model are neither in the cache nor to be downloaded.
+
+    timm asks for several files again and again before it gives up: a minute without a network.
+
+    Args:
+        name: The name of a model of timm's, or 'hf-hub:owner/name'.
+    """
+    source, _, address = name.partition(':')
+    repo, revision = split_revision(address) if source == 'hf-hub' else (None if address else _hub_id(name), None)
+    if repo is None:
+        return
+    file = CONFIG if source == 'hf-hub' else WEIGHTS
+    with translate_hub_errors(name):
+        unreachable = find_outage(repo, revision, file)
+        if unreachable is not None and not isinstance(try_to_load_from_cache(repo, file, revision=revision), str):
+            raise unreachable
+
+
+def _hub_id(name: str) -> str | None:
+    """Return the repository that has the pretrained weights of a model of timm's; None if there is none."""
+    cfg = get_pretrained_cfg(name, allow_unregistered=True)
+    return cfg.hf_hub_id if cfg is not None else None
 
 
 def create(pretrained: bool | str | os.PathLike = False, **kwargs: Any) -> nn.Module:
