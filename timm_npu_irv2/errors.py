@@ -6,7 +6,13 @@ __all__ = ['CannotWrite', 'DeviceUnavailable', 'Stopped', 'UnknownDialect', 'Use
 
 
 class UserError(Exception):
-    """An error that the user can put right. Scripts print its text without a traceback, and exit with 2."""
+    """An error that the user can put right. Scripts print its text without a traceback, and exit with 2.
+
+    Attributes:
+        is_reported: True once its text has been printed.
+    """
+
+    is_reported = False
 
 
 class DeviceUnavailable(UserError):

@@ -97,13 +97,14 @@ def _shorten(text: str, length: int | None = None) -> str:
     return shortened.replace('$', r'\$')
 
 
-def draw_curves(rows: Sequence[Row], path: Path, title: str) -> bool:
+def draw_curves(rows: Sequence[Row], path: Path, title: str, train_loss: str = '') -> bool:
     """Draw loss, accuracy, learning rate and throughput over the epochs.
 
     Args:
         rows: Rows of summary.csv, at least one.
         path: Picture to write.
         title: First line of the picture.
+        train_loss: Difference of the training loss from plain cross entropy; '' for none.
 
     Returns:
         False if matplotlib is missing, with a warning in the log.
@@ -113,8 +114,9 @@ def draw_curves(rows: Sequence[Row], path: Path, title: str) -> bool:
         return False
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
     loss, accuracy, rate, speed = figure.subplots(2, 2, sharex=True).flat
+    training = f'training, with {train_loss}' if train_loss else 'training'
     _draw_panel(loss, rows, 'Loss', 'cross entropy',
-                {'training': ('train_loss', BLUE), 'validation': ('eval_loss', RED)})
+                {training: ('train_loss', BLUE), 'validation': ('eval_loss', RED)})
     _draw_panel(accuracy, rows, 'Accuracy', 'top-1 (%)',
                 {'training': ('train_top1', BLUE), 'validation': ('eval_top1', RED)})
     _draw_panel(rate, rows, 'Learning rate', 'learning rate', {'': ('lr', VIOLET)}, from_zero=True)

@@ -29,7 +29,7 @@ from timm_npu_irv2 import hub
 from timm_npu_irv2.cli.checks import translate_compile_errors
 from timm_npu_irv2.cli.flags import OUR_MODEL, device_switches
 from timm_npu_irv2.cli.parser import as_yaml
-from timm_npu_irv2.cli.script import run_script, start_log
+from timm_npu_irv2.cli.script import report_error, run_script, start_log
 from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.distributed import (
     StopRequest,
@@ -55,10 +55,11 @@ from timm_npu_irv2.training.layout import plan_layout
 from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader, count_classes
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.output_dir import default_name, output_dir
-from timm_npu_irv2.training.report import Progress, Report
+from timm_npu_irv2.training.report import Report
 from timm_npu_irv2.training.resumption import describe_data
 from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
 from timm_npu_irv2.training.task import build_task
+from timm_npu_irv2.training.tracking import Logs
 
 _logger = logging.getLogger('train')
 
@@ -145,6 +146,9 @@ def main(argv: Sequence[str]) -> int:
         world_size=None if args.multiprocessing_distributed else args.world_size)
     try:
         run_in(world, args, started)
+    except UserError as error:
+        report_error('train.py', error)
+        raise
     finally:
         shutdown(world)
     return 0
@@ -241,16 +245,25 @@ def train(run: Run, folder: Path) -> None:
         trainer.task, trainer.optimizer, world, backend=args.torchcompile, mode=args.torchcompile_mode,
         sync_buffers=not args.no_ddp_bb, grad_compress=args.grad_compress)
     report = Report(folder, trainer.position.epoch, run.metric)
-    log_wandb = setup.start_wandb(args, folder.name) if world.is_primary else None
+    logs = Logs(args, folder, trainer, run.epochs, run.eval_loader) if world.is_primary else None
     if world.is_primary:
         atomic_write(folder / 'args.yaml', as_yaml(args))
     log_summary(run, folder)
-    with contextlib.closing(Progress(run.epochs)) as progress, contextlib.closing(saver):
-        if world.is_primary:
-            trainer.on_log = progress.update
+    with contextlib.closing(logs) if logs is not None else contextlib.nullcontext():
+        trainer.on_log = logs.step if logs is not None else trainer.on_log
+        train_epochs(run, saver, report, logs)
+        write_report(run, folder, report, saver, validate(run) if args.epochs == 0 else None)
+        if logs is not None:
+            logs.finish()
+
+
+def train_epochs(run: Run, saver: CheckpointSaver, report: Report, logs: Logs | None) -> None:
+    """Train from the trainer's position to the last epoch; validate and save where that is due."""
+    args, world, trainer = run.args, run.world, run.trainer
+    with contextlib.closing(saver):
         trainer.on_recovery = lambda trainer: saver.save_recovery(trainer, run.checkpoint_entries())
         trainer.last_good = saver.last_good
-        trainer.images_folder = folder if args.save_images else None
+        trainer.images_folder = saver.folder if args.save_images else None
         if args.elastic and run.checkpoint is None:
             trainer.on_recovery(trainer)  # from now on a file holds the number of images in an update
         for epoch in range(trainer.position.epoch, run.epochs):
@@ -259,13 +272,10 @@ def train(run: Run, folder: Path) -> None:
                 trainer.task, world, '' if args.sync_bn else args.dist_bn, include_ema=not args.model_ema_force_cpu)
             is_due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.epochs
             validated = validate(run) if is_due else None
-            if log_wandb is not None:
-                row = report.add_epoch(epoch, trained, validated)
-                progress.epoch_done(row)
-                log_wandb(row)
+            if logs is not None:
+                logs.epoch(report.add_epoch(epoch, trained, validated))
             end_epoch(run, saver, epoch, (validated or trained)[run.metric] if is_due else None)
         saver.wait()
-    write_report(run, folder, report, saver, validate(run) if args.epochs == 0 else None)
 
 
 def resume(run: Run, saver: CheckpointSaver) -> None:
@@ -365,6 +375,7 @@ def write_report(
         model=run.args.model, num_classes=run.info.num_classes, parameters=run.parameters, device=run.world.device,
         world_size=run.world.size, precision=trainer.precision.description, batch_size=run.batch_size,
         seconds=run.seconds, images_per_second=trainer.throughput.images_per_second, evaluation=evaluation,
+        train_loss=setup.describe_train_loss(run.args),
         skipped_steps=trainer.precision.skipped_steps, bad_image_count=len(bad_images), bad_images=sorted(bad_images))
     if run.args.push_to_hub:
         publish(run, folder)

@@ -51,7 +51,7 @@ from timm_npu_irv2.cli.evaluation import (
 )
 from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, TRAIN_FLAGS, device_switches, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
-from timm_npu_irv2.cli.script import run_script, start_log
+from timm_npu_irv2.cli.script import report_error, run_script, start_log
 from timm_npu_irv2.cli.table import to_csv, to_text
 from timm_npu_irv2.data.classes import class_indices
 from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions, remember_training, trained_channels
@@ -272,6 +272,9 @@ def main(argv: Sequence[str]) -> int:
             print(f'--result\n{json.dumps(results, indent=4)}', flush=True)
         if len(args.checkpoint) > 1 and len(results) < len(candidates):
             raise UserError(f'{len(candidates) - len(results)} of {len(candidates)} networks could not be validated.')
+    except UserError as error:
+        report_error('validate.py', error)
+        raise
     finally:
         shutdown(world)
     return 0

@@ -24,7 +24,7 @@ from timm_npu_irv2.hub.client import download
 from .conftest import CLASSES, FILES, ROOT, command, contents, environment, logits, python
 
 sys.path.insert(0, str(ROOT / 'train_scripts'))
-import train  # noqa: E402
+import train
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

@@ -108,7 +108,8 @@ def test_several_machines_meet_where_the_environment_says(recorded):
 
 def test_the_environment_of_the_npu_has_defaults_that_give_way(tmp_path):
     python = tmp_path / 'python'
-    python.write_text('#!/usr/bin/env bash\n[[ $1 == -c ]] && exit 0\necho "$TASK_QUEUE_ENABLE $HCCL_CONNECT_TIMEOUT $OMP_NUM_THREADS"\n')
+    python.write_text('#!/usr/bin/env bash\n[[ $1 == -c ]] && exit 0\n'
+                      'echo "$TASK_QUEUE_ENABLE $HCCL_CONNECT_TIMEOUT $OMP_NUM_THREADS"\n')
     python.chmod(0o755)
     result = run('train_full_1p.sh', PYTHON=str(python), HCCL_CONNECT_TIMEOUT='7', OMP_NUM_THREADS='3')
     assert result.stdout == '2 7 3\n'

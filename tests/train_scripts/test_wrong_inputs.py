@@ -192,7 +192,8 @@ def test_a_wrong_input_is_one_line(places, capfd, monkeypatch, tmp_path, script,
 
 # The same in two processes. Each of these is found in another place: by the check before the processes start, in both
 # of them, in rank 0 alone, and in a batch.
-PLACES = ['--epochz 3', '--initial-checkpoint {five_classes}', '--experiment earlier', '--data-dir {torn_image}']
+PLACES = ['--epochz 3', '--initial-checkpoint {five_classes}', '--output /proc/nowhere',
+          '--data-dir {torn_image}']
 
 
 def in_two_processes(script, words: str, places: dict[str, Path], folder: Path) -> subprocess.CompletedProcess:

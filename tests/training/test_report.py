@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from timm_npu_irv2.plots import draw_curves
+from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.report import COLUMNS, Progress, Report, final_lines
+from timm_npu_irv2.training.setup import describe_train_loss
 
 FACTS = {
     'model': 'inception_resnet_v2_npu',
@@ -125,6 +127,17 @@ def test_curves_are_drawn_for_any_number_of_epochs(tmp_path, epochs, gaps):
         assert picture.size == (1440, 960)
 
 
+def test_the_curves_say_what_the_training_loss_is(tmp_path):
+    rows = [{'epoch': epoch, 'train_loss': 1.0, 'eval_loss': 0.5} for epoch in range(2)]
+    assert draw_curves(rows, tmp_path / 'curves.svg', 'title', 'label smoothing 0.1')
+    assert 'training, with label smoothing 0.1' in (tmp_path / 'curves.svg').read_text()
+
+
+def test_the_training_loss_is_described_by_the_options():
+    assert describe_train_loss(parse_args(['--smoothing', '0'])) == ''
+    assert describe_train_loss(parse_args(['--mixup', '0.2'])) == 'label smoothing 0.1, Mixup'
+
+
 def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert not draw_curves([{'epoch': 0}], tmp_path / 'curves.png', 'title')
@@ -147,14 +160,27 @@ def steps(progress: Progress) -> None:
 def test_a_file_gets_plain_lines(caplog):
     caplog.set_level(logging.INFO)
     stream = io.StringIO()
-    steps(Progress(3, stream))
+    steps(Progress(3, stream, clock=iter([10, 20, 24]).__next__))
     assert stream.getvalue() == ''
     assert [record.message for record in caplog.records] == [
         'Train 0 [ 5/10  50 %]  loss 0.5000  top-1 90.00 %  lr 0.1',
         'Train 0 [10/10 100 %]  loss 0.5000  top-1 90.00 %  lr 0.1  10.0 images/s',
         'Epoch 0 (1 of 3): loss 0.5000, top-1 90.00 %, validation loss 0.2500, top-1 95.00 %, top-5 100.00 %, '
-        '10.0 images/s',
+        '10.0 images/s, 0:48 left',
     ]
+
+
+def test_the_time_that_is_left_counts_batches_and_validations(caplog):
+    caplog.set_level(logging.INFO)
+    progress = Progress(3, io.StringIO(), clock=iter([10, 20, 24, 100, 4100, 4104]).__next__)
+    steps(progress)  # 2 seconds for a batch, 4 for the validation
+    figures = {'batches': 10, 'loss': 0.5, 'top1': 90.0, 'lr': 0.1, 'images_per_second': 0.0}
+    progress.update({**figures, 'epoch': 1, 'batch': 5})
+    assert caplog.records[-1].message.endswith('left 0:10 (run 0:38)')
+    progress.update({**figures, 'epoch': 1, 'batch': 9})  # slower by now
+    assert caplog.records[-1].message.endswith('left 16:40 (run 3:03:28)')
+    progress.update({**figures, 'epoch': 2, 'batch': 10})
+    assert 'left' not in caplog.records[-1].message
 
 
 def test_a_terminal_gets_a_bar_and_a_line_for_each_epoch(caplog):

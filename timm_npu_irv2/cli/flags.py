@@ -368,6 +368,7 @@ _misc = Group('Running, logging and saving', (
     _flag('--tta', 'number of views in validation: 2 averages the logits of each image and its mirror image', int, 0,
           NATURAL, metavar='N'),
     _switch('--use-multi-epochs-loader', 'keep the loading processes busy from one epoch to the next'),
+    _switch('--log-tensorboard', "log to TensorBoard, in the run's folder (pip install tensorboard)"),
     _switch('--log-wandb', 'log to Weights & Biases (pip install wandb)'),
     _flag('--wandb-project', 'project at Weights & Biases', metavar='NAME'),
     _flag('--wandb-tags', 'tags of the run at Weights & Biases', default=[], nargs='+', metavar='TAG'),

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import Stopped, UserError
 from ..escaping import printable
 
-__all__ = ['run_script', 'start_log']
+__all__ = ['report_error', 'run_script', 'start_log']
 
 
 class _OneLine(logging.Formatter):
@@ -35,14 +35,23 @@ def run_script(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[s
     try:
         return main(argv)
     except UserError as error:
-        if _is_first_report():
-            print(printable(f'{name}: error: {error}'), file=sys.stderr, flush=True)
+        report_error(name, error)
         return 2
     except Stopped as stopped:
         logging.getLogger(name).info(stopped)
         return 128 + stopped.number
     except KeyboardInterrupt:
         return 130
+
+
+def report_error(name: str, error: UserError) -> None:
+    """Print the line of an error, once, and from one of several processes.
+
+    A process does so before it leaves the others, or one of them might first report that it lost this one.
+    """
+    if not error.is_reported and _is_first_report():
+        print(printable(f'{name}: error: {error}'), file=sys.stderr, flush=True)
+    error.is_reported = True
 
 
 def _is_first_report() -> bool:

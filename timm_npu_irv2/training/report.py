@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -103,7 +104,7 @@ class Report:
             seconds: Duration of the whole run.
             images_per_second: Mean training throughput of all processes together.
             evaluation: Figures of an evaluation without training; None reports those of the best epoch.
-            further: Further entries.
+            further: Further entries; 'train_loss' is the difference of the training loss from plain cross entropy.
 
         Returns:
             The content of report.json.
@@ -130,7 +131,8 @@ class Report:
         }
         atomic_write(self._path('report.json'), json.dumps(report, indent=2) + '\n')
         if self.rows:
-            draw_curves(self.rows, self._path('curves.png'), title=f'{model} · {precision} · batch {batch_size}')
+            draw_curves(self.rows, self._path('curves.png'), f'{model} · {precision} · batch {batch_size}',
+                        further.get('train_loss', ''))
         top1 = report['top1'] if report['top1'] is not None else (best or {}).get('train_top1')
         _logger.info("The last three lines are those of the ModelZoo; its 'Final Train Accuracy' is validation top-1.")
         print(final_lines(images_per_second, top1, seconds), flush=True)
@@ -171,34 +173,79 @@ def _number(cell: str | None) -> float | None:
 # ------------------------------------------------------------------------------------------------------- console
 
 
+class _Remaining:
+    """An estimate of the time that is left, from the batches and validations since this process began.
+
+    Args:
+        epochs: Number of epochs of the run.
+        clock: Function that returns the time in seconds.
+    """
+
+    def __init__(self, epochs: int, clock: Callable[[], float]):
+        self._epochs, self._clock = epochs, clock
+        self._first: tuple[int, int, float] | None = None  # epoch, batch and time of the first update in the epoch
+        self._last = 0.0
+        self._per_batch: float | None = None
+        self._between = 0.0  # seconds of a validation and a checkpoint
+
+    def update(self, epoch: int, batch: int, batches: int) -> tuple[float, float] | None:
+        """Return the seconds that are left of the epoch and of the run; None before they can be estimated."""
+        self._last = now = self._clock()
+        if self._first is None or self._first[0] != epoch:
+            self._first = epoch, batch, now
+        elif batch > self._first[1]:
+            self._per_batch = (now - self._first[2]) / (batch - self._first[1])
+        if self._per_batch is None:
+            return None
+        epochs_after = max(0, self._epochs - epoch - 1)
+        of_epoch = self._per_batch * (batches - batch)
+        return of_epoch, of_epoch + epochs_after * self._per_batch * batches + (epochs_after + 1) * self._between
+
+    def epoch_done(self, epoch: int, batches: int) -> float | None:
+        """Return the seconds that are left of the run after an epoch and its validation."""
+        if self._per_batch is None:
+            return None
+        self._between = self._clock() - self._last
+        return max(0, self._epochs - epoch - 1) * (self._per_batch * batches + self._between)
+
+
 class Progress:
     """The progress of a run: a bar on a terminal, lines of the log elsewhere.
 
     Args:
         epochs: Number of epochs of the run.
         stream: Stream of the bar; None for stderr.
+        clock: Function that returns the time in seconds.
     """
 
-    def __init__(self, epochs: int, stream: TextIO | None = None):
+    def __init__(self, epochs: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         self.epochs, self.stream = epochs, stream or sys.stderr
         self.bar: tqdm | None = None
+        self._remaining, self._batches = _Remaining(epochs, clock), 0
 
     def update(self, figures: Mapping[str, Any]) -> None:
         """Show 'epoch', 'batch' of 'batches', and 'loss', 'top1', 'lr' and 'images_per_second' of the last batches."""
+        left = self._remaining.update(figures['epoch'], figures['batch'], figures['batches'])
+        self._batches = figures['batches']
+        text = _step_figures(figures)
+        if left is not None and figures['batch'] < figures['batches']:
+            text += f'  left {_duration(left[0])} (run {_duration(left[1])})'
         if not self.stream.isatty():
-            _logger.info(_step_line(figures))
+            _logger.info(_step_line(figures, text))
             return
         if self.bar is None:
             self.bar = tqdm(total=figures['batches'], desc=f'Epoch {figures["epoch"]}', unit='batch', leave=False,
                             file=self.stream, dynamic_ncols=True, initial=figures['batch'])
-        self.bar.set_postfix_str(_step_figures(figures), refresh=False)
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(figures['batch'] - self.bar.n)
         self.bar.refresh()
 
     def epoch_done(self, row: Row) -> None:
         """Show the results of an epoch, a row of summary.csv."""
         self.close()
-        _logger.info(f'Epoch {row["epoch"]} ({row["epoch"] + 1} of {self.epochs}): {_epoch_figures(row)}')
+        left = self._remaining.epoch_done(row['epoch'], self._batches)
+        _logger.info(f'Epoch {row["epoch"]} ({row["epoch"] + 1} of {self.epochs}): {_epoch_figures(row)}'
+                     + (f', {_duration(left)} left' if left else ''))
 
     def close(self) -> None:
         """Remove the bar."""
@@ -207,11 +254,17 @@ class Progress:
             self.bar = None
 
 
-def _step_line(figures: Mapping[str, Any]) -> str:
+def _duration(seconds: float) -> str:
+    """Return a duration as 1:02:03, or 2:03 below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f'{hours}:{minute:02}:{second:02}' if hours else f'{minute}:{second:02}'
+
+
+def _step_line(figures: Mapping[str, Any], text: str) -> str:
     batch, batches = figures['batch'], figures['batches']
     width = len(str(batches))
-    return (f'Train {figures["epoch"]} [{batch:>{width}}/{batches} {100 * batch / batches:3.0f} %]  '
-            f'{_step_figures(figures)}')
+    return f'Train {figures["epoch"]} [{batch:>{width}}/{batches} {100 * batch / batches:3.0f} %]  {text}'
 
 
 def _step_figures(figures: Mapping[str, Any]) -> str:

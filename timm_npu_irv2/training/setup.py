@@ -6,7 +6,7 @@ import importlib
 import inspect
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,13 +40,13 @@ __all__ = [
     'build_precision',
     'build_scheduler',
     'compile_and_distribute',
+    'describe_train_loss',
     'distribute_batch_norm',
     'fast_forward',
     'learning_rate',
     'place_model',
     'set_global_options',
     'setup_ema',
-    'start_wandb',
     'train_settings',
     'translate_lost_process_errors',
     'translate_out_of_memory',
@@ -404,6 +404,19 @@ def translate_lost_process_errors(world: World, advice: str) -> Iterator[None]:
         raise UserError(f'{what}. {advice}') from error
 
 
+def describe_train_loss(args: Namespace) -> str:
+    """Return the difference of the training loss from plain cross entropy, such as 'label smoothing 0.1'."""
+    parts = {
+        'binary cross entropy': args.bce_loss,
+        'Jensen-Shannon divergence': args.jsd_loss,
+        f'label smoothing {args.smoothing:g}': args.smoothing,
+        'Mixup': args.mixup,
+        'CutMix': args.cutmix or args.cutmix_minmax,
+        'distillation': args.kd_model_name,
+    }
+    return ', '.join(name for name, given in parts.items() if given)
+
+
 def train_settings(args: Namespace, layout: Layout, batch_size_reference: float) -> TrainSettings:
     """Return the options of a training step.
 
@@ -424,22 +437,3 @@ def train_settings(args: Namespace, layout: Layout, batch_size_reference: float)
         batch_size_reference=batch_size_reference,
         batch_size_power={'none': 0.0, 'sqrt': 0.5, 'linear': 1.0}[args.variable_batch_loss_scale],
     )
-
-
-def start_wandb(args: Namespace, name: str) -> Callable[[dict[str, Any]], None]:
-    """Start a run of Weights & Biases and return the function that logs a row of figures to it.
-
-    Without --log-wandb the function does nothing.
-
-    Raises:
-        UserError: The package wandb is not installed.
-    """
-    if not args.log_wandb:
-        return lambda row: None
-    try:
-        import wandb  # noqa: PLC0415 - an optional package
-    except ImportError as error:
-        raise UserError('--log-wandb needs the package wandb: pip install wandb.') from error
-    wandb.init(project=args.wandb_project, name=name, config=vars(args), tags=args.wandb_tags,
-               id=args.wandb_resume_id or None, resume='must' if args.wandb_resume_id else None)
-    return wandb.log

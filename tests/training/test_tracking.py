@@ -1,0 +1,74 @@
+"""TensorBoard's event file: the scalars, the first validation pictures and the curves of a run, resumed ones too."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_npu_irv2.cli.script import run_script
+from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.training.options import parse_args
+
+accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+sys.path.insert(0, str(Path(__file__).parents[2] / 'train_scripts'))
+import train  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+PER_EPOCH = 3  # updates
+
+
+@pytest.fixture
+def run(tmp_path):
+    generator = np.random.default_rng(0)
+    for split, label, number in np.ndindex(2, 3, 4):
+        path = tmp_path / 'images' / ('train', 'val')[split] / f'class{label}' / f'{number}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(path)
+
+    def start(*words: str) -> Path:
+        argv = ['--data-dir', str(tmp_path / 'images'), '--output', str(tmp_path), '--experiment', 'run', '--model',
+                'test_resnet', '--img-size', '64', '-b', '4', '-j', '0', '--device', 'cpu', '--log-interval', '1',
+                '--log-tensorboard', *words]
+        assert run_script('train.py', train.main, argv) == 0
+        return tmp_path / 'run'
+
+    return start
+
+
+def events(folder: Path):
+    found = accumulator.EventAccumulator(str(folder / 'tensorboard'), {'scalars': 0, 'images': 0})
+    return found.Reload()
+
+
+def picture(found, tag: str) -> list[tuple[int, int, int]]:
+    return [(event.step, event.width, event.height) for event in found.Images(tag)]
+
+
+def test_a_run_is_in_the_event_file(run):
+    pytest.importorskip('matplotlib')
+    folder = run('--epochs', '2')
+    found = events(folder)
+    assert [event.step for event in found.Scalars('step/loss')] == list(range(1, 2 * PER_EPOCH + 1))
+    rows = [line.split(',') for line in (folder / 'summary.csv').read_text().splitlines()]
+    for column, *values in zip(*rows, strict=True):
+        logged = found.Scalars(f'epoch/{column}')
+        assert [event.step for event in logged] == [PER_EPOCH, 2 * PER_EPOCH]
+        assert [event.value for event in logged] == pytest.approx([float(value) for value in values])
+    assert picture(found, 'curves') == [(2 * PER_EPOCH, 1440, 960)]
+    assert picture(found, 'validation') == [(0, 8 * 64, 2 * 64)]  # 12 images of 64 px, in rows of 8
+
+
+def test_what_a_resumed_run_repeats_is_hidden(run):
+    folder = run('--epochs', '2')
+    run('--epochs', '3', '--resume', str(folder / 'checkpoint-0.pth.tar'))
+    steps = [event.step for event in events(folder).Scalars('step/loss')]
+    assert steps == list(range(1, 3 * PER_EPOCH + 1))
+
+
+def test_a_missing_package_is_found_before_the_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tensorboard', None)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(UserError, match=r'--log-tensorboard needs tensorboard: pip install tensorboard\.'):
+        parse_args(['--log-tensorboard'])
