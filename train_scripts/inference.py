@@ -46,7 +46,7 @@ from timm_npu_irv2.cli.evaluation import (
 from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, device_switches, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.predictions import Answers, Labels, Progress, ShardWriter, tabulate, write_results
-from timm_npu_irv2.cli.script import run_script, start_log
+from timm_npu_irv2.cli.script import leave_at_end, run_script, start_log
 from timm_npu_irv2.cli.shards import Shards, count_images, images_of_shards, open_shards, settings_of, shard_rules
 from timm_npu_irv2.cli.table import EXTENSIONS, by_key, to_json
 from timm_npu_irv2.data.classes import class_info
@@ -62,7 +62,7 @@ from timm_npu_irv2.data.image_files import (
 )
 from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions
 from timm_npu_irv2.deploy import is_deployed, open_deployed, to_inference
-from timm_npu_irv2.distributed import World, agree, barrier, initialize, shutdown
+from timm_npu_irv2.distributed import World, agree, barrier, initialize
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.ops.normalize import normalize_images
 from timm_npu_irv2.plots import Prediction, draw_contact_sheet, gradcam
@@ -206,7 +206,7 @@ def main(argv: Sequence[str]) -> int:
         check_installed('--results-format parquet', *([] if args.shards else ['pandas']), 'pyarrow')
     setup.set_global_options(args)
     world = initialize(args.device, dist_url=args.dist_url, backend=args.dist_backend, timeout=timedelta(days=30))
-    try:
+    with leave_at_end(world, 'inference.py'):
         start_log(world.is_primary)
         devices.configure(world.device, **device_switches(args))
         network, labels = prepare(args, world.device)
@@ -217,8 +217,6 @@ def main(argv: Sequence[str]) -> int:
                     infer_in_shards(args, world, network, labels)
             else:
                 infer(args, network, labels)
-    finally:
-        shutdown(world)
     return 0
 
 

@@ -29,7 +29,7 @@ from timm_npu_irv2 import hub
 from timm_npu_irv2.cli.checks import translate_compile_errors
 from timm_npu_irv2.cli.flags import OUR_MODEL, device_switches
 from timm_npu_irv2.cli.parser import as_yaml
-from timm_npu_irv2.cli.script import report_error, run_script, start_log
+from timm_npu_irv2.cli.script import leave_at_end, run_script, start_log
 from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.distributed import (
     StopRequest,
@@ -42,7 +42,6 @@ from timm_npu_irv2.distributed import (
     launch,
     may_restart,
     restarted,
-    shutdown,
 )
 from timm_npu_irv2.errors import Stopped, UserError
 from timm_npu_irv2.serialization import atomic_write
@@ -144,13 +143,8 @@ def main(argv: Sequence[str]) -> int:
         device_name(args.device, None if args.multiprocessing_distributed else args.device_list),
         dist_url=args.dist_url, backend=args.dist_backend, addr=args.addr, rank=args.rank,
         world_size=None if args.multiprocessing_distributed else args.world_size)
-    try:
+    with leave_at_end(world, 'train.py'):
         run_in(world, args, started)
-    except UserError as error:
-        report_error('train.py', error)
-        raise
-    finally:
-        shutdown(world)
     return 0
 
 

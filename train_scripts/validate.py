@@ -51,12 +51,12 @@ from timm_npu_irv2.cli.evaluation import (
 )
 from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, TRAIN_FLAGS, device_switches, pick
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
-from timm_npu_irv2.cli.script import report_error, run_script, start_log
+from timm_npu_irv2.cli.script import leave_at_end, run_script, start_log
 from timm_npu_irv2.cli.table import to_csv, to_text
 from timm_npu_irv2.data.classes import class_indices
 from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions, remember_training, trained_channels
 from timm_npu_irv2.deploy import is_deployed, open_deployed, to_inference
-from timm_npu_irv2.distributed import World, gather_objects, initialize, shutdown
+from timm_npu_irv2.distributed import World, gather_objects, initialize
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.hub.client import CONFIG, WEIGHTS, download, split_revision
 from timm_npu_irv2.serialization import atomic_write
@@ -254,7 +254,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     setup.set_global_options(args)
     world = initialize(args.device, dist_url=args.dist_url, backend=args.dist_backend)
-    try:
+    with leave_at_end(world, 'validate.py'):
         start_log(world.is_primary)
         devices.configure(world.device, **device_switches(args))
         candidates = find_candidates(args.model, args.checkpoint)
@@ -272,11 +272,6 @@ def main(argv: Sequence[str]) -> int:
             print(f'--result\n{json.dumps(results, indent=4)}', flush=True)
         if len(args.checkpoint) > 1 and len(results) < len(candidates):
             raise UserError(f'{len(candidates) - len(results)} of {len(candidates)} networks could not be validated.')
-    except UserError as error:
-        report_error('validate.py', error)
-        raise
-    finally:
-        shutdown(world)
     return 0
 
 

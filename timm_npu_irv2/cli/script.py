@@ -1,16 +1,18 @@
 """Start and end of a script: its log, its exit code, and one line for an error that the user can correct."""
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ..distributed import World, shutdown
 from ..errors import Stopped, UserError
 from ..escaping import printable
 
-__all__ = ['report_error', 'run_script', 'start_log']
+__all__ = ['leave_at_end', 'run_script', 'start_log']
 
 
 class _OneLine(logging.Formatter):
@@ -35,7 +37,7 @@ def run_script(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[s
     try:
         return main(argv)
     except UserError as error:
-        report_error(name, error)
+        _report(name, error)
         return 2
     except Stopped as stopped:
         logging.getLogger(name).info(stopped)
@@ -44,11 +46,27 @@ def run_script(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[s
         return 130
 
 
-def report_error(name: str, error: UserError) -> None:
-    """Print the line of an error, once, and from one of several processes.
+@contextlib.contextmanager
+def leave_at_end(world: World, name: str) -> Iterator[None]:
+    """Leave the other processes at the end of the block.
 
-    A process does so before it leaves the others, or one of them might first report that it lost this one.
+    An error of this one is reported before that, or another one might first report that it lost this one.
+
+    Args:
+        world: This process among all.
+        name: Name of the script.
     """
+    try:
+        yield
+    except UserError as error:
+        _report(name, error)
+        raise
+    finally:
+        shutdown(world)
+
+
+def _report(name: str, error: UserError) -> None:
+    """Print the line of an error, once, and from one of several processes."""
     if not error.is_reported and _is_first_report():
         print(printable(f'{name}: error: {error}'), file=sys.stderr, flush=True)
     error.is_reported = True
