@@ -89,7 +89,7 @@ def placeholders(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'train_scripts').symlink_to(SCRIPTS)
-    for run in ('run', 'first', 'short'):
+    for run in ('run', 'first', 'short', 'cifar'):
         folder = tmp_path / 'output/train' / run
         folder.mkdir(parents=True)
         (folder / 'args.yaml').write_text('data_dir: flowers\nnum_classes: 5\nimg_size: 224\n')

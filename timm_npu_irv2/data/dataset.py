@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UserError, first_line
 from . import wds
+from .cifar import CifarReader, find_cifar
 from .classes import map_classes, read_class_map
 from .decode import read_image, to_pil_mode
 from .fast import read_array
@@ -123,6 +124,9 @@ def open_dataset(
             does not know, or no such data set.
     """
     folder = find_root(name, root, split)
+    if not name and (cifar := find_cifar(root or '')):
+        numbers = read_class_map(class_map, cifar) if class_map else class_to_idx
+        return ImageDataset(CifarReader(cifar, split, numbers), input_img_mode)
     if folder is None or '/' in name:
         if folder is not None:
             root, options['search_split'] = str(folder), False
@@ -138,7 +142,7 @@ def open_dataset(
 
 
 def find_root(name: str, root: str | None, split: str) -> Path | None:
-    """Return the folder or tar file of a split; None for data sets that are not a folder of images.
+    """Return the folder or tar file of a split; None for data sets that are not a folder of images, such as CIFAR's.
 
     Args:
         name: '<type>/<name>' as timm takes it; empty for a folder or a tar file.
@@ -152,6 +156,9 @@ def find_root(name: str, root: str | None, split: str) -> Path | None:
     if not rest or rest in ('folder', 'image_folder'):
         if not root:
             raise UserError('no data: name the folder that holds train/ and val/ with --data-dir.')
+        if not rest and find_cifar(root):
+            check_split_name(split)
+            return None
         return find_split(root, split)
     if kind == 'torch' and rest in TRAIN_OR_TEST:
         check_split_name(split)

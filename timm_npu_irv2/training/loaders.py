@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..cli.checks import given_options, name_option
 from ..data.augmentation import Augmentation
+from ..data.cifar import find_cifar, read_cifar_classes
 from ..data.dataset import check_apart, check_num_classes, find_root, open_dataset
 from ..data.loader import DeviceLoader, create_eval_loader, create_train_loader, create_train_sampler
 from ..data.pipeline import ImagePipeline
@@ -128,8 +129,10 @@ def build_eval_loader(
 
 
 def count_classes(args: Namespace) -> int | None:
-    """Return the number of class folders of the training set; None for other data sets and for --class-map."""
+    """Return the number of classes of a folder or of CIFAR; None for other data sets, and for --class-map."""
     root = find_root(args.dataset, args.data_dir, args.train_split)
+    if not args.dataset and not args.class_map and (cifar := find_cifar(args.data_dir)):
+        return len(read_cifar_classes(cifar))
     if root is None or not root.is_dir() or args.class_map:
         return None
     with os.scandir(root) as entries:

@@ -93,7 +93,7 @@ def build_model(args: Namespace, num_classes: int | None = None) -> nn.Module:
         if path and not Path(path).is_file():
             raise UserError(f'{option} {path}: no such file.')
     if args.num_classes is None and num_classes is not None:
-        _logger.info(f'Classifier: {num_classes} outputs, one per class folder.')
+        _logger.info(f'Classifier: {num_classes} outputs, one per class of the data.')
     model = _create(args, args.num_classes or num_classes)
     with name_option(f'--model {args.model}'):
         _initialize_head(model, args)
