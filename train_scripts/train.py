@@ -58,7 +58,7 @@ from timm_npu_irv2.training.report import Report
 from timm_npu_irv2.training.resumption import describe_data
 from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
 from timm_npu_irv2.training.task import build_task
-from timm_npu_irv2.training.tracking import Logs
+from timm_npu_irv2.training.tracking import Logs, check_packages
 
 _logger = logging.getLogger('train')
 
@@ -132,6 +132,7 @@ def main(argv: Sequence[str]) -> int:
     """Read the options, start one process per card if asked to, and train."""
     started = time.monotonic()
     args = parse_args(argv)
+    check_packages(args)
     if args.multiprocessing_distributed and not is_launched():
         return launch(
             __file__, argv, device=args.device, device_list=args.device_list, nodes=args.world_size or 1,

@@ -9,7 +9,6 @@ from PIL import Image
 
 from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.training.options import parse_args
 
 accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
 sys.path.insert(0, str(Path(__file__).parents[2] / 'train_scripts'))
@@ -71,4 +70,4 @@ def test_a_missing_package_is_found_before_the_run(monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorboard', None)
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(UserError, match=r'--log-tensorboard needs tensorboard: pip install tensorboard\.'):
-        parse_args(['--log-tensorboard'])
+        train.main(['--log-tensorboard'])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import precision
-from ..cli.checks import check_compile_backend, check_image_size, check_installed, check_rules, dataset_rules
+from ..cli.checks import check_compile_backend, check_image_size, check_rules, dataset_rules
 from ..cli.flags import REFUSED, TRAIN_FLAGS
 from ..cli.parser import parse_flags
 
@@ -45,9 +45,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for rules in _data_rules, _model_rules, _loss_rules, _process_rules, _schedule_rules:
         check_rules(rules(args))
     check_compile_backend(args.torchcompile)
-    for package in 'wandb', 'tensorboard':
-        if getattr(args, f'log_{package}'):
-            check_installed(f'--log-{package}', package)
     return args
 
 

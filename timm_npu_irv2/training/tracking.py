@@ -10,16 +10,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..cli.checks import name_option
+from ..cli.checks import check_installed, name_option
 from ..data.decode import to_pil_mode
 from .engine import Trainer
 from .report import Progress
 
-__all__ = ['Logs', 'TensorBoard', 'start_wandb']
+__all__ = ['Logs', 'TensorBoard', 'check_packages', 'start_wandb']
 
 _logger = logging.getLogger(__name__)
 
 PICTURES = 16  # of the validation set
+
+
+def check_packages(args: Namespace) -> None:
+    """Raise UserError if --log-tensorboard or --log-wandb names a package that is not installed."""
+    for package in 'wandb', 'tensorboard':
+        if getattr(args, f'log_{package}'):
+            check_installed(f'--log-{package}', package)
 
 
 class Logs:
