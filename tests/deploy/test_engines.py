@@ -26,6 +26,7 @@ from timm_npu_irv2 import UserError
 from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.deploy import EngineNetwork, InferenceNetwork, Predictor, load, save, to_inference
 from timm_npu_irv2.deploy import onnx as graph
+from timm_npu_irv2.deploy.engines import fastest_engine, record_engines, record_path
 from timm_npu_irv2.deploy.engines.onnxruntime import separate_siblings
 from timm_npu_irv2.serialization import save_weights
 
@@ -243,13 +244,32 @@ def test_the_file_of_a_discarded_network_is_removed(model):
 # ---------------------------------------------------------------------------------------------------------- the choice
 
 
-def test_torch_is_the_default_and_what_auto_means_before_a_measurement(model, caplog):
+def test_torch_is_the_default_and_what_auto_means_before_a_measurement(model, caplog, monkeypatch, tmp_path):
+    monkeypatch.setenv('TIMM_NPU_IRV2_CACHE', str(tmp_path))
     assert isinstance(to_inference(model), InferenceNetwork)
     with caplog.at_level(logging.INFO):
         assert isinstance(to_inference(model, engine='auto'), InferenceNetwork)
     assert [record.getMessage() for record in caplog.records] == [
         "engine 'auto': no engine has been measured on this machine; using torch."]
     assert to_inference(model, dtype='bfloat16').conv2d_1a.weight.dtype == torch.bfloat16
+
+
+def test_auto_is_the_fastest_engine_of_the_record_for_its_dtype_and_threads(model, monkeypatch, tmp_path):
+    monkeypatch.setenv('TIMM_NPU_IRV2_CACHE', str(tmp_path))
+    slow, quick = ({'images_per_second': rate, 'latency_ms': 100.0} for rate in (5.0, 9.0))
+    record_engines('float32', {'torch': slow, 'onnxruntime': quick})
+    record_engines('bfloat16', {'torch': quick, 'onnxruntime': slow})
+    assert to_inference(model, engine='auto').engine.name == 'onnxruntime'
+    assert isinstance(to_inference(model, engine='auto', dtype='bfloat16'), InferenceNetwork)
+    assert isinstance(to_inference(model, 'meta', engine='auto'), InferenceNetwork)
+    record_engines('float32', {'torch': slow, 'onnxruntime': {**quick, 'latency_ms': 200.0}})
+    assert isinstance(to_inference(model, engine='auto'), InferenceNetwork)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, 'get_num_threads', lambda: 99)
+        assert fastest_engine('float32') is None
+    record_path('float32').write_text('{"engines": {"torch": 3}}')
+    with pytest.raises(UserError, match='is damaged'):
+        to_inference(model, engine='auto')
 
 
 @pytest.mark.parametrize(('options', 'message'), [

@@ -1,6 +1,7 @@
 """``benchmark.py infer``: images/s, latency and memory of inference, alternated with the ways others run the network.
 
-Memory is that of a process of its own, which has loaded the network and computed a few batches.
+Memory is that of a process of its own, which has loaded the network and computed a few batches. The figures of this
+package's engines on a CPU are recorded for ``engine='auto'``.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from .. import device as devices
 from ..deploy import Predictor, load, onnx, save, to_inference
+from ..deploy.engines import fastest_engine, record_engines
 from . import report
 from .timing import ratio, times_in_turn
 
@@ -31,17 +33,20 @@ COLUMNS = ('images/s', "of timm's", 'p50 ms', 'p99 ms', 'MB')
 OURS, OURS_COMPILED, OURS_UNFOLDED = 'ours', 'ours-compiled', 'ours-unfolded'  # the last as train.py evaluates it
 TIMM, COMPILED = 'timm', 'timm-compiled'
 CHANNELS_LAST, ONNXRUNTIME, OPENVINO = 'timm-channels-last', 'onnxruntime', 'openvino'
-CANDIDATES = (OURS, OURS_COMPILED, OURS_UNFOLDED, TIMM, CHANNELS_LAST, COMPILED, ONNXRUNTIME, OPENVINO)
-PEERS = CANDIDATES[4:]
+ENGINES = {f'ours-{name}': name for name in ('onnxruntime', 'openvino')}  # this package's network on them
+CANDIDATES = (OURS, *ENGINES, OURS_COMPILED, OURS_UNFOLDED, TIMM, CHANNELS_LAST, COMPILED, ONNXRUNTIME, OPENVINO)
+PEERS = (CHANNELS_LAST, COMPILED, ONNXRUNTIME, OPENVINO)
 CLIENTS = 16
+INT8, CALIBRATION_IMAGES = 'int8', 2  # random ones, enough to measure the speed
 
 Infer = Callable[[Tensor], Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this subcommand."""
-    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'),
-                        help='dtype of all candidates but `timm`, which stays in float32 (default: float32)')
+    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16', INT8),
+                        help="dtype of all candidates but `timm`, which stays in float32; int8 is that of our "
+                             'engines, beside the others in bfloat16 (default: float32)')
     parser.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images in a batch (default: 8)')
     parser.add_argument('--rounds', type=int, default=7, metavar='N', help='turns of each candidate (default: 7)')
     parser.add_argument('--warmup', type=int, default=2, metavar='N', help='batches before the first turn (default: 2)')
@@ -50,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--only', nargs='+', choices=CANDIDATES, metavar='NAME',
                         help=f'measure only these candidates: {", ".join(CANDIDATES)} (default: all installed)')
     parser.add_argument('--predictor', action='store_true',
-                        help=f'also measure Predictor, with {CLIENTS} threads that send single images')
+                        help=f'also measure Predictor on each engine, with {CLIENTS} threads that send single images')
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,17 +64,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     devices.configure(device)
     names = [name for name in args.only or CANDIDATES if args.only or _available(name, device, args.dtype)]
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), names, args.img_size)
+        prepare(Path(folder), names, args.img_size, args.dtype)
         memory = {name: _memory(Path(folder), name, device, args) for name in names}
         runners = {name: create(name, Path(folder), device, args.dtype) for name in names}
         rates = _rates(runners, device, args)
         latencies = _latencies(runners, device, args)
-        served = _served(Path(folder), device, args) if args.predictor else {}
+        served = {name: _served(runner.network, device, args) for name, runner in runners.items()
+                  if args.predictor and isinstance(runner, _Ours)}
     rows = {name: _row(rates, latencies[name], memory[name], name) for name in names}
     title = f'Inference at {args.img_size} px, {args.dtype}, batch {args.batch_size}, {device.type}'
     report.print_table(title, COLUMNS, rows)
     for line in _verdicts(rates, latencies, served):
         print(f'  {line}')
+    _record(rates, latencies, device, args.dtype)
     return {'title': title, 'columns': COLUMNS, 'rows': rows, 'images_per_second': rates, 'latency_ms': latencies,
             'served': served, 'threads': torch.get_num_threads(), 'device': devices.describe(device),
             'versions': devices.versions()}
@@ -79,24 +86,41 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _available(name: str, device: torch.device, dtype: str) -> bool:
-    if name in (ONNXRUNTIME, OPENVINO):
-        missing = [package for package in (name, 'onnx') if importlib.util.find_spec(package) is None]
-        dtypes = ('float32', 'bfloat16') if name == OPENVINO else ('float32',)
-        return device.type == 'cpu' and not missing and dtype in dtypes
-    return True
+    runtime = ENGINES.get(name, name)
+    if runtime in (ONNXRUNTIME, OPENVINO):
+        needed = (runtime, 'onnx', 'onnxruntime') if dtype == INT8 else (runtime, 'onnx')
+        missing = [package for package in needed if importlib.util.find_spec(package) is None]
+        dtypes = ('float32', 'bfloat16', INT8) if runtime == OPENVINO else ('float32', INT8)
+        return device.type == 'cpu' and not missing and dtype in dtypes and (name in ENGINES or dtype != INT8
+                                                                             or runtime == OPENVINO)
+    return dtype != INT8 or name in PEERS
 
 
-def prepare(folder: Path, names: Iterable[str], img_size: int) -> None:
-    """Save the same random network into ``folder`` in each candidate's format: timm's weights, our folder, ONNX."""
+def prepare(folder: Path, names: Iterable[str], img_size: int, dtype: str = 'float32') -> None:
+    """Save the same random network into ``folder`` in each candidate's format: timm's weights, our folders, ONNX."""
     torch.manual_seed(0)
     model = timm.create_model('inception_resnet_v2').eval()
     torch.save(model.state_dict(), folder / 'timm.pth')
     if {OURS, OURS_COMPILED} & set(names):
         save(to_inference(model), folder / 'ours')
+    for name in ENGINES.keys() & set(names):
+        images = torch.randn(CALIBRATION_IMAGES, 3, img_size, img_size) if dtype == INT8 else None
+        network = to_inference(model, dtype=dtype, engine=ENGINES[name], calibration=images)
+        save(network, folder / name)
     if {ONNXRUNTIME, OPENVINO} & set(names):
         example = torch.zeros(2, 3, img_size, img_size)
         torch.onnx.export(model, (example,), folder / 'timm.onnx', dynamo=False, input_names=['images'],
                           opset_version=onnx.OPSET, dynamic_axes={'images': {0: 'batch'}})
+
+
+class _Ours:
+    """This package's network, in the dtype and layout that it takes."""
+
+    def __init__(self, network: Any, dtype: torch.dtype, layout: torch.memory_format):
+        self.network, self.dtype, self.layout = network, dtype, layout
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.network(images.to(self.dtype, memory_format=self.layout))
 
 
 def create(name: str, folder: Path, device: torch.device, dtype: str) -> Infer:
@@ -108,6 +132,9 @@ def create(name: str, folder: Path, device: torch.device, dtype: str) -> Infer:
         device: Device to run on.
         dtype: Name of the dtype to compute in; 'timm' stays in float32.
     """
+    if name in ENGINES:
+        return _Ours(load(folder / name), torch.float32, torch.contiguous_format)
+    dtype = 'bfloat16' if dtype == INT8 else dtype
     if name == ONNXRUNTIME:
         runner = onnx.session(folder / 'timm.onnx', torch.get_num_threads())
         return lambda images: runner.run(None, {'images': images.numpy()})
@@ -124,6 +151,8 @@ def create(name: str, folder: Path, device: torch.device, dtype: str) -> Infer:
     if name in (OURS_COMPILED, COMPILED):
         model = torch.compile(model)
     layout = torch.contiguous_format if name == TIMM else devices.memory_format(device)
+    if name == OURS:
+        return _Ours(model, kind, layout)
     return lambda images: model(images.to(kind, memory_format=layout))
 
 
@@ -198,9 +227,8 @@ def _memory_here(
 
 
 @torch.inference_mode()
-def _served(folder: Path, device: torch.device, args: argparse.Namespace) -> dict[str, list[float]]:
+def _served(network: Any, device: torch.device, args: argparse.Namespace) -> dict[str, list[float]]:
     """Return images per second of whole batches and of single images through a Predictor, measured in turn."""
-    network = load(folder / 'ours', device, getattr(torch, args.dtype))
     shape = (3, args.img_size, args.img_size)
     network.pretrained_cfg['input_size'] = shape
     images = torch.randint(0, 256, (2 * CLIENTS, *shape), dtype=torch.uint8)
@@ -234,23 +262,39 @@ def _percentiles(values: Sequence[float]) -> tuple[float, float]:
 def _verdicts(
         rates: Mapping[str, Sequence[float]],
         latencies: Mapping[str, Sequence[float]],
-        served: Mapping[str, Sequence[float]],
+        served: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> Iterable[str]:
     peers = [name for name in PEERS if name in rates]
-    for name in (OURS, OURS_COMPILED):
+    for name in (OURS, *ENGINES, OURS_COMPILED):
         if name not in rates or not peers:
             continue
         best = max(peers, key=lambda peer: statistics.median(rates[peer]))
         median, low, high = ratio(rates[name], rates[best])
         yield f'{name}: {median:.3f} of the best peer, {best} ({low:.3f} to {high:.3f} in {len(rates[name])} rounds)'
         fastest = min(peers, key=lambda peer: statistics.median(latencies[peer]))
-        times = statistics.median(latencies[name]) / statistics.median(latencies[fastest])
-        yield f'{name}: a single image takes {times:.3f} of the time of the fastest peer, {fastest}'
+        median, low, high = ratio(latencies[fastest], latencies[name])
+        yield f'{name}: {median:.3f} of the speed of the fastest peer with single images, {fastest}'
     if {OURS_UNFOLDED, CHANNELS_LAST} <= rates.keys():
         median, low, high = ratio(rates[OURS_UNFOLDED], rates[CHANNELS_LAST])
         yield f'{OURS_UNFOLDED}: {median:.3f} of {CHANNELS_LAST} ({low:.3f} to {high:.3f})'
-    if served:
-        median, low, high = ratio(served['predictor'], served['batches'])
-        yield (f'Predictor, {CLIENTS} threads with single images: {median:.3f} of the rate of whole batches '
+    for name, figures in served.items():
+        median, low, high = ratio(figures['predictor'], figures['batches'])
+        yield (f'{name}: Predictor, {CLIENTS} threads with single images: {median:.3f} of the rate of whole batches '
                f'({low:.3f} to {high:.3f})')
+
+
+def _record(
+        rates: Mapping[str, Sequence[float]],
+        latencies: Mapping[str, Sequence[float]],
+        device: torch.device,
+        dtype: str,
+) -> None:
+    """Record the engines for ``engine='auto'`` if there was a choice."""
+    engines = {OURS: 'torch', **ENGINES}
+    speeds = {engines[name]: {'images_per_second': statistics.median(rates[name]),
+                              'latency_ms': statistics.median(latencies[name])} for name in rates if name in engines}
+    if device.type == 'cpu' and (len(speeds) > 1 or (dtype == INT8 and speeds)):
+        path = record_engines(dtype, speeds)
+        print(f"  engine='auto' is {fastest_engine(dtype)} from now on, for {dtype} with {torch.get_num_threads()} "
+              f'thread(s): {path}')
 

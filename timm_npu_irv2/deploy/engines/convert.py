@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ... import device as devices
 from ... import rules, schema
 from ...errors import UserError
 from ...ops.normalize import normalize_images
@@ -19,6 +20,8 @@ from .. import fold, quantization
 from .. import onnx as graph
 from ..network import InferenceNetwork
 from .base import Engine
+from .cpu import saturates_int8
+from .measured import fastest_engine
 from .network import CONFIG, EngineNetwork
 from .om import OM
 from .onnxruntime import ONNXRuntime
@@ -37,19 +40,30 @@ ENGINES: dict[str, Engine | None] = {
 
 
 def _engine_named(name: str) -> Engine | None:
-    """Return the engine of a name, None for torch itself; 'auto' is the fastest as measured on this machine.
+    """Return the engine of a name, None for torch itself.
 
     Raises:
         UserError: There is no such engine.
     """
-    if name == 'auto':
-        _logger.info("engine 'auto': no engine has been measured on this machine; using torch.")
-        return None
     if name not in ENGINES:
         close = difflib.get_close_matches(name, ENGINES, 1)
         hint = f'Did you mean {close[0]}?' if close else f'Use one of auto, {", ".join(ENGINES)}.'
         raise UserError(f"there is no engine '{name}'. {hint}")
     return ENGINES[name]
+
+
+def _measured_engine(device: torch.device, dtype: torch.dtype | str | None) -> str:
+    """Return the name of the engine that 'auto' stands for."""
+    if device.type != 'cpu':
+        _logger.info(f"engine 'auto': using torch, the engine for {device.type}.")
+        return 'torch'
+    kind = devices.fast_dtype(device) if dtype == 'fast' else dtype or 'float32'
+    fastest = fastest_engine(str(kind).removeprefix('torch.'))
+    if fastest is None:
+        _logger.info("engine 'auto': no engine has been measured on this machine; using torch.")
+        return 'torch'
+    _logger.info(f"engine 'auto': {fastest} was the fastest here.")
+    return fastest
 
 
 @overload
@@ -96,13 +110,16 @@ def to_inference(
         mean: Mean of the normalisation of uint8 images; None for that of the model's ``pretrained_cfg``.
         std: Standard deviation, likewise.
         engine: Runtime: 'torch'; 'openvino' or 'onnxruntime', on CPUs; 'om', CANN's, on Ascend's inference cards; or
-            'auto' for the fastest one as measured on this machine.
+            'auto' for the fastest one on a CPU as ``benchmark.py infer`` measured it on this machine, else torch.
         calibration: Images for the ranges of int8: a folder of files, or a tensor (N, C, H, W), uint8 or normalised.
 
     Raises:
         UserError: ``model`` is another network, or has norms or activations that cannot be folded; the engine is not
             installed, or cannot compute in this dtype or on this device.
     """
+    if engine == 'auto':
+        weight = next(model.parameters(), None)
+        engine = _measured_engine(torch.device(device or ('cpu' if weight is None else weight.device)), dtype)
     runtime = _engine_named(engine)
     if runtime is None:
         return fold.to_inference(model, device, _torch_dtype(dtype), mean, std)
@@ -158,15 +175,16 @@ def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
 
 
 def _quantize(model: Path, calibration: str | os.PathLike | Tensor | None, config: dict[str, Any]) -> None:
-    """Quantise a file in place, by the recipe that is best on every second image."""
+    """Quantise a file in place, by the recipe that is best on every second image, with all bits that this CPU takes."""
+    options = {'reduce_range': saturates_int8()}
     if isinstance(calibration, Tensor):
         batches = _batches(calibration, config)
-        recipe = quantization.quantize_best(model, model, batches[::2], batches[1::2] or batches)
+        recipe = quantization.quantize_best(model, model, batches[::2], batches[1::2] or batches, **options)
     else:
         inputs = quantization.ModelInputs(str(calibration), {**config, 'uint8': False})
         inputs.keep(2 * MOST_IMAGES)
         held_out = inputs.split()
-        recipe = quantization.quantize_best(model, model, inputs, held_out)
+        recipe = quantization.quantize_best(model, model, inputs, held_out, **options)
     _logger.info(f'int8: calibrated by {recipe}.')
 
 
