@@ -16,10 +16,20 @@ from torch.nn.modules import module as nn_module
 __all__ = ['is_eager', 'is_unobserved']
 
 _call = nn.Module.__call__
-_forwards: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.Identity, nn.MaxPool2d, nn.ReLU)}
 # Global names are found faster than attributes of modules.
 _is_compiling, _tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
 _are_transforms_active = torch._C._are_functorch_transforms_active
+
+
+class _Forwards(dict[type[nn.Module], Any]):
+    """``forward`` of classes as it was first seen; a lookup is faster than by ``setdefault``."""
+
+    def __missing__(self, kind: type[nn.Module]) -> Any:
+        self[kind] = kind.forward
+        return self[kind]
+
+
+_forwards = _Forwards({kind: kind.forward for kind in (nn.Conv2d, nn.Identity, nn.MaxPool2d, nn.ReLU)})
 
 
 def is_eager(x: Tensor) -> bool:
@@ -44,10 +54,9 @@ def is_unobserved(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     ``forward`` on the instance; ``module.compile()`` puts a compiled call there.
     """
     kind: Any = type(module)
-    if kind not in kinds or kind.forward is not _forwards.setdefault(kind, kind.forward):
+    if kind not in kinds or kind.forward is not _forwards[kind]:
         return False
-    assert module is not None  # NoneType is none of the kinds
-    state = module.__dict__
+    state: Any = module.__dict__
     return not (
         state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks']
         or state['_backward_pre_hooks'] or 'forward' in state or '_compiled_call_impl' in state

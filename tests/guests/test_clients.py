@@ -54,7 +54,8 @@ def test_torch_pruning_removes_channels():
     pruning = pytest.importorskip('torch_pruning')
     sizes = []
     for model in short_pair():
-        # What merged convolutions compute is split at fixed channels, so they keep theirs.
+        # What merged convolutions compute is split at fixed channels, which Torch-Pruning cannot change, so they keep
+        # theirs. It then leaves the residual streams as they are, too, since one of them feeds the streams.
         merged = [module.conv for module in model.modules() if isinstance(module, Siblings)]
         before = sum(p.numel() for p in model.parameters())
         pruner = pruning.pruner.MagnitudePruner(
