@@ -70,6 +70,8 @@ class Backend:
         slow_slices: BatchNorm of a slice of channels is slower than copying the slice first. So it is on a CPU, where
             ATen vectorizes only what has no gaps: with the copy it takes an eighth to two fifths of the time
             (``benchmark.py ops``).
+        pointwise: Form of 1×1 convolutions, see :mod:`.ops.variants`. On an NPU products of matrices need no
+            conversion of layouts; the 'large' ones save the most for one call more each.
     """
 
     type: str
@@ -79,6 +81,7 @@ class Backend:
     visible: str | None = None
     cheap_elu: bool = True
     slow_slices: bool = False
+    pointwise: str = 'convolution'
 
     @property
     def fused_convolution_dtypes(self) -> tuple[torch.dtype, ...]:
@@ -96,7 +99,7 @@ def _onednn_has_bfloat16() -> bool:
 # torch_npu refuses channels_last tensors: convolutions choose their own layout on the NPU. A CPU has no float16
 # convolutions worth using, but bfloat16 ones.
 _BACKENDS = {
-    'npu': Backend('npu', 'hccl', visible='ASCEND_RT_VISIBLE_DEVICES'),
+    'npu': Backend('npu', 'hccl', visible='ASCEND_RT_VISIBLE_DEVICES', pointwise='large'),
     'cuda': Backend('cuda', 'nccl', torch.channels_last, visible='CUDA_VISIBLE_DEVICES'),
     'cpu': Backend('cpu', 'gloo', torch.channels_last, torch.bfloat16, cheap_elu=False, slow_slices=True),
 }

@@ -15,12 +15,12 @@ from timm.layers import ConvNormAct, get_norm_act_layer
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .ops import batch_norm_relu, pointwise_convolution, scaled_residual_relu, variants
+from .ops import batch_norm_relu, pointwise_convolution, pointwise_form, scaled_residual_relu, variants
 from .recompute import recomputed
 from .shortcuts import is_eager, is_unobserved
 
-__all__ = ['BatchNormAct2d', 'BlockSequence', 'LayerFactory', 'PiecewiseNorm', 'ResidualBlock', 'Siblings',
-           'concatenate', 'conv_pool']
+__all__ = ['BatchNormAct2d', 'BlockSequence', 'LayerFactory', 'PiecewiseNorm', 'PointwiseConvNormAct', 'ResidualBlock',
+           'Siblings', 'concatenate', 'conv_pool']
 
 
 @register_notrace_module
@@ -132,21 +132,47 @@ class PiecewiseNorm(nn.ModuleList):
         return torch.cat(out, 1)
 
 
-def split(x: Tensor, channels: List[int]) -> List[Tensor]:
-    """Split ``x`` along its channels, without an operator in the gradient where there is one piece only."""
+def split(x: Tensor, channels: List[int], dim: int = 1) -> List[Tensor]:
+    """Split ``x`` along its channels (or ``dim``), without an operator in the gradient if there is one piece only."""
     if len(channels) == 1:
         return [x]
-    pieces = x.split(channels, 1)
+    pieces = x.split(channels, dim)
     return [pieces[i] for i in range(len(channels))]  # FX cannot iterate
 
 
-def convolve_1x1(conv: nn.Module, x: Tensor) -> Tensor:
-    """Compute ``conv(x)`` for a 1×1 convolution in the chosen form; a product of matrices is a shortcut."""
-    if variants().pointwise == 'product' and is_eager(x) and is_unobserved(conv, nn.Conv2d):
+def convolve_1x1(conv: nn.Module, x: Tensor, large: bool = False) -> Tensor:
+    """Compute ``conv(x)`` for a 1×1 convolution in the chosen form; a product of matrices is a shortcut.
+
+    Args:
+        conv: Convolution.
+        x: Input (N, C, H, W).
+        large: The form 'large' means this convolution, if the input has enough positions.
+    """
+    if is_eager(x) and _is_product(x, large) and is_unobserved(conv, nn.Conv2d):
         parameters: Any = conv._parameters
         if 'weight' in parameters and 'bias' in parameters and parameters['weight'].dtype == x.dtype:
             return pointwise_convolution(x, parameters['weight'], parameters['bias'])
     return conv(x)
+
+
+def _is_product(x: Tensor, large: bool = False) -> bool:
+    form = pointwise_form(x)
+    return form == 'product' or (large and form == 'large' and x.shape[2:].numel() >= LARGE)
+
+
+LARGE = 1024  # positions of an image
+
+
+class PointwiseConvNormAct(ConvNormAct):
+    """timm's ConvNormAct of a 1×1 convolution, which may be computed as a product of matrices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve, normalise and activate ``x`` (N, C, H, W)."""
+        if torch.jit.is_scripting():  # noqa: SIM108 - TorchScript leaves out the other branch of a statement only
+            x = self.conv(x)
+        else:
+            x = convolve_1x1(self.conv, x, large=True)
+        return self.bn(x)
 
 
 def concatenate(branches: List[Tensor]) -> Tensor:
@@ -188,14 +214,24 @@ class Siblings(nn.Module):
     def forward(self, x: Tensor) -> List[Tensor]:
         """(N, in_channels, H, W) -> one (N, C, H, W) for each of ``direct``, then for each of ``passed_on``."""
         if torch.jit.is_scripting():  # noqa: SIM108 - TorchScript leaves out the other branch of a statement only
-            merged = self.conv(x)
+            pieces = split(self.conv(x), self.pieces)
         else:
-            merged = convolve_1x1(self.conv, x)
-        pieces = split(merged, self.pieces)
+            pieces = self.convolve(x)
         out = pieces[:-1] + split(self.bn(pieces[-1]), self.passed_on)
         if torch.jit.is_scripting():
             return out  # TorchScript has no tuples of any length
         return _as_tuple(out)
+
+    @torch.jit.unused
+    def convolve(self, x: Tensor) -> List[Tensor]:
+        """Return the outputs of the convolutions, those of ``passed_on`` as one; separate ones are a shortcut."""
+        conv: Any = self.conv
+        if variants().siblings != 'separate' or not is_eager(x) or not is_unobserved(conv, nn.Conv2d):
+            return split(convolve_1x1(conv, x), self.pieces)
+        weights = split(conv._parameters['weight'], self.pieces, 0)
+        if _is_product(x) and weights[0].dtype == x.dtype:
+            return [pointwise_convolution(x, weight, None) for weight in weights]
+        return [conv._conv_forward(x, weight, None) for weight in weights]
 
 
 def add_scaled(x: Tensor, branch: Tensor, scale: float) -> Tensor:
@@ -251,8 +287,7 @@ class ResidualBlock(nn.Module):
             return self.activate(add_scaled(x, self.residual(x), self.scale))
         if is_eager(x) and self.can_shortcut():
             bias: Any = self.conv2d.bias
-            scales = torch.is_grad_enabled() and self.scale != 1.0
-            return self.shortcut(x, bias * self.scale if scales else None)
+            return self.shortcut(x, bias * self.scale if _folds_scales() and self.scale != 1.0 else None)
         out = recomputed(self.residual, x, keep_convolutions=True) if self.recompute else self.residual(x)
         return self.activate(add_scaled(x, out, self.scale))
 
@@ -290,7 +325,7 @@ class ResidualBlock(nn.Module):
         if scaled_bias is None:
             return self.conv2d(norm.normalize_and_activate(self.branches(x)))
         out = norm.normalize_and_activate(self.branches(x), self.scale)
-        if self.conv2d.weight.dtype == out.dtype and variants().pointwise == 'product':
+        if self.conv2d.weight.dtype == out.dtype and _is_product(out):
             return pointwise_convolution(out, self.conv2d.weight, scaled_bias)
         return self.conv2d._conv_forward(out, self.conv2d.weight, scaled_bias)
 
@@ -313,11 +348,15 @@ class BlockSequence(nn.Sequential):
                 x = block(x)
             return x
         blocks: List[Any] = list(self._modules.values())
-        biases = scaled_biases(blocks) if torch.is_grad_enabled() and is_eager(x) else [None] * len(blocks)
+        biases = scaled_biases(blocks) if _folds_scales() and is_eager(x) else [None] * len(blocks)
         for block, bias in zip(blocks, biases, strict=True):
             function, inputs = (block, (x,)) if bias is None else (block.shortcut, (x, bias))
             x = recomputed(function, *inputs) if self.recompute else function(*inputs)
         return x
+
+
+def _folds_scales() -> bool:
+    return torch.is_grad_enabled() and variants().residual == 'folded'
 
 
 def scaled_biases(blocks: Sequence[Any]) -> Sequence[Optional[Tensor]]:
@@ -391,7 +430,8 @@ class LayerFactory:
     def conv(self, in_channels: int, out_channels: int, normalized: bool = True, **kwargs) -> ConvNormAct:
         """Create a ConvNormAct without padding, or its convolution alone if the norm comes after a concatenation."""
         host_counting = functools.partial(_host_counting_batch_norm, act_layer=self._act_layer)
-        return ConvNormAct(
+        layer = PointwiseConvNormAct if kwargs['kernel_size'] == 1 else ConvNormAct
+        return layer(
             in_channels, out_channels,
             apply_norm=normalized,
             norm_layer=host_counting if self._is_batch_norm else self._norm_layer,

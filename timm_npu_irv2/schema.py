@@ -34,7 +34,7 @@ from .rules import (
 )
 
 __all__ = ['check_checkpoint', 'check_config', 'check_engine_config', 'check_inference_config', 'check_model_arguments',
-           'check_report', 'restored_optimizer']
+           'check_report', 'check_tuned', 'restored_optimizer']
 
 MOST_EPOCHS, MOST_CLASSES, MOST_CHANNELS, LARGEST_IMAGE = 10**6, 10**6, 1024, 2**14
 
@@ -296,6 +296,41 @@ def check_report(report: dict[str, Any]) -> None:
             'epoch': optional(_integer), 'eval_top1': percent, 'eval_top5': percent,
             'eval_loss': optional(number(finite=False))})),
     })(report, '')
+
+
+_SETTINGS: dict[str, Rule] = {
+    'pointwise': one_of('convolution', 'large', 'product'),
+    'siblings': one_of('merged', 'separate'),
+    'residual': one_of('folded', 'addition'),
+    'kernels': one_of('aten', 'triton'),
+    'memory_format': one_of('contiguous', 'channels_last'),
+    'fused_optimizer': one_of(True, False),
+    'recompute': one_of('cheap', 'all'),
+    'torchcompile': one_of('inductor'),
+    'engine': text(100, r'[a-z]+'),
+    'task_queue': one_of(0, 1, 2),
+    **dict.fromkeys(('allow_internal_format', 'jit_compile', 'allow_hf32', 'allow_tf32', 'cudnn_benchmark',
+                     'lazy_fusion'), one_of(True, False)),
+}
+
+
+def check_tuned(report: dict[str, Any]) -> None:
+    """Raise :class:`Mismatch` unless this may be a result of ``benchmark.py tune``."""
+    record({
+        'format': one_of(1),
+        'workload': record({
+            'task': one_of('train', 'eval'), 'device': text(100), 'name': text(1000), 'precision': text(100),
+            'threads': number(0, 10**5, integer=True), 'batch_size': number(1, 10**6, integer=True),
+            'img_size': _side, 'versions': mapping(text(1000)),
+        }),
+        'chosen': record({}, _SETTINGS),
+    })(report, '')
+    for where, known in (('chosen', _SETTINGS), ('workload', _WORKLOAD)):
+        if unknown := report[where].keys() - set(known):
+            raise Mismatch(f'{where} has the unknown entry {show(min(unknown, key=str))}')
+
+
+_WORKLOAD = ('task', 'device', 'name', 'precision', 'threads', 'batch_size', 'img_size', 'versions')
 
 
 def restored_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -88,7 +88,32 @@ def test_a_product_reads_an_expanded_or_transposed_operand_as_it_is():
     assert found == [('MatMul', 24 * 40 * HALF + size_y, size_x)]
 
 
-def test_mixed_types_are_cast_to_the_wider_one():
+def test_max_pooling_keeps_indices_of_4_bytes_in_the_masks_memory_and_the_910a_the_mask():
+    x, out, mask = (N, 40, 7, 7), (N, 40, 3, 3), (N, 40, 9, 64)
+    size, pooled, padded = N * 40 * 49, N * 40 * 9, N * 48
+    call = tensor('r', *x), tensor('w', *out), tensor('w', *mask, dtype='Char')
+    assert kernels('aclnnMaxPool2dWithMask', *call) == [
+        ('MaxPool3DWithArgmaxV2', size * HALF, pooled * (HALF + 4))]
+    assert kernels('aclnnMaxPool2dWithMask', *call, chip='910a') == [
+        ('MaxPoolWithArgmaxV1', padded * 49 * HALF, padded * 9 * HALF + N * 40 * 9 * 64)]
+    back = tensor('r', *out), tensor('r', *x), tensor('r', *mask, dtype='Char'), tensor('w', *x)
+    assert kernels('aclnnMaxPool2dWithMaskBackward', *back) == [
+        ('MaxPool3DGradWithArgmax', pooled * (HALF + 4) + size * HALF, size * HALF)]
+
+
+def test_a_concatenation_of_many_tensors_has_stages_unless_all_are_aligned():
+    pieces = [tensor('r', 16)] * 64
+    found = kernels('aclnnCat', '[', *pieces, ']', tensor('w', 1024))
+    assert found == [('Concat', 1024 * HALF, 1024 * HALF)]
+    found = kernels('aclnnCat', '[', *pieces, tensor('r', 8), ']', tensor('w', 1032, dtype='Float'))
+    assert found == [('Concat', 1024, 1024), ('Concat', 1024, 1024), ('Concat', 2064, 2064), ('Cast', 2064, 4128)]
+    found = kernels('aclnnCat', '[', *pieces, tensor('r', 8), ']', tensor('w', 1032), chip='950')
+    assert found == [('Concat', 2064, 2064)]
+
+
+def test_mixed_types_are_cast_to_the_wider_one_but_for_an_addition():
+    addition = kernels('aclnnAdd', tensor('r', 8), tensor('r', 8, dtype='Float'), tensor('w', 8, dtype='Float'))
+    assert addition == [('Add', 48, 32)]
     found = kernels('aclnnMul', tensor('r', 8), tensor('r', 8, dtype='Float'), tensor('w', 8, dtype='Float'))
     assert found == [('Cast', 16, 32), ('Elementwise', 64, 32)]
 

@@ -1,6 +1,8 @@
 """Prints the megabytes of a training step, an image and besides, where BatchNorm with ReLU is one kernel in either
-direction. The kernels here only say what those of ``ops/_triton.py`` would read and write: run it without operators."""
+direction, with 1×1 convolutions in either form. The kernels here only say what those of ``ops/_triton.py`` would read
+and write, each input and output once: run it without operators."""
 
+import json
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from timm_npu_irv2.benchmarks.candidates import Workload, candidates
 from timm_npu_irv2.benchmarks.counting import cost_of
+from timm_npu_irv2.ops import use_variants
 
 touched = []
 
@@ -33,12 +36,15 @@ def scaled_residual_relu(x, branch, scale):
     return returns(x, branch, outputs=(torch.empty_like(x),))[0]
 
 
-def megabytes(batch_size: int) -> float:
-    step = candidates(amp=True)['ours'].create(Workload(torch.device('npu'), batch_size, 299))
-    for _ in range(2):  # the first ones allocate states
-        step()
-    touched.clear()
-    return (cost_of(step, standin_journal.recording).bytes + sum(touched)) / 1e6
+def megabytes(batch_size: int, form: str) -> tuple[float, float]:
+    """Of all operators, and of the kernels of a 910B."""
+    with use_variants(pointwise=form):
+        step = candidates(amp=True)['ours'].create(Workload(torch.device('npu'), batch_size, 299))
+        for _ in range(2):  # the first ones allocate states
+            step()
+        touched.clear()
+        cost = cost_of(step, standin_journal.recording)
+    return (cost.bytes + sum(touched)) / 1e6, (cost.chip_bytes + sum(touched)) / 1e6
 
 
 if __name__ == '__main__':
@@ -48,5 +54,9 @@ if __name__ == '__main__':
     triton = types.ModuleType('triton')
     triton.__spec__ = ModuleSpec('triton', None)
     sys.modules |= {'triton': triton, kernels.__name__: kernels}
-    small, large = megabytes(2), megabytes(8)
-    print((large - small) / 6, small - (large - small) / 3)
+    found = {}
+    for form in 'convolution', 'product':
+        small, large = megabytes(2, form), megabytes(8, form)
+        found[form] = {name: {'image': (b - a) / 6, 'step': a - (b - a) / 3}
+                       for name, a, b in zip(('handed over', 'chip'), small, large, strict=True)}
+    print(json.dumps(found))

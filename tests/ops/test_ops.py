@@ -12,7 +12,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_npu_irv2 import UserError
-from timm_npu_irv2.ops import _kernels, batch_norm_relu, normalize_images, scaled_relu, scaled_residual_relu
+from timm_npu_irv2.ops import (
+    batch_norm_relu,
+    normalize_images,
+    scaled_relu,
+    scaled_residual_relu,
+    use_variants,
+    variants,
+)
 from timm_npu_irv2.ops.activation import scaled_relu_reference
 from timm_npu_irv2.ops.batch_norm import batch_norm_relu_reference
 from timm_npu_irv2.ops.normalize import normalize_images_reference
@@ -28,12 +35,10 @@ INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 
 @pytest.fixture(params=['triton' if INTERPRETED else 'aten'])
-def kernels(request, monkeypatch):
+def kernels(request):
     """The family of kernels that this process tests."""
-    monkeypatch.setenv('TIMM_NPU_IRV2_KERNELS', request.param)
-    _kernels.triton_kernels.cache_clear()
-    yield request.param
-    _kernels.triton_kernels.cache_clear()
+    with use_variants(kernels=request.param):
+        yield request.param
 
 
 @pytest.mark.skipif(INTERPRETED, reason='this is that process')
@@ -231,8 +236,9 @@ def test_normalize_images_equals_its_reference(kernels, dtype, memory_format):
 
 def test_an_unknown_family_of_kernels_is_one_line(monkeypatch):
     monkeypatch.setenv('TIMM_NPU_IRV2_KERNELS', 'cuda')
+    monkeypatch.setattr(sys.modules['timm_npu_irv2.ops.variants'], '_current', None)  # as in a new process
     with pytest.raises(UserError, match='TIMM_NPU_IRV2_KERNELS=cuda: use auto, aten or triton'):
-        _kernels.triton_kernels.__wrapped__()
+        variants()
 
 
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter compiles nothing')

@@ -9,7 +9,7 @@ from .batch_norm import batch_norm_relu
 from .normalize import normalize_images
 from .pointwise import pointwise_convolution
 from .residual import scaled_residual_relu
-from .variants import use_variants, variants
+from .variants import pointwise_form, set_variants, use_variants, variants
 
-__all__ = ['batch_norm_relu', 'normalize_images', 'pointwise_convolution', 'scaled_relu', 'scaled_residual_relu',
-           'use_variants', 'variants']
+__all__ = ['batch_norm_relu', 'normalize_images', 'pointwise_convolution', 'pointwise_form', 'scaled_relu',
+           'scaled_residual_relu', 'set_variants', 'use_variants', 'variants']

@@ -3,29 +3,23 @@
 import functools
 import importlib
 import importlib.util
-import os
 from types import ModuleType
 
 from ..errors import UserError
+from .variants import variants
 
-_VARIABLE = 'TIMM_NPU_IRV2_KERNELS'
+
+def triton_kernels() -> ModuleType | None:
+    """Return the Triton kernels if they are chosen (see :mod:`.variants`), else None for ATen's.
+
+    Raises:
+        UserError: Triton is not installed.
+    """
+    return _load_triton() if variants().kernels == 'triton' else None
 
 
 @functools.cache
-def triton_kernels() -> ModuleType | None:
-    """Return the Triton kernels if TIMM_NPU_IRV2_KERNELS=triton asks for them, else None for ATen's.
-
-    ``auto``, the default, means ``aten`` on every device until somebody has measured Triton's to be faster there, with
-    ``train_scripts/benchmark.py ops``. The variable is read once.
-
-    Raises:
-        UserError: The variable has another value, or Triton is not installed.
-    """
-    choice = os.environ.get(_VARIABLE, 'auto')
-    if choice not in ('auto', 'aten', 'triton'):
-        raise UserError(f'{_VARIABLE}={choice}: use auto, aten or triton.')
-    if choice != 'triton':
-        return None
+def _load_triton() -> ModuleType:
     if importlib.util.find_spec('triton') is None:
-        raise UserError(f'{_VARIABLE}=triton needs Triton: pip install triton, or triton-ascend on an NPU.')
+        raise UserError('TIMM_NPU_IRV2_KERNELS=triton needs Triton: pip install triton, or triton-ascend on an NPU.')
     return importlib.import_module('._triton', __package__)

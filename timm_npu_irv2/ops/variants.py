@@ -1,6 +1,7 @@
 """Forms of an operation that compute the same; which of them is fastest depends on the device.
 
-``TIMM_NPU_IRV2_VARIANTS='pointwise=product'`` chooses for a process; :func:`use_variants` chooses inside a context.
+``TIMM_NPU_IRV2_VARIANTS='pointwise=product,siblings=separate'`` chooses for a process, as :func:`set_variants` does;
+:func:`use_variants` chooses inside a context.
 """
 
 import contextlib
@@ -8,12 +9,20 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
+from torch import Tensor
+
+from .. import device as devices
 from ..errors import UserError
 
-__all__ = ['CHOICES', 'Variants', 'use_variants', 'variants']
+__all__ = ['CHOICES', 'Variants', 'pointwise_form', 'set_variants', 'use_variants', 'variants']
 
-_VARIABLE = 'TIMM_NPU_IRV2_VARIANTS'
-CHOICES = {'pointwise': ('convolution', 'product')}
+_VARIABLE, _KERNELS = 'TIMM_NPU_IRV2_VARIANTS', 'TIMM_NPU_IRV2_KERNELS'
+CHOICES = {
+    'pointwise': ('convolution', 'large', 'product'),
+    'siblings': ('merged', 'separate'),
+    'residual': ('folded', 'addition'),
+    'kernels': ('aten', 'triton'),
+}
 
 
 @dataclass(frozen=True)
@@ -21,21 +30,44 @@ class Variants:
     """The chosen forms.
 
     Attributes:
-        pointwise: Form of 1×1 convolutions: 'convolution' or 'product' (of matrices).
+        pointwise: Form of 1×1 convolutions: 'convolution', 'product' (of matrices), or 'large': products outside the
+            blocks where there are many positions; None for the choice of the device (:class:`.device.Backend`).
+        siblings: 1×1 convolutions that share their input: one ('merged'), or each of its own ('separate').
+        residual: Place of the scale of a residual in training: 'folded' into the branch's last activation and bias, or
+            in the 'addition'.
+        kernels: Kernels of the operators: 'aten' or 'triton'.
     """
 
-    pointwise: str = 'convolution'
+    pointwise: str | None = None
+    siblings: str = 'merged'
+    residual: str = 'folded'
+    kernels: str = 'aten'
 
 
 _current: Variants | None = None
 
 
 def variants() -> Variants:
-    """Return the chosen forms; the environment is read once."""
+    """Return the chosen forms; the environment is read once.
+
+    Raises:
+        UserError: A variable of the environment has an unknown value.
+    """
     global _current  # noqa: PLW0603 - one choice for a process
     if _current is None:
         _current = _parse(os.environ.get(_VARIABLE, ''))
     return _current
+
+
+def set_variants(**chosen: str) -> None:
+    """Choose forms for the rest of the process.
+
+    Raises:
+        UserError: There is no such operation or no such form of it.
+    """
+    global _current  # noqa: PLW0603 - as above
+    _check(chosen)
+    _current = replace(variants(), **chosen)
 
 
 @contextlib.contextmanager
@@ -47,19 +79,27 @@ def use_variants(**chosen: str) -> Iterator[Variants]:
     """
     global _current  # noqa: PLW0603 - as above
     before = variants()
-    _check(chosen)
-    _current = replace(before, **chosen)
+    set_variants(**chosen)
     try:
-        yield _current
+        yield variants()
     finally:
         _current = before
+
+
+def pointwise_form(x: Tensor) -> str:
+    """Return the form of 1×1 convolutions of ``x``: the chosen one, or the choice of its device."""
+    return variants().pointwise or devices.backend_of(x).pointwise
 
 
 def _parse(text: str) -> Variants:
     pairs = [part.partition('=') for part in text.split(',') if part.strip()]
     chosen = {name.strip(): value.strip() for name, _, value in pairs}
     _check(chosen)
-    return Variants(**chosen)
+    kernels = os.environ.get(_KERNELS, 'auto')
+    if kernels not in ('auto', *CHOICES['kernels']):
+        raise UserError(f'{_KERNELS}={kernels}: use auto, aten or triton.')
+    # 'auto' means ATen's on every device until `benchmark.py tune` has measured Triton's to be faster there.
+    return Variants(**{'kernels': 'aten' if kernels == 'auto' else kernels, **chosen})
 
 
 def _check(chosen: dict[str, str]) -> None:

@@ -1,9 +1,9 @@
 """The kernels that a call of the operator log becomes on a chip, and the bytes that they read and write.
 
 CANN's public sources say how each aclnn function is split into kernels. ``TABLE`` has a row for each function that the
-network uses, with the file it was read from (hicann/ops-nn, branch 9.1.0); a row that was not read there is marked as
-inferred. A kernel reads each input once and writes each output once: no cache, and no
-second pass over inputs that do not fit into the chip's buffers.
+network uses, with the file it was read from (hicann/ops-nn and hicann/ops-math, 9.1.0); a row that was not read there
+is marked as inferred. A kernel reads each input once and writes each output once: no cache, and no second pass over
+inputs that do not fit into the chip's buffers.
 """
 
 from __future__ import annotations
@@ -76,18 +76,23 @@ class Chip:
         keeps_private: Convolutions leave their output in NC1HWC0, and later ones take it so (internal format).
         batch_norm_v3: BatchNorm of at least 64 channels is one kernel.
         strided: Elementwise kernels and Cat read strided inputs.
+        pools_with_indices: Max pooling takes NCHW and keeps an int32 index for each output instead of a bit mask.
+        most_concatenated: Largest number of tensors that one kernel of Cat takes; more are concatenated in stages.
     """
 
     convolves_nchw: bool = False
     keeps_private: bool = False
     batch_norm_v3: bool = False
     strided: bool = False
+    pools_with_indices: bool = True
+    most_concatenated: int = 32
 
 
 CHIPS = {
-    '910a': Chip(keeps_private=True),  # allow_internal_format is on there: torch_npu's npu_sys_ctrl.cpp
+    # allow_internal_format is on there: torch_npu's npu_sys_ctrl.cpp
+    '910a': Chip(keeps_private=True, pools_with_indices=False),
     '910b': Chip(batch_norm_v3=True),
-    '950': Chip(convolves_nchw=True, strided=True),
+    '950': Chip(convolves_nchw=True, strided=True, most_concatenated=2048),
 }
 
 
@@ -234,6 +239,15 @@ def _elementwise(chip: Chip, arguments: Sequence[Argument]) -> Iterator[Kernel]:
         yield from _view_copy(every)
 
 
+def _addition(chip: Chip, arguments: Sequence[Argument]) -> Iterator[Kernel]:
+    """Yield one kernel, which takes a 16-bit tensor beside a float32 one as it is, else what :func:`_elementwise` does.
+
+    A factor other than 1 beside mixed types would add the casts; this network has none.
+    """
+    mixed = {each.dtype for each in _flat(arguments) if each.role in 'rb'}
+    yield from (_one('Add') if 'Float' in mixed and len(mixed) == 2 else _elementwise)(chip, arguments)
+
+
 def _add_relu(chip: Chip, arguments: Sequence[Argument]) -> Iterator[Kernel]:
     """Yield Cast, Cast, Add or Axpy, Relu, Cast: floating types are promoted to float32."""
     yield from _contiguous(arguments)
@@ -335,6 +349,78 @@ def _copy(chip: Chip, arguments: Sequence[Argument]) -> Iterator[Kernel]:
     yield Kernel('Copy', read, sum(t.bytes for t in every if t.role in 'wb'))
 
 
+def _concatenation(chip: Chip, arguments: Sequence[Argument]) -> Iterator[Kernel]:
+    """Yield the copies of strided inputs, concatenations in stages, and a cast of the result.
+
+    On 910b one kernel (ConcatDV2) takes up to 2048 tensors in the first dimension if their last one is a multiple of
+    32 bytes.
+    """
+    pieces, out = _flat(arguments)[:-1], _flat(arguments)[-1]
+    if not chip.strided:
+        yield from _contiguous(pieces)
+    sizes, most = [each.bytes for each in pieces], chip.most_concatenated
+    if chip.batch_norm_v3 and len(out.sizes) == 1 and all(size % 32 == 0 for size in sizes):
+        most = 2048
+    while len(sizes) > 1:
+        stage = [sizes[i:i + most] for i in range(0, len(sizes), most)]
+        sizes = [sum(each) for each in stage]
+        yield from (Kernel('Concat', sum(each), sum(each)) for each in stage if len(each) > 1)
+    if pieces and pieces[0].dtype != out.dtype:
+        yield Kernel('Cast', sizes[0], out.bytes)
+    yield from _view_copy((out,))
+
+
+def _max_pool(chip: Chip, arguments: Sequence[Argument]) -> Iterator[Kernel]:
+    """Yield MaxPool3DWithArgmaxV2, which writes int32 indices into the memory of the mask, or the kernels of the mask.
+
+    With a mask the kernel takes NC1HWC0 in 16 bits.
+    """
+    x, out, mask = _flat(arguments)[:3]
+    yield from _contiguous((x,))
+    if chip.pools_with_indices:
+        yield Kernel('MaxPool3DWithArgmaxV2', x.bytes, out.bytes + math.prod(out.sizes) * 4)
+    else:
+        yield from _converted(chip, (x,), 'MaxPoolWithArgmaxV1', (out,), extra_written=mask.bytes)
+    yield from _view_copy((out,))
+
+
+def _max_pool_backward(chip: Chip, arguments: Sequence[Argument]) -> Iterator[Kernel]:
+    """Yield MaxPool3DGradWithArgmax, which reads int32 indices, or the kernels of the mask."""
+    grad, x, mask, out = _flat(arguments)[:4]
+    yield from _contiguous((grad, x))
+    if chip.pools_with_indices:
+        yield Kernel('MaxPool3DGradWithArgmax', grad.bytes + x.bytes + math.prod(grad.sizes) * 4, out.bytes)
+    else:
+        yield from _converted(chip, (grad, x), 'MaxPoolGradWithArgmaxV1', (out,), extra_read=mask.bytes)
+    yield from _view_copy((out,))
+
+
+def _converted(
+        chip: Chip,
+        inputs: Sequence[Tensor],
+        name: str,
+        outputs: Sequence[Tensor],
+        extra_read: int = 0,
+        extra_written: int = 0,
+) -> Iterator[Kernel]:
+    """Yield a kernel on 16-bit NC1HWC0 tensors between the casts and conversions of its inputs and outputs."""
+    every = [Tensor(each.role, 'Half', each.sizes, each.strides) for each in (*inputs, *outputs)]
+    narrow = list(zip((*inputs, *outputs), every, strict=True))
+    sources, results = narrow[:len(inputs)], narrow[len(inputs):]
+    for tensor, half in sources:
+        if SIZES[tensor.dtype] > 2:
+            yield Kernel('Cast', tensor.bytes, half.bytes)
+        if not chip.keeps_private:
+            yield Kernel('TransData', half.bytes, half.with_channels_padded())
+    yield Kernel(name, sum(half.with_channels_padded() for _, half in sources) + extra_read,
+                 sum(half.with_channels_padded() for _, half in results) + extra_written)
+    for tensor, half in results:
+        if not chip.keeps_private:
+            yield Kernel('TransData', half.with_channels_padded(), half.bytes)
+        if SIZES[tensor.dtype] > 2:
+            yield Kernel('Cast', half.bytes, tensor.bytes)
+
+
 def _matmul(chip: Chip, arguments: Sequence[Argument]) -> Iterator[Kernel]:
     """Yield one product; a transposed operand is read as it is, others that are strided are copied first."""
     for tensor in _flat(arguments):
@@ -375,12 +461,18 @@ def _nn(path: str, version: str = '9.1.0') -> str:
     return f'hicann/ops-nn {version} {path}'
 
 
+def _math(path: str) -> str:
+    return f'hicann/ops-math master (9.1.0) {path}'
+
+
 _MATH = 'hicann/ops-math 9.1.0, function not read'
 DEFAULT = Row(_elementwise, _MATH, inferred=True)
 _RELU = _nn('activation/relu/op_api/aclnn_relu.cpp')
 _ELU = _nn('activation/elu/op_api/aclnn_elu.cpp')
 _MATMUL = _nn('matmul/mat_mul_v3/op_host/op_api/aclnn_matmul.cpp')
-_POOLING = _nn('pooling')
+_POOL = _nn('pooling/max_pool3d_with_argmax_v2/op_host/op_api/aclnn_max_pool2d_with_indices.cpp')
+_POOL_BACKWARD = _nn('pooling/max_pool3d_grad_with_argmax/op_api/aclnn_max_pool2d_with_indices_backward.cpp')
+_ADD = _math('math/add/op_api/aclnn_add.cpp')
 TABLE = {
     'aclnnAddRelu': Row(_add_relu, _nn('activation/relu/op_api/aclnn_add_relu.cpp')),
     'aclnnInplaceAddRelu': Row(_add_relu, _nn('activation/relu/op_api/aclnn_add_relu.cpp')),
@@ -403,16 +495,17 @@ TABLE = {
     'aclnnBatchMatMul': Row(_matmul, _nn('matmul/batch_mat_mul_v3/op_host/op_api/aclnn_batch_matmul.cpp')),
     'aclnnBaddbmm': Row(_matmul, _MATMUL, inferred=True),
     'aclnnAddmm': Row(_matmul, _MATMUL, inferred=True),
-    'aclnnMaxPool2dWithMask': Row(_one('MaxPoolWithArgmax'), _POOLING, inferred=True),
-    'aclnnMaxPool2dWithMaskBackward': Row(_one('MaxPoolGradWithArgmax'), _POOLING, inferred=True),
-    'aclnnMaxPool2dWithIndices': Row(
-        _one('MaxPool3DWithArgmaxV2'),
-        _nn('pooling/max_pool3d_with_argmax_v2/op_api/aclnn_max_pool2d_with_indices.cpp'), inferred=True),
+    'aclnnMaxPool2dWithMask': Row(_max_pool, _POOL),
+    'aclnnMaxPool2dWithMaskBackward': Row(_max_pool_backward, _POOL_BACKWARD),
+    'aclnnMaxPool2dWithIndices': Row(_max_pool, _POOL),
+    'aclnnMaxPool2dWithIndicesBackward': Row(_max_pool_backward, _POOL_BACKWARD),
     'aclnnAvgPool2d': Row(_one('AvgPool'), _nn('pooling/avg_pool3_d/op_api/aclnn_avgpool2d.cpp'), inferred=True),
     'aclnnAvgPool2dBackward': Row(
         _one('AvgPoolGrad'), _nn('pooling/avg_pool3_d_grad/op_api/aclnn_avgpool2d_backward.cpp'), inferred=True),
     'aclnnFusedSgd': Row(_one('FusedSgd'), _nn('optim/fused_sgd/op_api/aclnn_fused_sgd.cpp')),
-    'aclnnCat': Row(_one('Concat'), _MATH, inferred=True),
+    'aclnnCat': Row(_concatenation, _math('conversion/concat_d/op_api/aclnn_cat.cpp')),
+    'aclnnAdd': Row(_addition, _ADD),
+    'aclnnInplaceAdd': Row(_addition, _ADD),
     'aclnnInplaceCopy': Row(_copy, _MATH, inferred=True),
     'aclnnCast': Row(_copy, _MATH, inferred=True),
     'aclnnForeachCopy': Row(_copy, _MATH, inferred=True),

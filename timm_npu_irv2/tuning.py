@@ -1,0 +1,147 @@
+"""Results of ``benchmark.py tune``: the fastest settings that were measured for a workload on a device.
+
+A result is a JSON file in the user's cache folder, and is valid for exactly the workload, the device and the versions
+that it names. :func:`find_tuned` looks for one.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import device as devices
+from . import rules, schema
+from .errors import UserError, one_line
+from .serialization import atomic_write
+
+__all__ = ['Tuned', 'Workload', 'cache_folder', 'find_tuned', 'load_tuned', 'save_tuned']
+
+_PACKAGES = ('timm-npu-irv2', 'torch', 'timm', 'torch_npu', 'cuda', 'cann')  # what a time depends on
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A workload on a device, for which a result is valid.
+
+    Attributes:
+        task: 'train' (forward, backward, step) or 'eval'.
+        device: Type of the device.
+        name: Name of the device.
+        threads: Threads of a CPU; 0 elsewhere.
+        batch_size: Images in a batch.
+        img_size: Height and width of an image in pixels.
+        precision: Precision in words, such as 'float32' or 'O2 float16'.
+        versions: {package: version}.
+    """
+
+    task: str
+    device: str
+    name: str
+    threads: int
+    batch_size: int
+    img_size: int
+    precision: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def on(cls, device: torch.device, *, task: str, batch_size: int, img_size: int, precision: str) -> 'Workload':
+        """Return the workload on ``device`` with the versions of this process."""
+        versions = {name: value for name, value in devices.versions().items() if name in _PACKAGES}
+        threads = torch.get_num_threads() if device.type == 'cpu' else 0
+        about = devices.describe(device)
+        return cls(task, device.type, about['name'], threads, batch_size, img_size, precision, versions)
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file of a result."""
+        words = f'{self.task}-{self.name}-{self.precision}-b{self.batch_size}-{self.img_size}px'
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f'{re.sub(r"[^A-Za-z0-9.]+", "-", words)}-{digest[:10]}.json'
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A result.
+
+    Attributes:
+        workload: The workload that was measured.
+        chosen: {setting: value} of all settings that are not the default.
+        path: The file.
+        report: Everything in the file.
+    """
+
+    workload: Workload
+    chosen: Mapping[str, Any]
+    path: Path
+    report: Mapping[str, Any]
+
+
+def cache_folder() -> Path:
+    """Return the folder of results: $TIMM_NPU_IRV2_CACHE or the user's cache folder, then ``tuned``."""
+    own = os.environ.get('TIMM_NPU_IRV2_CACHE')
+    base = Path(own) if own else Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_npu_irv2'
+    return base / 'tuned'
+
+
+def find_tuned(
+        device: torch.device,
+        *,
+        task: str,
+        batch_size: int,
+        img_size: int,
+        precision: str,
+) -> Tuned | None:
+    """Return the result that fits a workload exactly, or None.
+
+    Args:
+        device: Device of the workload.
+        task: 'train' or 'eval'.
+        batch_size: Images in a batch.
+        img_size: Height and width of an image in pixels.
+        precision: Precision in words: the dtype's name for 'eval'.
+
+    Raises:
+        UserError: There is a file, but it is damaged.
+    """
+    workload = Workload.on(device, task=task, batch_size=batch_size, img_size=img_size, precision=precision)
+    path = cache_folder() / workload.file_name
+    if not path.is_file():
+        return None
+    tuned = load_tuned(path)
+    return tuned if tuned.workload == workload else None
+
+
+def load_tuned(path: str | Path) -> Tuned:
+    """Return the result in a file.
+
+    Raises:
+        UserError: The file cannot be read, or is not as :mod:`.schema` describes.
+    """
+    path = Path(path)
+    try:
+        report = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'cannot read {path}: {one_line(error)}. Run `benchmark.py tune` again.') from error
+    with rules.naming(path):
+        schema.check_tuned(report)
+    return Tuned(Workload(**report['workload']), report['chosen'], path, report)
+
+
+def save_tuned(workload: Workload, report: Mapping[str, Any], output: Path | None = None) -> Path:
+    """Write a result and return its path.
+
+    Args:
+        workload: The workload that was measured.
+        report: Entries of the file besides the workload; 'chosen' is one.
+        output: File to write instead of that in the cache folder.
+    """
+    path = output or cache_folder() / workload.file_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, (json.dumps({'format': 1, 'workload': asdict(workload), **report}, indent=2) + '\n').encode())
+    return path
