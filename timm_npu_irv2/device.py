@@ -13,7 +13,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -24,31 +24,10 @@ from .chips import find_generation, load_facts
 from .errors import DeviceUnavailable, UserError
 
 __all__ = [
-    'Backend',
-    'apex_amp',
-    'autocast',
-    'backend',
-    'backend_of',
-    'configure',
-    'default_device',
-    'describe',
-    'device_count',
-    'fast_dtype',
-    'fused_optimizer_class',
-    'get_rng_state',
-    'grad_scaler',
-    'half_dtype',
-    'is_out_of_memory',
-    'lack_of_fused_sgd',
-    'load_backends',
-    'memory_format',
-    'peak_memory',
-    'prefetch',
-    'reset_peak_memory',
-    'resolve_device',
-    'set_rng_state',
-    'survey',
-    'synchronize',
+    'Backend', 'apex_amp', 'autocast', 'backend', 'backend_of', 'configure', 'default_device', 'describe',
+    'device_count', 'fast_dtype', 'fused_optimizer_class', 'get_rng_state', 'grad_scaler', 'half_dtype',
+    'is_out_of_memory', 'lack_of_fused_sgd', 'load_backends', 'memory_format', 'peak_memory', 'pointwise_form',
+    'prefetch', 'reset_peak_memory', 'resolve_device', 'set_rng_state', 'survey', 'synchronize', 'use_memory_format',
     'versions',
 ]
 
@@ -70,8 +49,6 @@ class Backend:
         slow_slices: BatchNorm of a slice of channels is slower than copying the slice first. So it is on a CPU, where
             ATen vectorizes only what has no gaps: with the copy it takes an eighth to two fifths of the time
             (``benchmark.py ops``).
-        pointwise: Form of 1×1 convolutions, see :mod:`.ops.variants`. On an NPU products of matrices need no
-            conversion of layouts; the 'large' ones save the most for one call more each.
     """
 
     type: str
@@ -81,7 +58,6 @@ class Backend:
     visible: str | None = None
     cheap_elu: bool = True
     slow_slices: bool = False
-    pointwise: str = 'convolution'
 
     @property
     def fused_convolution_dtypes(self) -> tuple[torch.dtype, ...]:
@@ -99,7 +75,7 @@ def _onednn_has_bfloat16() -> bool:
 # torch_npu refuses channels_last tensors: convolutions choose their own layout on the NPU. A CPU has no float16
 # convolutions worth using, but bfloat16 ones.
 _BACKENDS = {
-    'npu': Backend('npu', 'hccl', visible='ASCEND_RT_VISIBLE_DEVICES', pointwise='large'),
+    'npu': Backend('npu', 'hccl', visible='ASCEND_RT_VISIBLE_DEVICES'),
     'cuda': Backend('cuda', 'nccl', torch.channels_last, visible='CUDA_VISIBLE_DEVICES'),
     'cpu': Backend('cpu', 'gloo', torch.channels_last, torch.bfloat16, cheap_elu=False, slow_slices=True),
 }
@@ -210,6 +186,8 @@ def configure(
         jit_compile: bool | None = None,
         allow_hf32: bool | None = None,
         deterministic: bool = False,
+        allow_tf32: bool = True,
+        cudnn_benchmark: bool = True,
 ) -> None:
     """Set the backend's switches for the training of a convolutional network.
 
@@ -223,14 +201,16 @@ def configure(
             precompiled ones.
         allow_hf32: On an NPU, permission for convolutions and products of float32 tensors to round them to HF32.
         deterministic: The same bits in every run, from operators and from the sums of HCCL.
+        allow_tf32: On a GPU, permission for products of float32 matrices to round them to TF32.
+        cudnn_benchmark: On a GPU, choice of each convolution's algorithm by measuring, unless ``deterministic``.
     """
     if deterministic:
         os.environ.setdefault('HCCL_DETERMINISTIC', 'true')
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
     if device.type == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        torch.backends.cudnn.benchmark = cudnn_benchmark and not deterministic
     elif device.type == 'npu':
         npu = _runtime('npu')
         if jit_compile is not None:
@@ -244,6 +224,23 @@ def configure(
 def memory_format(device: torch.device | str) -> torch.memory_format:
     """Return the layout of images and convolution weights on ``device``."""
     return backend(device).memory_format
+
+
+def use_memory_format(device: torch.device | str, layout: torch.memory_format) -> None:
+    """Make ``layout`` that of images and weights on devices of this type, for the rest of the process."""
+    _BACKENDS[backend(device).type] = replace(backend(device), memory_format=layout)
+
+
+@functools.cache
+def pointwise_form(device_type: str) -> str:
+    """Return the form of 1×1 convolutions, see :mod:`.ops.variants`.
+
+    On A2 and A3 convolutions convert layouts, which products of matrices need not; 'large' ones save the most.
+    """
+    if device_type != 'npu':
+        return 'convolution'
+    generation = find_generation(_runtime('npu').get_device_name())
+    return 'large' if generation in load_facts()['convolutions']['convert_layouts'] else 'convolution'
 
 
 def half_dtype(device: torch.device | str) -> torch.dtype:

@@ -18,9 +18,20 @@ import torch
 from . import device as devices
 from . import rules, schema
 from .errors import UserError, one_line
+from .ops import set_variants
+from .ops.variants import CHOICES
 from .serialization import atomic_write
 
-__all__ = ['Tuned', 'Workload', 'cache_folder', 'find_tuned', 'load_tuned', 'save_tuned']
+__all__ = ['Tuned', 'Workload', 'apply_settings', 'cache_folder', 'environment_of', 'find_tuned', 'load_tuned',
+           'resolve_tuned', 'save_tuned']
+
+# Settings that torch_npu reads from the environment when it is loaded: {setting: (variable, {value: text})}.
+_ENVIRONMENT: dict[str, tuple[str, dict[Any, str]]] = {
+    'lazy_fusion': ('TORCH_NPU_LAZY_FUSION', {True: 'True', False: 'False'}),
+    'task_queue': ('TASK_QUEUE_ENABLE', {0: '0', 1: '1', 2: '2'}),
+}
+_LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+_SWITCHES = ('allow_internal_format', 'jit_compile', 'allow_hf32', 'allow_tf32', 'cudnn_benchmark')
 
 _PACKAGES = ('timm-npu-irv2', 'torch', 'timm', 'torch_npu', 'cuda', 'cann')  # what a time depends on
 
@@ -133,6 +144,27 @@ def load_tuned(path: str | Path) -> Tuned:
     return Tuned(Workload(**report['workload']), report['chosen'], path, report)
 
 
+def resolve_tuned(choice: str, device: torch.device, **workload: Any) -> Tuned | None:
+    """Return the result that --tuned names, or None.
+
+    Args:
+        choice: 'auto' for the one that fits exactly, 'off' for none, or a file.
+        device: Device of the workload.
+        **workload: Arguments of :func:`find_tuned`.
+
+    Raises:
+        UserError: The file is not a result, or is one for another kind of device or task.
+    """
+    if choice in ('auto', 'off'):
+        return find_tuned(device, **workload) if choice == 'auto' else None
+    tuned = load_tuned(choice)
+    measured = tuned.workload
+    if (measured.device, measured.task) != (device.type, workload['task']):
+        raise UserError(f'--tuned {choice}: it is for {measured.task} on {measured.device}, not for '
+                        f'{workload["task"]} on {device.type}.')
+    return tuned
+
+
 def save_tuned(workload: Workload, report: Mapping[str, Any], output: Path | None = None) -> Path:
     """Write a result and return its path.
 
@@ -145,3 +177,17 @@ def save_tuned(workload: Workload, report: Mapping[str, Any], output: Path | Non
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, (json.dumps({'format': 1, 'workload': asdict(workload), **report}, indent=2) + '\n').encode())
     return path
+
+
+def environment_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables that the environment of a process with these settings must have when it starts."""
+    return {variable: texts[settings[name]] for name, (variable, texts) in _ENVIRONMENT.items() if name in settings}
+
+
+def apply_settings(settings: Mapping[str, Any], device: torch.device) -> None:
+    """Make the settings that hold for a whole process: forms of operations, layout, switches of the backend."""
+    set_variants(**{name: settings[name] for name in CHOICES if name in settings})
+    if 'memory_format' in settings:
+        devices.use_memory_format(device, _LAYOUTS[settings['memory_format']])
+    if switches := {name: settings[name] for name in _SWITCHES if name in settings}:
+        devices.configure(device, **switches)

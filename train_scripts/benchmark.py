@@ -6,6 +6,7 @@
     python train_scripts/benchmark.py infer           # images/s and latency of inference, in turn with others
     python train_scripts/benchmark.py input --data-dir DIR    # images/s of decoding and augmentation, by stage
     python train_scripts/benchmark.py ops             # each fused operator against unfused ones
+    python train_scripts/benchmark.py tune --amp      # the fastest settings on this device, for the other scripts
     python train_scripts/benchmark.py table report.json …     # rows for the README from reports of train.py
 """
 
@@ -20,11 +21,12 @@ from pathlib import Path
 
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as devices
-from timm_npu_irv2.benchmarks import inference, input, operators, report, step, table, training
+from timm_npu_irv2.benchmarks import inference, input, operators, report, step, table, training, tune
 from timm_npu_irv2.benchmarks.counting import Journal
 from timm_npu_irv2.plots import draw_bar_chart
 
-COMMANDS = {'step': step, 'train': training, 'infer': inference, 'input': input, 'ops': operators, 'table': table}
+COMMANDS = {'step': step, 'train': training, 'infer': inference, 'input': input, 'ops': operators,
+            'tune': tune, 'table': table}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,6 +69,8 @@ def main() -> int:
     except UserError as error:
         print(f'benchmark.py: error: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
         if devices.is_out_of_memory(error):
             print('benchmark.py: error: out of memory: use a smaller --batch-size.',

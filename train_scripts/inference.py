@@ -49,6 +49,7 @@ from timm_npu_irv2.cli.predictions import Answers, Labels, Progress, ShardWriter
 from timm_npu_irv2.cli.script import leave_at_end, run_script, start_log
 from timm_npu_irv2.cli.shards import Shards, count_images, images_of_shards, open_shards, settings_of, shard_rules
 from timm_npu_irv2.cli.table import EXTENSIONS, by_key, to_json
+from timm_npu_irv2.cli.tuned import eval_workload, use_tuned
 from timm_npu_irv2.data.classes import class_info
 from timm_npu_irv2.data.dataset import open_dataset
 from timm_npu_irv2.data.image_files import (
@@ -107,7 +108,7 @@ FLAGS = (
              rest={'choices': ('center', 'squash', 'border')}),
     )),
     Group('Device and precision', (
-        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', *DEVICE_SWITCHES, 'dist_url',
+        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', 'tuned', *DEVICE_SWITCHES, 'dist_url',
               'dist_backend'),
         Flag('--fast', 'use 16-bit weights and images where that is faster: float16, on some CPUs bfloat16', bool,
              False),
@@ -231,6 +232,8 @@ def prepare(args: Namespace, device: torch.device) -> tuple['Network', Labels | 
     labels, num_classes = label_function(args, model), model.num_classes
     if args.test_pool:
         model, pipeline = pool_over_positions(model, pipeline)
+    if not deployed:
+        args = use_tuned(args, device, **eval_workload(args, device, args.batch_size, pipeline.input_size))
     dtype, amp_dtype = (torch.float32, None) if args.engine or deployed else choose_dtypes(args, device)
     if args.engine:
         model = to_inference(model.eval(), **engine_options(args, device))

@@ -30,6 +30,7 @@ from timm_npu_irv2.cli.checks import translate_compile_errors
 from timm_npu_irv2.cli.flags import OUR_MODEL, device_switches
 from timm_npu_irv2.cli.parser import as_yaml
 from timm_npu_irv2.cli.script import leave_at_end, run_script, start_log
+from timm_npu_irv2.cli.tuned import train_workload, use_tuned
 from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.distributed import (
     StopRequest,
@@ -153,6 +154,8 @@ def run_in(world: World, args: Namespace, started: float) -> None:
     """Run this process's part of the training. At the end nothing of it is left but its files."""
     start_log(world.is_primary)
     devices.configure(world.device, **device_switches(args))
+    batch_size = setup.per_process_batch_size(args, world)
+    args = use_tuned(args, world.device, **train_workload(args, world.device, batch_size))
     stop_request = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
     out_of_memory = setup.translate_out_of_memory(
         world, args.batch_size, args.grad_accum_steps, shared=args.multiprocessing_distributed)

@@ -53,6 +53,7 @@ from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, 
 from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import leave_at_end, run_script, start_log
 from timm_npu_irv2.cli.table import to_csv, to_text
+from timm_npu_irv2.cli.tuned import eval_workload, use_tuned
 from timm_npu_irv2.data.classes import class_indices
 from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions, remember_training, trained_channels
 from timm_npu_irv2.deploy import is_deployed, open_deployed, to_inference
@@ -144,7 +145,7 @@ FLAGS = (
              rest={'metavar': 'N'}),
     )),
     Group('Device and precision', (
-        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', *DEVICE_SWITCHES,
+        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', 'tuned', *DEVICE_SWITCHES,
               'dist_url', 'dist_backend'),
         *ENGINE_FLAGS,
     )),
@@ -315,6 +316,8 @@ def measure(args: Namespace, world: World, candidate: Candidate, batch_size: int
     class_to_idx = None if args.valid_labels else class_indices(model.pretrained_cfg.get('label_names'))
     if args.test_pool:
         model, pipeline = pool_over_positions(model, pipeline)
+    if not deployed:
+        args = use_tuned(args, world.device, **eval_workload(args, world.device, batch_size, pipeline.input_size))
     dtype = torch.float32 if args.engine or deployed else getattr(torch, args.model_dtype or 'float32')
     amp_dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else devices.half_dtype(world.device)
     loader = build_eval_loader(

@@ -1,6 +1,6 @@
 """Training steps to compare: this network as its users train it, and those it is measured against."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,13 @@ class Candidate:
     lazy_fusion: bool = False
 
 
-def candidates(amp: bool, recompute: bool = False, zoo: bool = False, best: bool = False) -> dict[str, Candidate]:
+def candidates(
+        amp: bool,
+        recompute: bool = False,
+        zoo: bool = False,
+        best: bool = False,
+        settings: Mapping[str, Any] | None = None,
+) -> dict[str, Candidate]:
     """Return {short name: candidate}: 'ours', 'timm', and 'ours, recomputing' and 'zoo' if asked for.
 
     All train with label smoothing 0.1; all but the zoo's with timm's 'sgd' (Nesterov's momentum, weight decay but for
@@ -74,9 +80,10 @@ def candidates(amp: bool, recompute: bool = False, zoo: bool = False, best: bool
         best: Add ours with the variants that move the fewest bytes on an A2 by count: 1×1 convolutions as products of
             matrices, and TORCH_NPU_LAZY_FUSION.
         zoo: Add the recipe of the model zoo's script: apex's O2 with a static loss scale of 128 and apex's NpuFusedSGD.
+        settings: Settings of ours that ``benchmark.py tune`` chose, of those that do not hold for the whole process.
     """
     found = {
-        'ours': Candidate('inception_resnet_v2_npu', lambda workload: _ours(workload, amp)),
+        'ours': Candidate('inception_resnet_v2_npu', lambda workload: _ours(workload, amp, settings=settings)),
         'timm': Candidate('inception_resnet_v2 (timm)', lambda workload: _timm(workload, amp)),
     }
     if recompute:
@@ -96,16 +103,26 @@ def _criterion() -> nn.Module:
     return nn.CrossEntropyLoss(label_smoothing=0.1)
 
 
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return timm.optim.create_optimizer_v2(model, 'sgd', lr=1e-4, momentum=0.9, weight_decay=1e-4)
+def _optimizer(model: nn.Module, fused: bool | None = None) -> torch.optim.Optimizer:
+    given: dict[str, Any] = {} if fused is None else {'fused': fused}
+    return timm.optim.create_optimizer_v2(model, 'sgd', lr=1e-4, momentum=0.9, weight_decay=1e-4, **given)
 
 
-def _ours(workload: Workload, amp: bool, recompute: str | None = None) -> Step:
+def _ours(
+        workload: Workload,
+        amp: bool,
+        recompute: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+) -> Step:
+    chosen = settings or {}
     model: Any = workload.network('inception_resnet_v2_npu')
-    model.set_grad_checkpointing(recompute or False)
+    model.set_grad_checkpointing(recompute or chosen.get('recompute', False))
     loss_scale = 128.0 if amp and devices.half_dtype(workload.device) == torch.float16 else None
     precision = create_precision(workload.device, amp=amp, opt_level='O2' if amp else None, loss_scale=loss_scale)
-    return _step(workload, precision, *precision.prepare(model, _optimizer(model)))
+    model, optimizer = precision.prepare(model, _optimizer(model, chosen.get('fused_optimizer')))
+    if 'torchcompile' in chosen:
+        model = torch.compile(model, backend=chosen['torchcompile'])
+    return _step(workload, precision, model, optimizer)
 
 
 def _with_products(step: Step) -> Step:

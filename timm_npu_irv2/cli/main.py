@@ -42,6 +42,7 @@ COMMANDS = {
     'export-onnx': Command('onnx_export.py', 'write a checkpoint as an ONNX file'),
     'quantize': Command('onnx_quantize.py', 'turn an ONNX file into int8'),
     'benchmark': Command('benchmark.py', 'measure the network beside its peers'),
+    'tune': Command('benchmark.py', 'find the fastest settings on this device, for the other commands', ('tune',)),
     'hub': Command('timm_npu_irv2.hub', 'publish and download models on the Hugging Face Hub'),
     'doctor': Command('timm_npu_irv2.cli.doctor', 'diagnose this machine: versions, devices, what does not fit'),
     'weights': Command('timm_npu_irv2.weights', 'translate weights between dialects'),

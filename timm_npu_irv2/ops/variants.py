@@ -31,7 +31,7 @@ class Variants:
 
     Attributes:
         pointwise: Form of 1×1 convolutions: 'convolution', 'product' (of matrices), or 'large': products outside the
-            blocks where there are many positions; None for the choice of the device (:class:`.device.Backend`).
+            blocks where there are many positions; None for the choice of the device (:func:`.device.pointwise_form`).
         siblings: 1×1 convolutions that share their input: one ('merged'), or each of its own ('separate').
         residual: Place of the scale of a residual in training: 'folded' into the branch's last activation and bias, or
             in the 'addition'.
@@ -88,7 +88,7 @@ def use_variants(**chosen: str) -> Iterator[Variants]:
 
 def pointwise_form(x: Tensor) -> str:
     """Return the form of 1×1 convolutions of ``x``: the chosen one, or the choice of its device."""
-    return variants().pointwise or devices.backend_of(x).pointwise
+    return variants().pointwise or devices.pointwise_form(x.device.type)
 
 
 def _parse(text: str) -> Variants:

@@ -1,0 +1,105 @@
+"""Results of tune: found for exactly their workload, refused if damaged, and applied where the user has not decided."""
+
+import json
+import logging
+from argparse import Namespace
+
+import pytest
+import torch
+
+from timm_npu_irv2 import UserError
+from timm_npu_irv2 import device as devices
+from timm_npu_irv2.cli.tuned import use_tuned
+from timm_npu_irv2.ops import use_variants, variants
+from timm_npu_irv2.tuning import Workload, find_tuned, load_tuned, save_tuned
+
+CPU = torch.device('cpu')
+WORKLOAD = {'task': 'train', 'batch_size': 2, 'img_size': 75, 'precision': 'float32'}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('TIMM_NPU_IRV2_CACHE', str(tmp_path))
+    monkeypatch.delenv('TIMM_NPU_IRV2_VARIANTS', raising=False)
+    layout = devices.memory_format(CPU)
+    with use_variants():
+        yield
+    devices.use_memory_format(CPU, layout)
+
+
+def save(chosen, **changes):
+    return save_tuned(Workload.on(CPU, **{**WORKLOAD, **changes}), {'chosen': chosen})
+
+
+def options(**given) -> Namespace:
+    return Namespace(**{
+        'tuned': 'auto', 'model': 'inception_resnet_v2_npu', 'opt': 'sgd', 'opt_kwargs': {}, 'recompute': None,
+        'grad_checkpointing': False, 'torchcompile': None, 'torchscript': False, 'deterministic': False, **given})
+
+
+def test_a_result_is_found_for_exactly_its_workload():
+    save({'pointwise': 'product'})
+    assert find_tuned(CPU, **WORKLOAD).chosen == {'pointwise': 'product'}
+    for change in {'batch_size': 4}, {'img_size': 76}, {'precision': 'O1 bfloat16'}, {'task': 'eval'}:
+        assert find_tuned(CPU, **{**WORKLOAD, **change}) is None
+
+
+def test_another_version_or_number_of_threads_is_another_workload(monkeypatch):
+    save({})
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads + 1)
+    assert find_tuned(CPU, **WORKLOAD) is None
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'chosen': {'pointwise': 'sum'}}, r"chosen.pointwise is 'sum', expected one of"),
+    ({'chosen': {'command': 'rm'}}, r"chosen has the unknown entry 'command'"),
+    ({'chosen': {'jit_compile': 1}}, 'chosen.jit_compile is 1'),
+    ({'format': 2}, 'format is 2'),
+    ({'workload': {'task': 'train'}}, 'is missing'),
+])
+def test_a_file_that_is_no_result_is_one_line(tmp_path, change, message):
+    path = save({'pointwise': 'product'})
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=message) as caught:
+        load_tuned(path)
+    assert '\n' not in str(caught.value)
+    path.write_text('{')
+    with pytest.raises(UserError, match='cannot read'):
+        load_tuned(path)
+
+
+def test_settings_become_options_and_forms_and_one_line_of_the_log(caplog):
+    path = save({'pointwise': 'product', 'memory_format': 'contiguous', 'fused_optimizer': True, 'recompute': 'cheap'})
+    args = options()
+    with caplog.at_level(logging.INFO):
+        found = use_tuned(args, CPU, **WORKLOAD)
+    assert variants().pointwise == 'product' and devices.memory_format(CPU) == torch.contiguous_format
+    assert found.opt_kwargs == {'fused': True} and found.recompute == 'cheap'
+    assert args.opt_kwargs == {} and args.recompute is None
+    (line,) = caplog.messages
+    assert 'pointwise=product' in line and str(path) in line
+
+
+def test_what_the_user_has_set_takes_precedence(monkeypatch):
+    save({'pointwise': 'product', 'fused_optimizer': True, 'recompute': 'cheap', 'torchcompile': 'inductor'})
+    monkeypatch.setenv('TIMM_NPU_IRV2_VARIANTS', 'pointwise=convolution')
+    args = options(opt_kwargs={'fused': False}, grad_checkpointing=True, torchscript=True)
+    assert use_tuned(args, CPU, **WORKLOAD) == args and variants().pointwise is None
+    for off in options(tuned='off'), options(model='resnet50'):
+        assert use_tuned(off, CPU, **WORKLOAD) is off
+
+
+def test_a_file_for_another_device_or_task_is_one_line():
+    path = save({}, task='eval')
+    with pytest.raises(UserError, match='it is for eval on cpu, not for train on cpu'):
+        use_tuned(options(tuned=str(path)), CPU, **WORKLOAD)
+
+
+def test_variables_that_torch_npu_reads_at_its_start_are_named(caplog, monkeypatch):
+    monkeypatch.delenv('TORCH_NPU_LAZY_FUSION', raising=False)
+    save({'lazy_fusion': True})
+    with caplog.at_level(logging.INFO):
+        use_tuned(options(), CPU, **WORKLOAD)
+    assert 'Start with TORCH_NPU_LAZY_FUSION=True for all of them.' in caplog.messages[0]

@@ -1,0 +1,242 @@
+"""``benchmark.py tune``: the fastest settings on this device, measured, for train.py, validate.py and inference.py.
+
+Greedy over groups of settings: an alternative is measured in turn with the fastest settings so far, after its outputs
+(and in training its update of the weights) are compared with those of timm's network in float32. At the end the
+choice is measured in turn with the default once more. Each choice runs in a process of its own (``tune_worker.py``).
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .. import device as devices
+from ..cli.checks import check_output_file
+from ..errors import UserError
+from ..tuning import Workload, save_tuned
+from . import report
+from .timing import Ratio, ratio
+from .tune_plan import Alternative, plan
+from .tune_process import Worker, WorkerFailed
+from .tune_worker import Job
+
+__all__ = ['COLUMNS', 'add_arguments', 'run']
+
+COLUMNS = ('images/s', 'of the time before', 'least', 'greatest', 'error', 'result')
+MARGIN = 0.98  # an alternative must take less of the time than this, in the median
+TURN = 1.0  # seconds of a turn, at least
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this subcommand."""
+    parser.add_argument('--task', choices=('train', 'eval'), default='train',
+                        help='train: forward, backward and step; eval: logits, also by other engines (default: train)')
+    parser.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images in a batch (default: 8)')
+    parser.add_argument('--amp', action='store_true', help='mixed precision, as train.py --amp; for eval: 16 bits')
+    parser.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), help="16-bit type (default: the device's)")
+    parser.add_argument('--opt-level', choices=('O1', 'O2'), help='as train.py --opt-level; implies --amp')
+    parser.add_argument('--budget', type=int, default=540, metavar='SECONDS',
+                        help='time after which no further alternative is measured (default: 540)')
+    parser.add_argument('--rounds', type=int, default=5, metavar='N',
+                        help='turns of an alternative and of the fastest settings so far (default: 5)')
+    parser.add_argument('--only', nargs='+', metavar='GROUP', help='measure only these groups of settings')
+    parser.add_argument('--output', metavar='FILE',
+                        help="file of the result (default: one in the user's cache folder, where the scripts find it)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, write the result, print and return all figures.
+
+    Raises:
+        UserError: An option does not fit, or the default settings do not run.
+        KeyboardInterrupt: After what was measured has been written.
+    """
+    device = devices.resolve_device(args.device)
+    check_output_file('--output', args.output or '', make_folder=True)
+    half = (args.amp_dtype or str(devices.half_dtype(device)).removeprefix('torch.')) if _is_half(args) else ''
+    level = (args.opt_level or 'O1') if half and args.task == 'train' else ''
+    workload = Workload.on(device, task=args.task, batch_size=args.batch_size, img_size=args.img_size,
+                           precision=f'{level} {half}'.strip() or 'float32')
+    alternatives = _select(plan(args.task, device, workload.precision), args.only)
+    with tempfile.TemporaryDirectory(prefix='timm_npu_irv2-') as folder:
+        job = Job(str(device), args.task, args.batch_size, args.img_size, half, level, {}, f'{folder}/reference.pt')
+        tuner = Tuner(job, alternatives, rounds=args.rounds, budget=args.budget)
+        interrupted = tuner.run()
+    path = save_tuned(workload, tuner.report(interrupted), Path(args.output) if args.output else None)
+    return _conclude(workload, tuner, path, interrupted)
+
+
+def _is_half(args: argparse.Namespace) -> bool:
+    return bool(args.amp or args.opt_level or args.amp_dtype)
+
+
+def _select(alternatives: Sequence[Alternative], groups: Sequence[str] | None) -> list[Alternative]:
+    known = list(dict.fromkeys(each.group for each in alternatives))
+    if unknown := set(groups or ()) - set(known):
+        raise UserError(f'--only {min(unknown)}: no such group here; there are {", ".join(known)}.')
+    return [each for each in alternatives if groups is None or each.group in groups]
+
+
+def _conclude(workload: Workload, tuner: 'Tuner', path: Path, interrupted: bool) -> dict[str, Any]:
+    title = (f'{workload.task}, {workload.precision}, batch {workload.batch_size}, {workload.img_size} px, '
+             f'{workload.device} ({workload.name})')
+    rows = {row['name']: [row.get('images_per_second'), *(row.get('ratio') or (None,) * 3),
+                          _scientific(row.get('error')), row['result']] for row in tuner.rows}
+    if rows:
+        report.print_table(title, COLUMNS, rows)
+    chosen = ', '.join(Alternative('', {name: value}).name for name, value in tuner.chosen.items())
+    print(f'  chosen: {chosen or "the default settings"}; written to {path}')
+    if interrupted:
+        raise KeyboardInterrupt
+    return {'title': title, 'columns': COLUMNS, 'rows': rows, 'chosen': tuner.chosen, 'file': str(path)}
+
+
+def _scientific(value: float | None) -> str | None:
+    return None if value is None else f'{value:.1e}'
+
+
+class Tuner:
+    """A search for the fastest settings.
+
+    Args:
+        job: Job of the default settings.
+        alternatives: Alternatives in the order in which they are tried.
+        rounds: Turns of an alternative and of the fastest settings so far.
+        budget: Seconds for everything.
+    """
+
+    def __init__(self, job: Job, alternatives: Sequence[Alternative], rounds: int, budget: float) -> None:
+        self.chosen: dict[str, Any] = {}
+        self.rows: list[Row] = []
+        self._job, self._alternatives, self._rounds = job, alternatives, rounds
+        self._started = time.monotonic()
+        self._deadline = self._started + budget
+        self._longest = 0.0  # seconds that an alternative took
+        self._limit = 0.0  # of the error
+        self._verified: Ratio | None = None
+
+    def run(self) -> bool:
+        """Measure everything; return True if the user stopped it."""
+        bar = tqdm(total=len(self._alternatives) + 2, unit='choice', file=sys.stderr, disable=None)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(bar))
+            try:
+                self._measure(bar)
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    def report(self, interrupted: bool) -> dict[str, Any]:
+        """Return the entries of the result's file."""
+        verified = self._verified._asdict() if self._verified else None
+        return {'chosen': self.chosen, 'of_default_time': verified, 'interrupted': interrupted,
+                'seconds': time.monotonic() - self._started, 'measured': self.rows}
+
+    def _measure(self, bar: Any) -> None:
+        best = self._start({})
+        try:
+            bar.update()
+            for alternative in self._alternatives:
+                bar.set_postfix_str(alternative.name)
+                best = self._try(alternative, best)
+                bar.update()
+            self._verify(best)
+            bar.update()
+        finally:
+            best.close()
+
+    def _start(self, settings: Mapping[str, Any]) -> Worker:
+        """Return the worker of the default settings, whose error is the measure for all others."""
+        worker = Worker(replace(self._job, settings=settings, writes_reference=True))
+        try:
+            error = worker.start(self._deadline)
+            step = worker.time(1, self._deadline)
+        except WorkerFailed as failure:
+            worker.close()
+            raise UserError(f'the default settings do not run here: {failure}') from failure
+        except BaseException:
+            worker.close()
+            raise
+        self._limit = 1.5 * error if self._job.half else max(4 * error, 1e-4)
+        self._steps = max(1, min(50, round(TURN / step)))
+        self.rows.append({'name': 'default', 'images_per_second': self._job.batch_size / step, 'error': error,
+                          'result': 'the default settings'})
+        return worker
+
+    def _try(self, alternative: Alternative, best: Worker) -> Worker:
+        """Measure an alternative, and return the worker of the fastest settings."""
+        row: Row = {'name': alternative.name}
+        self.rows.append(row)
+        started = time.monotonic()
+        if started + 2.2 * self._longest > self._deadline:  # it, and the verification at the end
+            row['result'] = 'not measured: the budget is spent'
+            return best
+        worker = Worker(replace(self._job, settings={**self.chosen, **alternative.settings}))
+        faster = False
+        try:
+            faster = self._compare(worker, best, row)
+        except WorkerFailed as failure:
+            row['result'] = f'failed: {failure}'
+        finally:
+            (best if faster else worker).close()
+        self._longest = max(self._longest, 0.0 if 'error' not in row else time.monotonic() - started)
+        if not faster:
+            return best
+        self.chosen = {**self.chosen, **alternative.settings}
+        return worker
+
+    def _compare(self, worker: Worker, best: Worker, row: Row) -> bool:
+        """Fill in the row of an alternative's worker, and return True if it is right and faster."""
+        deadline = self._deadline - self._longest
+        row['error'] = worker.start(deadline)
+        if not row['error'] <= self._limit:
+            row['result'] = f'wrong: an error of {row["error"]:.2g}, where {self._limit:.2g} is allowed'
+            return False
+        found = self._in_turn(worker, best, deadline, row)
+        faster = found.median < MARGIN
+        row['result'] = 'taken' if faster else 'not faster'
+        return faster
+
+    def _in_turn(self, worker: Worker, other: Worker, deadline: float, row: Row) -> Ratio:
+        times: dict[Worker, list[float]] = {worker: [], other: []}
+        for index in range(self._rounds):
+            for each in (worker, other)[::-1 if index % 2 else 1]:
+                times[each].append(each.time(self._steps, deadline))
+        found = ratio(times[worker], times[other])
+        row['ratio'] = found
+        row['images_per_second'] = self._steps * self._job.batch_size / statistics.median(times[worker])
+        return found
+
+    def _verify(self, best: Worker) -> None:
+        """Measure the choice in turn with the default, and return to the default unless the choice is faster."""
+        if not self.chosen:
+            return
+        row: Row = {'name': 'choice, of the default'}
+        self.rows.append(row)
+        with _closing(Worker(replace(self._job, settings={}))) as default:
+            try:
+                default.start(self._deadline + self._longest)
+                self._verified = self._in_turn(best, default, self._deadline + 2 * self._longest, row)
+            except WorkerFailed as failure:
+                row['result'] = f'failed: {failure}'
+                return
+        if self._verified.median >= 1:
+            self.chosen = {}
+        row['result'] = 'verified' if self.chosen else 'not faster after all: the default settings remain'
+
+
+@contextlib.contextmanager
+def _closing(worker: Worker) -> Iterator[Worker]:
+    try:
+        yield worker
+    finally:
+        worker.close()

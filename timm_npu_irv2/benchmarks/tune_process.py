@@ -1,0 +1,90 @@
+"""The parent's side of a worker of ``benchmark.py tune``."""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from ..tuning import environment_of
+from .tune_worker import Job
+
+__all__ = ['Worker', 'WorkerFailed']
+
+_OWN_VARIABLES = ('TIMM_NPU_IRV2_VARIANTS', 'TIMM_NPU_IRV2_KERNELS')  # the job chooses instead
+
+
+class WorkerFailed(Exception):
+    """A worker that ended, or that did not answer in time."""
+
+
+class Worker:
+    """A process that runs a job, see :mod:`.tune_worker`.
+
+    Args:
+        job: The job.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._errors = tempfile.TemporaryFile('w+')  # noqa: SIM115 - close() closes it
+        environment = {name: value for name, value in os.environ.items() if name not in _OWN_VARIABLES}
+        # A session of its own: Ctrl-C is for the parent, which ends its workers.
+        self._process: Any = subprocess.Popen(
+            [sys.executable, '-m', f'{__package__}.tune_worker'], env={**environment, **environment_of(job.settings)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True)
+        self._received = b''
+        self._send(job.to_json())
+
+    def start(self, deadline: float) -> float:
+        """Return the error of the first step against the reference, when the worker has computed it."""
+        return float(self._answer(deadline)['error'])
+
+    def time(self, steps: int, deadline: float) -> float:
+        """Return the seconds of a number of steps."""
+        self._send(str(steps))
+        return float(self._answer(deadline)['seconds'])
+
+    def close(self) -> None:
+        """End the process."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+        self._errors.close()
+
+    def _send(self, line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # why it ended, the answer tells
+            self._process.stdin.write(line.encode() + b'\n')
+            self._process.stdin.flush()
+
+    def _answer(self, deadline: float) -> dict[str, Any]:
+        """Return the next line that the process writes.
+
+        Args:
+            deadline: Time on the monotonic clock until which to wait.
+
+        Raises:
+            WorkerFailed: There is none.
+        """
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while b'\n' not in self._received:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise WorkerFailed('it took more time than was left')
+                read = os.read(self._process.stdout.fileno(), 65536)
+                if not read:
+                    raise WorkerFailed(self._reason())
+                self._received += read
+        line, _, self._received = self._received.partition(b'\n')
+        return json.loads(line)
+
+    def _reason(self) -> str:
+        """Return the last line that the process wrote to stderr, or the code with which it ended."""
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors.read()[-10000:].splitlines() if line.strip()]
+        return lines[-1][:300] if lines else f'it ended with exit code {code}'
