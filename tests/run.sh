@@ -5,8 +5,26 @@
 #     .venv-npu    tests/ascend and tests/npu: the real torch_npu on a stand-in for CANN, which needs a CPU build of
 #                  torch and g++; where these can't be had the reason is printed
 # Arguments go to pytest, both times (for example: -k weights -x). It fails if anything failed.
+#     tests/run.sh --npu   runs the tests for a real NPU instead, with the python of the environment ($PYTHON): torch_npu, this
+#                          package and pytest must be installed, and CANN loaded or in one of its usual folders.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+if [[ ${1:-} == --npu ]]; then
+    shift
+    python=${PYTHON:-$(command -v python || command -v python3 || true)}
+    arguments=("$@")
+    set --  # common.sh looks for --help
+    # shellcheck source=/dev/null
+    source train_scripts/common.sh
+    load_cann
+    obstacle=$("$python" -m tests.npu.real_device 2>&1 | tail -n 1) || {
+        echo "tests/run.sh: error: no tests on a real NPU here: $obstacle" >&2
+        exit 2
+    }
+    echo "$obstacle"
+    exec "$python" -m pytest -q tests/npu/test_real_npu.py -rA ${arguments[@]+"${arguments[@]}"}
+fi
 
 environments=${TEST_ENVIRONMENTS:-$PWD}
 python=${PYTHON:-python3}

@@ -29,6 +29,10 @@ def _import_plugin() -> None:
         from . import device as devices  # noqa: PLC0415 - heavy, and needs timm
 
         devices.load_backends()
+        layers = sys.modules.get(f'{__package__}.layers')
+        if getattr(getattr(layers, '__spec__', None), '_initializing', False):
+            # Its import is what imports timm. The network needs all of it: a second copy, which takes its place.
+            del sys.modules[f'{__package__}.layers']
         # They register what they define at their end; one of them may be half imported now, if it is what imports timm.
         importlib.import_module('.model', __package__)
         importlib.import_module('.optim', __package__)

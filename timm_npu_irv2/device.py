@@ -27,7 +27,7 @@ __all__ = [
     'Backend', 'apex_amp', 'autocast', 'backend', 'backend_of', 'configure', 'default_device', 'describe',
     'device_count', 'fast_dtype', 'fused_optimizer_class', 'get_rng_state', 'grad_scaler', 'half_dtype',
     'is_out_of_memory', 'lack_of_fused_sgd', 'load_backends', 'memory_format', 'peak_memory', 'pointwise_form',
-    'prefetch', 'reset_peak_memory', 'resolve_device', 'set_rng_state', 'survey', 'synchronize', 'use_memory_format',
+    'prefetch', 'profiler', 'reset_peak_memory', 'resolve_device', 'set_rng_state', 'survey', 'synchronize', 'use_memory_format',
     'versions',
 ]
 
@@ -424,6 +424,11 @@ def prefetch(items: Iterable[T], place: Callable[[T], R], device: torch.device) 
             yield ready.pop(0)
         runtime.current_stream(device).wait_stream(stream)
     yield from ready
+
+
+def profiler(device: torch.device) -> Any:
+    """Return torch_npu's profiler on an NPU, else torch's, which has the same functions."""
+    return importlib.import_module('torch_npu.profiler' if device.type == 'npu' else 'torch.profiler')
 
 
 def survey() -> dict[str, list[dict[str, Any]]]:

@@ -7,6 +7,7 @@
     python train_scripts/benchmark.py input --data-dir DIR    # images/s of decoding and augmentation, by stage
     python train_scripts/benchmark.py ops             # each fused operator against unfused ones
     python train_scripts/benchmark.py tune --amp      # the fastest settings on this device, for the other scripts
+    python train_scripts/benchmark.py profile         # operators of ten training steps and their times
     python train_scripts/benchmark.py table report.json …     # rows for the README from reports of train.py
 """
 
@@ -21,12 +22,12 @@ from pathlib import Path
 
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as devices
-from timm_npu_irv2.benchmarks import inference, input, operators, report, step, table, training, tune
+from timm_npu_irv2.benchmarks import inference, input, operators, profile, report, step, table, training, tune
 from timm_npu_irv2.benchmarks.counting import Journal
 from timm_npu_irv2.plots import draw_bar_chart
 
 COMMANDS = {'step': step, 'train': training, 'infer': inference, 'input': input, 'ops': operators,
-            'tune': tune, 'table': table}
+            'tune': tune, 'profile': profile, 'table': table}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Measure on a machine with NPUs what the README leaves open, and print the rows of its tables:
+# Measure on a machine with NPUs what the README leaves open, and print the rows of its tables: first the fastest settings
+# of this device (benchmark.py tune), then training and operators, then a profile of ten steps.
 #     bash train_scripts/measure_npu.sh --data_path=DIR [options of train.py]
 # CARDS="1 8" (the default) are the numbers of cards, BATCH=192 the images in a batch of a card, OUTPUT the folder for
-# all figures.
+# all figures, BUDGET=1200 the seconds for the settings.
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
@@ -11,6 +12,12 @@ check_python
 OUTPUT=${OUTPUT:-output/measured} BATCH=${BATCH:-192}
 load_cann
 mkdir -p "$OUTPUT"
+benchmark() { "$PYTHON" "$SCRIPTS/benchmark.py" "$@" ${DEVICE:+--device "$DEVICE"}; }
+
+# The recipes below train at O2 in float16; train.py finds the result, which is also copied into the folder.
+( set_defaults 1
+  benchmark tune --opt-level O2 --batch-size "$BATCH" --budget "${BUDGET:-1200}" --json "$OUTPUT/tune.json" ) \
+    || echo 'measure_npu.sh: no settings were tuned; measuring the default ones.' >&2
 
 for cards in ${CARDS:-1 8}; do
     run=$OUTPUT/${cards}p-$(date +%Y%m%d-%H%M%S)
@@ -21,10 +28,12 @@ for cards in ${CARDS:-1 8}; do
 done
 
 set_defaults 1
-benchmark() { "$PYTHON" "$SCRIPTS/benchmark.py" "$@"; }
-benchmark train --amp --batch-size "$BATCH" --json "$OUTPUT/train.json" ${DEVICE:+--device "$DEVICE"}
+benchmark train --amp --batch-size "$BATCH" --json "$OUTPUT/train.json"
 for kernels in aten triton; do  # which of them is faster here is not known until this has run
     TIMM_NPU_IRV2_KERNELS=$kernels benchmark ops --amp --batch-size "$BATCH" --json "$OUTPUT/ops-$kernels.json" \
-        ${DEVICE:+--device "$DEVICE"} || echo "measure_npu.sh: the $kernels kernels do not run here." >&2
+        || echo "measure_npu.sh: the $kernels kernels do not run here." >&2
 done
-benchmark table "${reports[@]}"
+( unset ASCEND_RT_VISIBLE_DEVICES  # the profiler does not work with it
+  benchmark profile --amp --batch-size "$BATCH" --output "$OUTPUT/profile" ) \
+    || echo 'measure_npu.sh: the profiler does not run here.' >&2
+"$PYTHON" "$SCRIPTS/benchmark.py" table "${reports[@]}"

@@ -1,0 +1,92 @@
+"""The network on a real NPU, with tolerances for its numerics: `bash tests/run.sh --npu`. It prints a table to report.
+
+REAL_NPU=cpu runs the same tests on a CPU, where they must pass too.
+"""
+
+import os
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from timm_npu_irv2 import UserError
+from timm_npu_irv2 import device as devices
+from timm_npu_irv2.ops import use_variants
+from timm_npu_irv2.ops.variants import CHOICES
+from timm_npu_irv2.precision import create_precision
+
+from .real_device import describe
+
+CHOSEN = os.environ.get('REAL_NPU', 'npu')
+FORMS = [{name: value} for name in ('pointwise', 'siblings', 'residual') for value in CHOICES[name]]
+# Relative errors. Convolutions round float32 to HF32 (10 bits) on A2, and to float16 on the 910A.
+LOGITS, HALF_LOGITS = 2e-2, 1e-1
+
+
+@pytest.fixture(scope='module')
+def device() -> torch.device:
+    if CHOSEN != 'cpu':
+        try:
+            print(describe())
+        except UserError as error:
+            pytest.skip(str(error))
+    return devices.resolve_device(CHOSEN)
+
+
+@pytest.fixture(scope='module')
+def case():
+    """timm's network, images, and its logits and gradients on the CPU in float32."""
+    torch.manual_seed(0)
+    reference = timm.create_model('inception_resnet_v2', num_classes=10)
+    images, targets = torch.randn(4, 3, 149, 149), torch.arange(4)
+    with torch.no_grad():
+        logits = reference.eval()(images)
+    loss = F.cross_entropy(reference.train()(images), targets)
+    loss.backward()
+    return reference, images, targets, logits, loss.item()
+
+
+def ours(case, device) -> torch.nn.Module:
+    model = timm.create_model('inception_resnet_v2_npu', num_classes=10)
+    model.load_state_dict(case[0].state_dict())
+    return model.to(device, memory_format=devices.memory_format(device))
+
+
+def report(name: str, figure: float, limit: float) -> None:
+    print(f'| {name} | {figure:.2e} | {limit:.0e} |')
+
+
+@pytest.mark.parametrize('half', [False, True], ids=['float32', '16 bits'])
+@pytest.mark.parametrize('form', FORMS, ids=lambda form: '='.join(*form.items()))
+def test_logits_are_timms(case, device, form, half):
+    model, limit = ours(case, device).eval(), HALF_LOGITS if half else LOGITS
+    dtype = devices.half_dtype(device) if half else torch.float32
+    with use_variants(**form), torch.no_grad():
+        logits = model.to(dtype)(case[1].to(device, dtype)).float().cpu()
+    error = ((logits - case[3]).norm() / case[3].norm()).item()
+    report(f'logits, {form}, {dtype}', error, limit)
+    assert error < limit
+
+
+@pytest.mark.parametrize('level', ['O0', 'O1', 'O2'])
+@pytest.mark.parametrize('form', FORMS, ids=lambda form: '='.join(*form.items()))
+def test_the_loss_of_a_step_is_timms_and_falls(case, device, form, level):
+    half = level != 'O0'
+    scale = 128.0 if half and devices.half_dtype(device) == torch.float16 else None
+    precision = create_precision(device, amp=half, opt_level=level, loss_scale=scale)
+    model = ours(case, device).train()
+    optimizer = timm.optim.create_optimizer_v2(model, 'sgd', lr=1e-2, momentum=0.9)
+    model, optimizer = precision.prepare(model, optimizer)
+    images, targets = case[1].to(device, precision.input_dtype), case[2].to(device)
+    losses = []
+    with use_variants(**form):
+        for _ in range(4):
+            with precision.autocast():
+                loss = F.cross_entropy(model(images), targets)
+            optimizer.zero_grad()
+            precision.step(loss, optimizer)
+            losses.append(loss.item())
+    error = abs(losses[0] / case[4] - 1)
+    report(f'first loss, {form}, {level}', error, HALF_LOGITS)
+    assert error < HALF_LOGITS and losses[-1] < losses[0]
