@@ -232,8 +232,7 @@ def prepare(args: Namespace, device: torch.device) -> tuple['Network', Labels | 
     labels, num_classes = label_function(args, model), model.num_classes
     if args.test_pool:
         model, pipeline = pool_over_positions(model, pipeline)
-    if not deployed:
-        args = use_tuned(args, device, **eval_workload(args, device, args.batch_size, pipeline.input_size))
+    args = use_tuned(args, device, **eval_workload(args, device, args.batch_size, pipeline.input_size, deployed))
     dtype, amp_dtype = (torch.float32, None) if args.engine or deployed else choose_dtypes(args, device)
     if args.engine:
         model = to_inference(model.eval(), **engine_options(args, device))
@@ -328,9 +327,6 @@ def label_function(args: Namespace, model: nn.Module) -> Labels | None:
         _logger.warning(f'The names of the {model.num_classes} classes are not known; using their indices.')
         return str
     return DatasetInfoLabelMapper(info, label_type=args.label_type)
-
-
-# ----------------------------------------------------------------------------------------------------- inference
 
 
 class Network:

@@ -69,8 +69,6 @@ from timm_npu_irv2.training.loaders import build_eval_loader
 _logger = logging.getLogger('validate')
 
 Results = dict[str, Any]
-
-
 ENDINGS = ('.pth.tar', '.pth', '.safetensors', '.onnx', '.om')
 TABLE = {'network': 'network', 'format': 'format', 'top1': 'top-1', 'top5': 'top-5', 'loss': 'loss',
          'images_per_second': 'images/s', 'file_mb': 'MB'}
@@ -316,8 +314,7 @@ def measure(args: Namespace, world: World, candidate: Candidate, batch_size: int
     class_to_idx = None if args.valid_labels else class_indices(model.pretrained_cfg.get('label_names'))
     if args.test_pool:
         model, pipeline = pool_over_positions(model, pipeline)
-    if not deployed:
-        args = use_tuned(args, world.device, **eval_workload(args, world.device, batch_size, pipeline.input_size))
+    args = use_tuned(args, world.device, **eval_workload(args, world.device, batch_size, pipeline.input_size, deployed))
     dtype = torch.float32 if args.engine or deployed else getattr(torch, args.model_dtype or 'float32')
     amp_dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else devices.half_dtype(world.device)
     loader = build_eval_loader(

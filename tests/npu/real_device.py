@@ -1,5 +1,5 @@
-"""The NPU of this machine, for tests of a real one: `python -m tests.npu.real_device` names it, or tells why there is none
-in one line and with exit code 2."""
+"""The NPU of this machine, for tests of a real one: `python -m tests.npu.real_device` names it, or tells in one line,
+with exit code 2, why there is none."""
 
 import sys
 

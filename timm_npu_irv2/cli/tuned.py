@@ -33,10 +33,21 @@ def eval_workload(
         device: torch.device,
         batch_size: int,
         input_size: Sequence[int],
+        deployed: bool,
 ) -> dict[str, Any]:
-    """Return the workload of validate.py and inference.py on images (C, H, W), as :func:`use_tuned` takes it."""
-    return {'task': 'eval', 'batch_size': batch_size, 'img_size': input_size[-1],
-            'precision': _eval_precision(args, device) if input_size[-2] == input_size[-1] else None}
+    """Return the workload of validate.py and inference.py, as :func:`use_tuned` takes it.
+
+    Args:
+        args: Options of the script.
+        device: Device of the run.
+        batch_size: Images in a batch.
+        input_size: Channels, height and width of the images.
+        deployed: The network is a deployed one, for which there is nothing to choose.
+    """
+    height, width = input_size[-2:]
+    fits = height == width and not deployed
+    return {'task': 'eval', 'batch_size': batch_size, 'img_size': width,
+            'precision': _eval_precision(args, device) if fits else None}
 
 
 def _train_precision(args: Namespace, device: torch.device) -> str | None:
