@@ -141,13 +141,7 @@ def split(x: Tensor, channels: List[int], dim: int = 1) -> List[Tensor]:
 
 
 def convolve_1x1(conv: nn.Module, x: Tensor, large: bool = False) -> Tensor:
-    """Compute ``conv(x)`` for a 1×1 convolution in the chosen form; a product of matrices is a shortcut.
-
-    Args:
-        conv: Convolution.
-        x: Input (N, C, H, W).
-        large: The form 'large' means this convolution, if the input has enough positions.
-    """
+    """Compute ``conv(x)`` for a 1×1 convolution in the chosen form (``large``: 'large' may mean this one)."""
     if is_eager(x) and _is_product(x, large) and is_unobserved(conv, nn.Conv2d):
         parameters: Any = conv._parameters
         if 'weight' in parameters and 'bias' in parameters and parameters['weight'].dtype == x.dtype:
