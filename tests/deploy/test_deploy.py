@@ -9,7 +9,7 @@ import torch
 from tests.conftest import OURS, create_pair, fill, relative_error
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as devices
-from timm_npu_irv2.deploy import InferenceNetwork, load, save, to_inference
+from timm_npu_irv2.deploy import InferenceNetwork, load, save, to_inference, trace
 
 SIZE = 75
 CLASSES = 7
@@ -166,6 +166,15 @@ def test_compiled_with_freezing(network, images, expected):
     torch._dynamo.reset()
     with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
         assert relative_error(torch.compile(network)(images), expected) < 5e-6
+
+
+def test_traced_it_is_the_same_for_any_batch(network, images, expected):
+    graph = trace(network, images)
+    with torch.inference_mode():
+        for count in 3, 1, 2, 3, 1:
+            assert relative_error(graph(images[:count]), expected[:count]) < 1e-5
+    graph = trace(network, normalized(images))
+    assert relative_error(graph(normalized(images)), expected) < 1e-5
 
 
 def test_it_is_an_ordinary_module():

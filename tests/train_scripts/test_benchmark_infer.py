@@ -41,7 +41,7 @@ def test_a_run_gives_a_table_a_json_and_a_chart(tmp_path):
 def test_all_compute_the_same(tmp_path):
     """A peer with other weights, or a wrong normalisation, would be measured all the same."""
     pytest.importorskip('onnxruntime')
-    names = ['ours', 'ours-onnxruntime', 'ours-unfolded', 'timm', 'timm-channels-last', 'onnxruntime']
+    names = ['ours', 'ours-traced', 'ours-onnxruntime', 'ours-unfolded', 'timm', 'timm-channels-last', 'onnxruntime']
     inference.prepare(tmp_path, names, 75)
     model = timm.create_model('inception_resnet_v2')
     model.load_state_dict(torch.load(tmp_path / 'timm.pth', weights_only=True))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import device as devices
-from ..deploy import Predictor, load, onnx, save, to_inference
+from ..deploy import Predictor, load, onnx, save, to_inference, trace
 from ..deploy.engines import fastest_engine, record_engines
 from . import report
 from .timing import ratio, times_in_turn
@@ -31,11 +31,12 @@ __all__ = ['CANDIDATES', 'COLUMNS', 'add_arguments', 'run']
 
 COLUMNS = ('images/s', "of timm's", 'p50 ms', 'p99 ms', 'MB')
 OURS, OURS_COMPILED, OURS_UNFOLDED = 'ours', 'ours-compiled', 'ours-unfolded'  # the last as train.py evaluates it
+OURS_TRACED = 'ours-traced'  # only on a CPU
 TIMM, COMPILED = 'timm', 'timm-compiled'
 CHANNELS_LAST, ONNXRUNTIME, OPENVINO = 'timm-channels-last', 'onnxruntime', 'openvino'
 ENGINES = {f'ours-{name}': name for name in ('onnxruntime', 'openvino')}  # this package's network on them
-CANDIDATES = (OURS, *ENGINES, OURS_COMPILED, OURS_UNFOLDED, TIMM, CHANNELS_LAST, COMPILED, ONNXRUNTIME, OPENVINO)
 PEERS = (CHANNELS_LAST, COMPILED, ONNXRUNTIME, OPENVINO)
+CANDIDATES = (OURS, *ENGINES, OURS_TRACED, OURS_COMPILED, OURS_UNFOLDED, TIMM, *PEERS)
 CLIENTS = 16
 INT8, CALIBRATION_IMAGES = 'int8', 2  # random ones, enough to measure the speed
 
@@ -93,7 +94,7 @@ def _available(name: str, device: torch.device, dtype: str) -> bool:
         dtypes = ('float32', 'bfloat16', INT8) if runtime == OPENVINO else ('float32', INT8)
         return device.type == 'cpu' and not missing and dtype in dtypes and (name in ENGINES or dtype != INT8
                                                                              or runtime == OPENVINO)
-    return dtype != INT8 or name in PEERS
+    return (dtype != INT8 or name in PEERS) and (device.type == 'cpu' or name != OURS_TRACED)
 
 
 def prepare(folder: Path, names: Iterable[str], img_size: int, dtype: str = 'float32') -> None:
@@ -101,7 +102,7 @@ def prepare(folder: Path, names: Iterable[str], img_size: int, dtype: str = 'flo
     torch.manual_seed(0)
     model = timm.create_model('inception_resnet_v2').eval()
     torch.save(model.state_dict(), folder / 'timm.pth')
-    if {OURS, OURS_COMPILED} & set(names):
+    if {OURS, OURS_TRACED, OURS_COMPILED} & set(names):
         save(to_inference(model), folder / 'ours')
     for name in ENGINES.keys() & set(names):
         images = torch.randn(CALIBRATION_IMAGES, 3, img_size, img_size) if dtype == INT8 else None
@@ -123,6 +124,20 @@ class _Ours:
         return self.network(images.to(self.dtype, memory_format=self.layout))
 
 
+class _Traced:
+    """This package's network as a graph for each shape."""
+
+    def __init__(self, network: Any, dtype: torch.dtype):
+        self.network, self.dtype = network, dtype
+        self.graphs: dict[torch.Size, Any] = {}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.to(self.dtype, memory_format=torch.channels_last)
+        if images.shape not in self.graphs:
+            self.graphs[images.shape] = trace(self.network, images)
+        return self.graphs[images.shape](images)
+
+
 def create(name: str, folder: Path, device: torch.device, dtype: str) -> Infer:
     """Return a function from normalised float32 images (N, 3, H, W) on ``device`` to logits.
 
@@ -141,13 +156,15 @@ def create(name: str, folder: Path, device: torch.device, dtype: str) -> Infer:
     if name == OPENVINO:
         return _openvino(folder / 'timm.onnx', dtype)
     kind = getattr(torch, 'float32' if name == TIMM else dtype)
-    if name in (OURS, OURS_COMPILED):
+    if name in (OURS, OURS_TRACED, OURS_COMPILED):
         model: Any = load(folder / 'ours', device, kind)
     else:
         architecture = 'inception_resnet_v2_npu' if name == OURS_UNFOLDED else 'inception_resnet_v2'
         model = timm.create_model(architecture, checkpoint_path=folder / 'timm.pth')
         layout = torch.contiguous_format if name == TIMM else devices.memory_format(device)
         model = model.eval().to(device, kind).to(memory_format=layout)
+    if name == OURS_TRACED:
+        return _Traced(model, kind)
     if name in (OURS_COMPILED, COMPILED):
         model = torch.compile(model)
     layout = torch.contiguous_format if name == TIMM else devices.memory_format(device)
@@ -265,7 +282,7 @@ def _verdicts(
         served: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> Iterable[str]:
     peers = [name for name in PEERS if name in rates]
-    for name in (OURS, *ENGINES, OURS_COMPILED):
+    for name in (OURS, *ENGINES, OURS_TRACED, OURS_COMPILED):
         if name not in rates or not peers:
             continue
         best = max(peers, key=lambda peer: statistics.median(rates[peer]))
