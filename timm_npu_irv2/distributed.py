@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 import urllib.parse
@@ -27,16 +26,14 @@ from timm.utils.distributed import world_info_from_env
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
-from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from . import device as devices
 from .errors import UserError
+from .rendezvous import first_slurm_host, is_port_free, register_rendezvous, serve_on_loopback
 
 __all__ = ['StopRequest', 'World', 'agree', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
-           'is_launched', 'is_lost_peer', 'is_port_free', 'launch', 'may_restart', 'restarted',
-           'run_torchrun', 'shutdown', 'sum_over_ranks']
+           'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'restarted', 'shutdown', 'sum_over_ranks']
 
 _logger = logging.getLogger(__name__)
 T = TypeVar('T')
@@ -95,7 +92,7 @@ def initialize(
         world_size: Number of processes, where the environment does not say.
         rank: Index of this process, where the environment does not say.
         addr: Address of rank 0's machine, where the environment does not say.
-        timeout: Time limit of a collective; None for torch's default.
+        timeout: Time limit of a collective; None for COLLECTIVE_TIMEOUT, or torch's default.
 
     Raises:
         DeviceUnavailable: The device does not exist.
@@ -110,47 +107,45 @@ def initialize(
     if env_size <= 1:  # no launcher has counted the processes of this machine
         local_rank = index % max(1, devices.device_count(kind))
     device = devices.resolve_device(kind, local_rank)
-    os.environ.setdefault('MASTER_ADDR', addr or '127.0.0.1')
+    if addr or 'MASTER_ADDR' not in os.environ:
+        os.environ.setdefault('MASTER_ADDR', addr or first_slurm_host() or '127.0.0.1')
+    timeout = timeout or _timeout()
     os.environ.setdefault('MASTER_PORT', '29500')
     try:
         store = _open_store(dist_url or 'env://', index, size, timeout or dist.constants.default_pg_timeout)
         dist.init_process_group(
             backend or devices.backend(device).collectives, store=store, rank=index, world_size=size, timeout=timeout)
-        control = dist.new_group(backend='gloo')
+        control = dist.new_group(backend='gloo', timeout=timeout)
     except (dist.DistError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f'rank {index} of {size} cannot join the others: {str(error).splitlines()[0]}') from error
     return World(index, local_rank, size, device, control)
 
 
-def _open_store(url: str, rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """Return the store through which the processes meet.
+def _timeout() -> timedelta | None:
+    """Return the time limit of a collective that COLLECTIVE_TIMEOUT sets, in seconds; None without it."""
+    value = os.environ.get('COLLECTIVE_TIMEOUT')
+    if not value:
+        return None
+    if not value.isdecimal() or not int(value):
+        raise UserError(f"COLLECTIVE_TIMEOUT '{value}' is not a number of seconds.")
+    return timedelta(seconds=int(value))
 
-    Whoever reaches a store can run code in the processes, since they unpickle what it holds. So on one machine it
-    listens on the loopback interface only, where torch's own listens on all.
-    """
+
+def _open_store(url: str, rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Return the store through which the processes meet; on one machine it listens on the loopback interface only."""
     parsed = urllib.parse.urlsplit(url)
     host = parsed.hostname or os.environ['MASTER_ADDR']
     port = parsed.port or int(os.environ['MASTER_PORT'])
     store: dist.Store
     if host in LOOPBACK and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
         if rank == 0:
-            store, _ = _serve_on_loopback(port, timeout)
+            store, _ = serve_on_loopback(port, timeout)
         else:
             store = dist.TCPStore('127.0.0.1', port, is_master=False, timeout=timeout)
     else:
         store, _, _ = next(dist.rendezvous(url, rank, size, timeout=timeout))
     # torchrun's store still has the addresses of the processes before a restart.
     return dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}', store)
-
-
-def _serve_on_loopback(port: int, timeout: timedelta) -> tuple[dist.TCPStore, int]:
-    """Return a store that listens on the loopback interface, and its port; ``port`` 0 takes a free one."""
-    listener = socket.create_server(('127.0.0.1', port))
-    port = listener.getsockname()[1]
-    store = dist.TCPStore(
-        '127.0.0.1', port, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True,
-        master_listen_fd=listener.detach())
-    return store, port
 
 
 def shutdown(world: World) -> None:
@@ -371,57 +366,9 @@ def _meeting_point(nodes: int, node_rank: int, addr: str | None, dist_url: str |
     host, _, port = endpoint.rpartition(':')
     if (nodes > 1 or url) and node_rank == 0 and not is_port_free(int(port)):
         raise UserError(f'port {port} is in use: choose another one with --dist-url tcp://{host}:PORT.')
+    register_rendezvous()
     if nodes == 1:
-        register_loopback_rendezvous()
         return {'rdzv_backend': 'loopback', 'rdzv_endpoint': f'127.0.0.1:{port if url else 0}',
                 'run_id': secrets.token_hex(16)}
-    return {'rdzv_backend': 'static', 'rdzv_endpoint': endpoint, 'run_id': 'train',
+    return {'rdzv_backend': 'machines', 'rdzv_endpoint': endpoint, 'run_id': 'train',
             'rdzv_configs': {'rank': node_rank, 'timeout': 900}}
-
-
-class _LoopbackRendezvous(StaticTCPRendezvous):
-    """torchrun's meeting of the processes of one machine, in a store that other machines cannot reach."""
-
-    def __init__(self, run_id: str, port: int) -> None:
-        timeout = timedelta(minutes=10)
-        store, port = _serve_on_loopback(port, timeout)
-        super().__init__('127.0.0.1', port, rank=0, world_size=1, run_id=run_id, timeout=int(timeout.total_seconds()))
-        self._store = store
-
-    def get_backend(self) -> str:
-        """Return the name of this rendezvous, as in ``--rdzv-backend``."""
-        return 'loopback'
-
-
-def _create_loopback_rendezvous(parameters: RendezvousParameters) -> _LoopbackRendezvous:
-    return _LoopbackRendezvous(parameters.run_id, int(parameters.endpoint.rpartition(':')[2]))
-
-
-def register_loopback_rendezvous() -> None:
-    """Make ``--rdzv-backend loopback`` known to torchrun in this process."""
-    rendezvous_handler_registry.register('loopback', _create_loopback_rendezvous)
-
-
-def run_torchrun(argv: Sequence[str]) -> None:
-    """Run torchrun for one machine, with a store on the loopback interface and a random run id.
-
-    Args:
-        argv: Command line of torchrun, without the options of a rendezvous. MASTER_PORT names the port; without it a
-            free one is taken.
-    """
-    from torch.distributed.run import main  # noqa: PLC0415 - only the launcher needs it
-
-    register_loopback_rendezvous()
-    endpoint = f"127.0.0.1:{os.environ.get('MASTER_PORT', '0')}"
-    main(['--rdzv-backend', 'loopback', '--rdzv-endpoint', endpoint, '--rdzv-id', secrets.token_hex(16), *argv])
-
-
-def is_port_free(port: int) -> bool:
-    """Return True if a process of this machine can listen on the port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(('', port))
-        except OSError:
-            return False
-    return True

@@ -76,6 +76,28 @@ set_hccl_ports() {  # HCCL listens on 32 ports from 60000 on: others for a secon
     done
 }
 
+find_machines() {  # the variables of Kubernetes or SLURM under the names below; where NNODES is set they are not looked at
+    [[ -z ${NNODES:-} ]] || return 0
+    if [[ -n ${PET_NNODES:-} ]]; then  # Kubeflow's trainer
+        NNODES=$PET_NNODES NODE_RANK=${PET_NODE_RANK:-0} RDZV_ENDPOINT=${PET_RDZV_ENDPOINT:-} RDZV_ID=${PET_RDZV_ID:-}
+        MASTER_ADDR=${PET_MASTER_ADDR:-${MASTER_ADDR:-}} MASTER_PORT=${PET_MASTER_PORT:-${MASTER_PORT:-}}
+        MAX_RESTARTS=${MAX_RESTARTS:-${PET_MAX_RESTARTS:-}}
+        unset "${!PET_@}"  # torchrun reads them too
+    elif [[ -n ${KUBERNETES_SERVICE_HOST:-} && -n ${MASTER_ADDR:-} && -n ${WORLD_SIZE:-} && -n ${RANK:-} ]]; then
+        NNODES=$WORLD_SIZE NODE_RANK=$RANK  # Volcano and older PyTorchJobs count the pods like this
+    elif [[ ${SLURM_NNODES:-1} != 1 && ${SLURM_NTASKS:-} == "${SLURM_NNODES:-}" && -n ${SLURM_NODEID:-} ]]; then
+        NNODES=$SLURM_NNODES NODE_RANK=$SLURM_NODEID  # srun has started one launcher on each machine
+        MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+        MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 9000))}  # two jobs may share a machine
+    else
+        return 0
+    fi
+    local name
+    for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT RDZV_ENDPOINT RDZV_ID MAX_RESTARTS; do
+        if [[ -n ${!name:-} ]]; then export "${name?}"; else unset "$name"; fi
+    done
+}
+
 launch() {  # launch SCRIPT PROCESSES OPTION...: run one of the Python scripts in so many processes per machine
     local script=$1 processes=$2
     shift 2
@@ -83,6 +105,7 @@ launch() {  # launch SCRIPT PROCESSES OPTION...: run one of the Python scripts i
     check_python
     load_cann
     set_defaults "$processes"
+    find_machines
     local nodes=${NNODES:-1}
     if [[ $processes == 1 && $nodes == 1 ]]; then
         exec "$PYTHON" "$SCRIPTS/$script" "$@"
@@ -90,13 +113,22 @@ launch() {  # launch SCRIPT PROCESSES OPTION...: run one of the Python scripts i
     # Mistakes that can be found in advance are reported here, once.
     "$PYTHON" "$SCRIPTS/preflight.py" "${0##*/}" "$script" "$processes" "$@"
     set_hccl_ports
-    local meeting=()  # one machine: torchrun.py knows where
-    if [[ $nodes != 1 ]]; then
-        meeting=(--nnodes "$nodes" --node-rank "${NODE_RANK:-0}")
-        meeting+=(--master-addr "${MASTER_ADDR:?is needed with NNODES}" --master-port "${MASTER_PORT:-29500}")
+    local meeting=() restarts=0  # one machine: torchrun.py knows where to meet
+    local limit=${MEETING_TIMEOUT:-600}
+    if [[ $nodes == *:* ]]; then
+        [[ -n ${RDZV_ENDPOINT:-} ]] || fail "NNODES=$nodes needs RDZV_ENDPOINT=HOST:PORT, where the machines meet."
+        restarts=100  # a machine that leaves counts as a failure for the others
+    fi
+    if [[ -n ${RDZV_ENDPOINT:-} ]]; then
+        meeting=(--rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-train}")
+        meeting+=(--rdzv-conf "join_timeout=$limit,last_call_timeout=${LAST_CALL_TIMEOUT:-30}" --nnodes "$nodes")
+    elif [[ $nodes != 1 ]]; then
+        [[ -n ${MASTER_ADDR:-} ]] || fail "NNODES=$nodes needs MASTER_ADDR, the address of machine 0."
+        meeting=(--rdzv-backend machines --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-id train)
+        meeting+=(--rdzv-conf "rank=${NODE_RANK:-0},timeout=$limit" --nnodes "$nodes")
     fi
     exec "$PYTHON" "$SCRIPTS/torchrun.py" ${meeting[@]+"${meeting[@]}"} --nproc-per-node "$processes" \
-        --max-restarts "${MAX_RESTARTS:-0}" "$SCRIPTS/$script" "$@"
+        --max-restarts "${MAX_RESTARTS:-$restarts}" "$SCRIPTS/$script" "$@"
 }
 
 show_help "$@"

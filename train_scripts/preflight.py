@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.data.dataset import find_root
-from timm_npu_irv2.distributed import is_port_free
 from timm_npu_irv2.errors import UserError
+from timm_npu_irv2.rendezvous import is_port_free
 from timm_npu_irv2.training.options import parse_args
 
 
@@ -26,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         args = parse_args(options)
         check_restarts(args.experiment)
+        if ':' in os.environ.get('NNODES', '') and not args.elastic:
+            raise UserError(f'NNODES={os.environ["NNODES"]} needs --elastic, which keeps the images of an update.')
         splits = [split for split in (args.train_split, args.val_split) if split]
     check_devices(args.device, processes)
     for split in splits:

@@ -3,28 +3,31 @@
 
 Usage: python train_scripts/torchrun.py [options of torchrun] SCRIPT [options of the script]
 
-Without --nnodes as the first option, the processes of this machine meet where no other machine can reach them.
+Without --rdzv-backend, the processes of this machine meet where no other machine can reach them. The options of a
+rendezvous stand first: --rdzv-backend c10d (torchrun's, for machines that leave and join) or machines (a fixed number).
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
-from torch.distributed import run
+os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'FATAL')  # torch reads it when it is loaded: no stack traces of sockets
+
+# isort: split
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from timm_npu_irv2.distributed import run_torchrun
+from timm_npu_irv2.cli.script import run_script
+from timm_npu_irv2.rendezvous import run_torchrun
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the processes and return the exit code of the first that failed."""
+    del os.environ['TORCH_CPP_LOG_LEVEL']  # the processes are not concerned
     logging.disable(logging.ERROR)  # the processes say themselves what happened
     try:
-        if argv[:1] == ['--nnodes']:
-            run.main(list(argv))
-        else:
-            run_torchrun(argv)
+        run_torchrun(argv)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code
@@ -34,4 +37,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_script('torchrun.py', main, sys.argv[1:]))

@@ -103,7 +103,40 @@ def test_dist_train_passes_every_word_on(recorded):
 
 def test_several_machines_meet_where_the_environment_says(recorded):
     _, start = recorded('dist_train_npu.sh', '8', NNODES='2', NODE_RANK='1', MASTER_ADDR='host', MASTER_PORT='1234')
-    assert start[1:9] == ['--nnodes', '2', '--node-rank', '1', '--master-addr', 'host', '--master-port', '1234']
+    assert start[1:11] == ['--rdzv-backend', 'machines', '--rdzv-endpoint', 'host:1234', '--rdzv-id', 'train',
+                           '--rdzv-conf', 'rank=1,timeout=600', '--nnodes', '2']
+
+
+KUBERNETES = {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'MASTER_ADDR': 'job-master-0', 'MASTER_PORT': '23456'}
+SLURM = {'SLURM_NNODES': '3', 'SLURM_NTASKS': '3', 'SLURM_NODEID': '2', 'SLURM_JOB_NODELIST': 'node[04-06]',
+         'SLURM_JOB_ID': '1234567'}
+
+
+@pytest.mark.parametrize(('variables', 'endpoint', 'conf', 'nodes'), [
+    ({**KUBERNETES, 'WORLD_SIZE': '4', 'RANK': '3'}, 'job-master-0:23456', 'rank=3,timeout=600', '4'),
+    ({'PET_NNODES': '2', 'PET_NODE_RANK': '1', 'PET_MASTER_ADDR': 'job-0', 'PET_MASTER_PORT': '29400',
+      'PET_NPROC_PER_NODE': '1'}, 'job-0:29400', 'rank=1,timeout=600', '2'),
+    ({'PET_NNODES': '2:4', 'PET_RDZV_ENDPOINT': 'job-0:29400', 'PET_RDZV_ID': 'job', 'PET_RDZV_BACKEND': 'c10d'},
+     'job-0:29400', 'join_timeout=600,last_call_timeout=30', '2:4'),
+    (SLURM, 'node04:21567', 'rank=2,timeout=600', '3'),
+], ids=['PyTorchJob and Volcano', 'Kubeflow', 'elastic Kubeflow', 'SLURM'])
+def test_the_variables_of_clusters_are_understood(recorded, tmp_path, variables, endpoint, conf, nodes):
+    scontrol = tmp_path / 'bin' / 'scontrol'
+    scontrol.parent.mkdir()
+    scontrol.write_text('[[ "$*" == "show hostnames node[04-06]" ]] && printf "node0%s\\n" 4 5 6\n')
+    scontrol.chmod(0o755)
+    _, start = recorded('dist_train_npu.sh', '8', **variables, PATH=f'{scontrol.parent}:{os.environ["PATH"]}')
+    options = dict(zip(start[1::2], start[2::2], strict=False))
+    assert (options['--rdzv-endpoint'], options['--rdzv-conf'], options['--nnodes']) == (endpoint, conf, nodes)
+    assert options['--nproc-per-node'] == '8'
+
+
+@pytest.mark.parametrize(('nodes', 'message'), [('2', 'needs MASTER_ADDR'), ('2:4', 'needs RDZV_ENDPOINT=HOST:PORT')])
+def test_several_machines_need_a_place_to_meet(tmp_path, nodes, message):
+    python = tmp_path / 'python'
+    python.write_text('#!/usr/bin/env bash\n')
+    python.chmod(0o755)
+    assert f'NNODES={nodes} {message}' in one_line(run('dist_train_npu.sh', '2', NNODES=nodes, PYTHON=str(python)))
 
 
 def test_the_environment_of_the_npu_has_defaults_that_give_way(tmp_path):
@@ -281,6 +314,17 @@ def test_port_in_use(tmp_path, monkeypatch):
 def test_port_that_is_none(tmp_path, monkeypatch):
     monkeypatch.setenv('MASTER_PORT', 'http')
     assert "'http' is not a port" in message_of('train.py', '2', '--device', 'cpu', '--data-dir', str(tmp_path))
+
+
+@pytest.mark.parametrize(('conf', 'message'), [
+    ('rank=0,timeout=1', 'machine 1, 2 of 3 did not come to 127.0.0.1:{} within 1 s: start it with NODE_RANK=1'),
+    ('rank=2,timeout=1', f'machine 2 ({socket.gethostname()}) cannot reach machine 0 at 127.0.0.1:{{}}'),
+], ids=['missing machines', 'closed port'])
+def test_machines_that_cannot_meet_are_named_in_one_line(free_port, conf, message):
+    meeting = ['--rdzv-backend', 'machines', '--rdzv-endpoint', f'127.0.0.1:{free_port}', '--rdzv-conf', conf]
+    command = [sys.executable, SCRIPTS / 'torchrun.py', *meeting, '--nnodes', '3', '--nproc-per-node', '1', 'script.py']
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert message.format(free_port) in one_line(result)
 
 
 # --------------------------------------------------------------------------------------------------------- recipes

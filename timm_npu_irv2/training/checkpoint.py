@@ -347,12 +347,12 @@ def _load_exactly(trainer: Trainer, checkpoint: _State, is_same_data: bool) -> N
     elif training['scheduler'] is not None and own_scheduler is not None:  # an older checkpoint
         trainer.scheduler.lr_scheduler.load_state_dict(
             rules.known_entries(training['scheduler'], own_scheduler, 'training.scheduler'))
-    if not layout.divides_like(trainer.layout):
+    if not layout.divides_like(trainer.layout) and world.is_primary:
         _logger.warning(f'The checkpoint is of a run with {layout} images in an update, this one has {trainer.layout}: '
                         'it continues with the next image, but not with the same bits.')
     begins_again = not is_same_data or not (layout.epoch_samples or layout.divides_like(trainer.layout))
     if begins_again and training['position']['batch']:
-        _logger.warning(f'Epoch {trainer.position.epoch} begins again.')
+        _logger.info(f'Epoch {trainer.position.epoch} begins again.')
         trainer.position = Position(trainer.position.epoch, 0, trainer.position.epoch * trainer.updates_per_epoch)
     if is_same_world and not begins_again:
         _load_process(trainer, own)
