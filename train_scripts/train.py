@@ -51,7 +51,7 @@ from timm_npu_irv2.training.checkpoint import RunInfo
 from timm_npu_irv2.training.checkpoint import resume as resume_checkpoint
 from timm_npu_irv2.training.engine import Position, Trainer
 from timm_npu_irv2.training.evaluation import evaluate
-from timm_npu_irv2.training.layout import plan_layout
+from timm_npu_irv2.training.layout import plan_layout, process_batch_size
 from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader, count_classes
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.output_dir import default_name, output_dir
@@ -154,7 +154,7 @@ def run_in(world: World, args: Namespace, started: float) -> None:
     """Run this process's part of the training. At the end nothing of it is left but its files."""
     start_log(world.is_primary)
     devices.configure(world.device, **device_switches(args))
-    batch_size = setup.per_process_batch_size(args, world)
+    batch_size = process_batch_size(args, world)
     args = use_tuned(args, world.device, **train_workload(args, world.device, batch_size))
     stop_request = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
     out_of_memory = setup.translate_out_of_memory(

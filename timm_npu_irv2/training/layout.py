@@ -21,7 +21,7 @@ from ..schema import LAYOUT
 from ..serialization import peek_checkpoint
 from .loaders import mixup_active
 
-__all__ = ['Layout', 'check_layout', 'plan_layout', 'stored_layout']
+__all__ = ['Layout', 'check_layout', 'plan_layout', 'process_batch_size', 'stored_layout']
 
 _logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def plan_layout(args: Namespace, world: World, checkpoint: Path | None) -> Layou
     Raises:
         UserError: The images of an update cannot be divided evenly among the processes.
     """
-    own = Layout(world.size, _batch_size(args, world), args.grad_accum_steps)
+    own = Layout(world.size, process_batch_size(args, world), args.grad_accum_steps)
     before = from_primary(_peek_layout(checkpoint) if world.is_primary and checkpoint else None, world)
     if before is None or args.no_resume_opt:
         if args.elastic:
@@ -130,7 +130,7 @@ def plan_layout(args: Namespace, world: World, checkpoint: Path | None) -> Layou
     return own if args.allow_changed_data else replace(own, epoch_samples=before.epoch_samples)
 
 
-def _batch_size(args: Namespace, world: World) -> int:
+def process_batch_size(args: Namespace, world: World) -> int:
     """Return the images of a process in a batch: --batch-size, which the zoo's script shares out among the cards."""
     if not args.multiprocessing_distributed:
         return args.batch_size
