@@ -47,6 +47,13 @@ def test_a_byte_order_mark_and_blanks_are_no_part_of_a_name(tmp_path):
     assert class_to_idx(open_folder(write(tmp_path / 'data', ' cat', 'dog '))) == {'cat': 0, 'dog': 1}
 
 
+def test_the_two_forms_of_an_accent_are_one_name(tmp_path):
+    composed, decomposed = 'caf\u00e9 au lait', 'cafe\u0301 au lait'  # as Linux and macOS write it
+    expected = class_to_idx(open_folder(write(tmp_path / 'train', composed, 'tee')))
+    dataset = open_folder(write(tmp_path / 'val', decomposed, 'tee'), class_to_idx=expected)
+    assert [target for _, target in dataset] == [0, 1] and list(expected) == [composed, 'tee']
+
+
 @pytest.mark.parametrize('kind', ['folder', 'tar'])
 @pytest.mark.parametrize(('names', 'message'), [
     (('cat/photos', 'dog/photos', 'eel'), "class 'photos' is in several folders, 'cat/photos', 'dog/photos'"),

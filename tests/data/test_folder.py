@@ -59,6 +59,37 @@ def test_links_are_followed_and_circles_end(tmp_path):
     assert [image.name for image in find_images(root)] == ['cat/a.png', 'dog/b.png']
 
 
+def test_a_tar_file_holds_what_unpacking_it_gives(tmp_path, caplog):
+    first, second = (write(tmp_path / f'{number}.png', number).read_bytes() for number in (1, 2))
+
+    def add(name: str, content: bytes = b'', kind: bytes = tarfile.REGTYPE, target: str = '') -> None:
+        member = tarfile.TarInfo(name)
+        member.size, member.type, member.linkname = len(content), kind, target
+        archive.addfile(member, io.BytesIO(content))
+
+    with tarfile.open(tmp_path / 'data.tar', 'w') as archive:
+        add('cat/a.png', first)
+        add('cat/hard.png', kind=tarfile.LNKTYPE, target='./cat/a.png')
+        add('dog/soft.png', kind=tarfile.SYMTYPE, target='../cat/hard.png')
+        add('dog/lost.png', kind=tarfile.SYMTYPE, target='/elsewhere/a.png')
+        add('cat/twice.png', first)
+        add('cat/twice.png', second)
+    found = {image.name: image.open().read() for image in find_images(tmp_path / 'data.tar')}
+    assert found == {'cat/a.png': first, 'cat/hard.png': first, 'cat/twice.png': second, 'dog/soft.png': first}
+    assert 'left out 1 links that lead to no image in it, such as dog/lost.png' in caplog.text
+
+
+def test_tar_files_in_a_folder_are_read_if_asked_and_named_otherwise(tmp_path):
+    write(tmp_path / 'a.jfif.png')
+    for name in 'x', 'y':
+        with tarfile.open(tmp_path / f'{name}.tar', 'w') as archive:
+            archive.add(tmp_path / 'a.jfif.png', '0.png')
+    (tmp_path / 'a.jfif.png').unlink()
+    assert [image.path for image in find_images(tmp_path, tars=True)] == [f'{tmp_path}/{n}.tar/0.png' for n in 'xy']
+    with pytest.raises(UserError, match='no images in this folder, but 2 tar files: name one of them, or use'):
+        find_images(tmp_path)
+
+
 def test_threads_read_one_tar_file_at_the_same_time(tmp_path):
     for number in range(40):
         write(tmp_path / 'data' / 'cat' / f'{number}.png', number)

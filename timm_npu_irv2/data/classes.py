@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,11 @@ def natural_key(text: str) -> tuple[list[int | str], str]:
 
 
 def clean_name(name: str) -> str:
-    """Return the name of a class without a byte order mark and blanks at its ends."""
-    return name.strip('\ufeff \t\r\n\u00a0')
+    """Return the name of a class without a byte order mark and blanks at its ends, in Unicode's form NFC.
+
+    macOS and its archives write letters with accents in another form, which looks the same.
+    """
+    return unicodedata.normalize('NFC', name.strip('\ufeff \t\r\n\u00a0'))
 
 
 def class_order(names: Iterable[str]) -> list[str]:

@@ -4,7 +4,7 @@ import os
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 __all__ = ['read_image', 'to_pil_mode']
 
@@ -17,8 +17,11 @@ def read_image(file: str | os.PathLike | BinaryIO, mode: str) -> Image.Image:
     Raises:
         Exception: Any error that Pillow's decoders raise for a damaged file, or :func:`to_pil_mode`.
     """
-    with Image.open(file) as image:
-        return to_pil_mode(image, mode)
+    try:
+        with Image.open(file) as image:
+            return to_pil_mode(image, mode)
+    except UnidentifiedImageError as error:  # whose text shows an object of Python
+        raise UnidentifiedImageError('it is empty, or in no format that Pillow reads') from error
 
 
 def to_pil_mode(image: Image.Image, mode: str) -> Image.Image:

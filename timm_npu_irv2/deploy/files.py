@@ -171,9 +171,9 @@ class FileNetwork(nn.Module):
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         batch = self._shape[0]
-        if batch is None or not len(images):
+        if batch is None:
             return self._session(images)
-        parts = []
+        parts = [np.zeros((0, self.num_classes), np.float32)]
         for start in range(0, len(images), batch):
             part = images[start:start + batch]
             filled = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), part.dtype)])
