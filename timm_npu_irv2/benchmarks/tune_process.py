@@ -33,10 +33,14 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self._errors = tempfile.TemporaryFile('w+')  # noqa: SIM115 - close() closes it
         environment = {name: value for name, value in os.environ.items() if name not in _OWN_VARIABLES}
+        # Answers have a pipe of their own, since libraries print to stdout while they are imported.
+        self._answers, write_end = os.pipe()
         # A session of its own: Ctrl-C is for the parent, which ends its workers.
         self._process: Any = subprocess.Popen(
-            [sys.executable, '-m', f'{__package__}.tune_worker'], env={**environment, **environment_of(job.settings)},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True)
+            [sys.executable, '-m', f'{__package__}.tune_worker', str(write_end)], pass_fds=(write_end,),
+            env={**environment, **environment_of(job.settings)}, stdin=subprocess.PIPE, stdout=self._errors,
+            stderr=self._errors, start_new_session=True)
+        os.close(write_end)
         self._received = b''
         self._send(job.to_json())
 
@@ -55,6 +59,7 @@ class Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
         self._errors.close()
+        os.close(self._answers)
 
     def _send(self, line: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # why it ended, the answer tells
@@ -71,11 +76,11 @@ class Worker:
             WorkerFailed: There is none.
         """
         with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
+            selector.register(self._answers, selectors.EVENT_READ)
             while b'\n' not in self._received:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     raise WorkerFailed('it took more time than was left')
-                read = os.read(self._process.stdout.fileno(), 65536)
+                read = os.read(self._answers, 65536)
                 if not read:
                     raise WorkerFailed(self._reason())
                 self._received += read

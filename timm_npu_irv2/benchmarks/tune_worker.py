@@ -65,9 +65,8 @@ class Job:
 
 
 def main() -> None:
-    """Run the job that stdin names."""
-    answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    """Run the job that stdin names, and answer to the file descriptor that the command line names."""
+    answers = os.fdopen(int(sys.argv[1]), 'w')
     job = Job(**json.loads(sys.stdin.readline()))
     device = devices.resolve_device(job.device)
     devices.configure(device)
