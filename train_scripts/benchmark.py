@@ -8,6 +8,7 @@
     python train_scripts/benchmark.py ops             # each fused operator against unfused ones
     python train_scripts/benchmark.py tune --amp      # the fastest settings on this device, for the other scripts
     python train_scripts/benchmark.py profile         # operators of ten training steps and their times
+    python train_scripts/benchmark.py busy            # train.py and the launcher beside busy loops
     python train_scripts/benchmark.py table report.json …     # rows for the README from reports of train.py
 """
 
@@ -22,12 +23,12 @@ from pathlib import Path
 
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as devices
-from timm_npu_irv2.benchmarks import inference, input, operators, profile, report, step, table, training, tune
+from timm_npu_irv2.benchmarks import busy, inference, input, operators, profile, report, step, table, training, tune
 from timm_npu_irv2.benchmarks.counting import Journal
 from timm_npu_irv2.plots import draw_bar_chart
 
 COMMANDS = {'step': step, 'train': training, 'infer': inference, 'input': input, 'ops': operators,
-            'tune': tune, 'profile': profile, 'table': table}
+            'busy': busy, 'tune': tune, 'profile': profile, 'table': table}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

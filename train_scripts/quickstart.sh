@@ -24,17 +24,6 @@ find_python() {  # any Python from 3.10 on
     fail 'Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3.'
 }
 
-install_cpu_torch() {  # without a GPU: torch's CPU build, where pip has one; the usual one brings 4 GB of libraries for GPUs
-    local pip=("$VENV/bin/python" -m pip --disable-pip-version-check) version
-    [[ -z ${ASCEND_OPP_PATH:-} && ! -e /dev/nvidiactl && $(uname -s) == Linux ]] || return 0
-    if [[ -n ${TORCH_CPU_INDEX:-} ]]; then
-        "${pip[@]}" install --quiet --index-url "$TORCH_CPU_INDEX" torch torchvision
-        return
-    fi
-    version=$("${pip[@]}" index versions torch 2>/dev/null | grep -o '[0-9.]*+cpu' | head -n 1) || return 0
-    "${pip[@]}" install --quiet "torch==$version" torchvision || true  # else the usual one is installed
-}
-
 prepare_environment() {
     if "$VENV/bin/python" -c 'import timm_npu_irv2, matplotlib, sklearn' 2>/dev/null; then
         say "Environment: $VENV is there already"
@@ -45,7 +34,10 @@ prepare_environment() {
     python=$(find_python) || exit
     [[ -z ${ASCEND_OPP_PATH:-} ]] || extras+=,npu
     "$python" -m venv "$VENV" || fail "'$python -m venv' does not work here: install it (on Debian: python3-venv)."
-    install_cpu_torch || fail "pip could not install torch from TORCH_CPU_INDEX: see its message above."
+    if [[ -n ${TORCH_CPU_INDEX:-} ]]; then
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --index-url "$TORCH_CPU_INDEX" torch torchvision ||
+            fail 'pip could not install torch from TORCH_CPU_INDEX: see its message above.'
+    fi
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "${REPOSITORY}[$extras]" ||
         fail 'pip could not install the package: see its message above; running this again continues.'
 }
