@@ -3,7 +3,7 @@
 # It needs torch 2.11 or newer with CUDA, this package (pip install -e .), and pytest. Each benchmark writes a JSON file
 # into the folder (./gpu by default) and prints a table. BATCH, 128 by default, is the batch size.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 output=${1:-gpu}
 batch=${BATCH:-128}
