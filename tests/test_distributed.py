@@ -7,6 +7,8 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,6 +22,7 @@ import torch.multiprocessing as mp
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
+from tests.conftest import ROOT
 from tests.data.batches import Batches
 from timm_npu_irv2.distributed import (
     StopRequest,
@@ -373,7 +376,7 @@ def test_a_port_in_use_is_named():
             launch('train.py', [], device='cpu', device_list='0,1', dist_url=f'tcp://127.0.0.1:{port}')
 
 
-WITNESS = Path(__file__).parent / 'witness' / 'store_addresses.py'
+WITNESS = Path(__file__).parent / 'witness' / 'listening_addresses.py'
 
 
 def test_the_store_of_one_machine_is_out_of_reach_of_others_and_the_run_has_a_random_id(capfd):
@@ -386,11 +389,43 @@ def test_the_store_of_one_machine_is_out_of_reach_of_others_and_the_run_has_a_ra
 
 
 def test_so_is_that_of_processes_that_nobody_launched(tmp_path):
-    assert in_processes(2, {'store': _store_addresses}, tmp_path) == {'store': [['127.0.0.1'], ['127.0.0.1']]}
+    assert in_processes(2, {'store': _listening_addresses}, tmp_path) == {'store': [['127.0.0.1'], ['127.0.0.1']]}
 
 
-def _store_addresses(world: World) -> list[str]:
-    return runpy.run_path(str(WITNESS))['store_addresses']()
+def _listening_addresses(world: World) -> list[str]:
+    return runpy.run_path(str(WITNESS))['listening_addresses']()
+
+
+# A machine whose host name is the address of an interface, as most machines of a network are.
+MACHINE = """
+set -e
+ip link set lo up
+ip link add outside type veth peer name other
+ip addr add 10.77.0.1/24 dev outside
+ip link set outside up; ip link set other up
+hostname machine
+printf '127.0.0.1 localhost\\n10.77.0.1 machine\\n' > "$1/hosts"
+mount --bind "$1/hosts" /etc/hosts
+shift
+exec "$@"
+"""
+
+
+def test_no_process_listens_on_another_interface_of_a_machine_with_a_name(tmp_path):
+    inside = ['unshare', '--net', '--uts', '--mount', 'bash', '-c', MACHINE, 'bash', str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run([*inside, 'true'], capture_output=True, check=False).returncode != 0:
+        pytest.skip('it takes root, unshare and ip to make a network namespace')
+    shown = 'import socket; print(socket.gethostbyname(socket.gethostname()))'
+    assert subprocess.check_output([*inside, sys.executable, '-c', shown], text=True).strip() == '10.77.0.1'
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    start = f"""
+from timm_npu_irv2.distributed import launch
+launch({str(WITNESS)!r}, ['--join'], device='cpu', device_list='0,1')
+"""
+    done = subprocess.run([*inside, sys.executable, '-c', start], capture_output=True, text=True, check=False,
+                          env={**os.environ, 'PYTHONPATH': path}, timeout=120)
+    addresses = [line.split()[1:] for line in done.stdout.splitlines()]
+    assert addresses == [['127.0.0.1']] * 2, done
 
 
 def test_processes_that_cannot_meet_say_so(monkeypatch):

@@ -111,6 +111,7 @@ def initialize(
         os.environ.setdefault('MASTER_ADDR', addr or first_slurm_host() or '127.0.0.1')
     timeout = timeout or _timeout()
     os.environ.setdefault('MASTER_PORT', '29500')
+    _keep_gloo_on_loopback(dist_url or 'env://')
     try:
         store = _open_store(dist_url or 'env://', index, size, timeout or dist.constants.default_pg_timeout)
         dist.init_process_group(
@@ -129,6 +130,14 @@ def _timeout() -> timedelta | None:
     if not value.isdecimal() or not int(value):
         raise UserError(f"COLLECTIVE_TIMEOUT '{value}' is not a number of seconds.")
     return timedelta(seconds=int(value))
+
+
+def _keep_gloo_on_loopback(url: str) -> None:
+    """Let gloo, which otherwise listens on the address of the host name, use loopback if all processes are here."""
+    host = urllib.parse.urlsplit(url).hostname or os.environ['MASTER_ADDR']
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith('lo')), None)
+    if host in LOOPBACK and loopback is not None:
+        os.environ.setdefault('GLOO_SOCKET_IFNAME', loopback)
 
 
 def _open_store(url: str, rank: int, size: int, timeout: timedelta) -> dist.Store:

@@ -408,5 +408,5 @@ def test_two_processes_have_the_gradients_of_one_that_averages_their_half_batche
             # A thread of gloo's that is left may want Python's lock while Python ends, and abort the process.
             threads = [(tmp_path / f'threads-{rank}.txt').read_text() for rank in range(2)]
             assert all('python' in names and 'gloo' not in names for names in threads)
-            assert json.loads((tmp_path / 'store-1.json').read_text()) == ['127.0.0.1']
+            assert json.loads((tmp_path / 'listening-1.json').read_text()) == ['127.0.0.1']
     assert (moved['2'] - moved['1']).norm() < 1e-5 * moved['1'].norm()

@@ -1,7 +1,7 @@
 """A module for --device-modules that writes what train.py does not save of other ranks than 0.
 
-After each epoch every process writes {weight: digest} and where the processes' store listens, and at its end the names
-of its threads.
+After each epoch every process writes {weight: digest} and where it and the processes' store listen, and at its end the
+names of its threads.
 """
 
 import atexit
@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from store_addresses import store_addresses
+from listening_addresses import listening_addresses
 
 from timm_npu_irv2.training import setup
 
@@ -23,7 +23,7 @@ def distribute_and_write(task, world, mode, **options):
     digests = {name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest() for name, tensor in state.items()}
     Path(f'rank-{world.rank}.json').write_text(json.dumps(digests))
     if world.distributed:
-        Path(f'store-{world.rank}.json').write_text(json.dumps(store_addresses()))
+        Path(f'listening-{world.rank}.json').write_text(json.dumps(listening_addresses()))
 
 
 setup.distribute_batch_norm = distribute_and_write
