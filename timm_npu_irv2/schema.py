@@ -274,6 +274,8 @@ def check_checkpoint(content: dict[str, Any]) -> None:
     if 'training' not in content:  # another program's
         return
     record({'arch': text(1000), 'epoch': _integer, 'training': _TRAINING})(content, '')
+    if content['training'].get('format', 1) >= 2:
+        record({'args': record({})})(content, '')  # the options, with which a resumed run compares its own
     if unknown := content['training']['position'].keys() - {'epoch', 'batch', 'updates', 'samples'}:
         raise Mismatch(f'training.position has the unknown entry {show(min(unknown, key=str))}')
     for index, process in enumerate(content['training']['processes']):

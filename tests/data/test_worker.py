@@ -2,6 +2,9 @@
 
 import io
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -147,3 +150,29 @@ def test_an_empty_class_folder_is_named(folder):
     (folder / 'train' / '.hidden').mkdir()
     with pytest.raises(UserError, match=r"class folder '.*/train/class0a' holds no image: fill it"):
         loaders(options(folder))
+
+
+def test_a_worker_whose_main_process_was_killed_before_it_started_ends(tmp_path):
+    """torch's watchdog compares with the parent it finds; the sockets that it inherited would hold up other ranks."""
+    code = f"""
+import os, time
+from pathlib import Path
+from timm_npu_irv2.data.worker import start_worker
+main = os.getpid()
+if os.fork():
+    os._exit(0)
+while os.getppid() == main:
+    time.sleep(0.01)
+Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))
+start_worker(0, main_process=main)
+time.sleep(300)
+"""
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / 'pid').exists() or not (tmp_path / 'pid').read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    worker = Path('/proc') / (tmp_path / 'pid').read_text()
+    while worker.exists() and 'Z (zombie)' not in (worker / 'status').read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -462,3 +462,17 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, form
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match=r'/nowhere\.pth\.tar: no such file'):
         read_checkpoint(Path('/nowhere.pth.tar'))
+
+
+@pytest.mark.parametrize(('change', 'said'), [
+    (lambda content: content.pop('args'), 'args is missing'),
+    (lambda content: content.update(arch='\x1b[2J\n'), r'--model \\x1b\[2J\\n, not'),
+])
+def test_a_checkpoint_without_options_or_of_an_odd_model_is_one_line(tmp_path, change, said):
+    args = options()
+    content = training_state(trainer_of(args), info_of(args))
+    change(content)
+    write_checkpoint(content, tmp_path / 'a.pth.tar')
+    with pytest.raises(UserError, match=said) as caught:
+        resume(trainer_of(args), tmp_path / 'a.pth.tar', info_of(args))
+    assert '\n' not in str(caught.value)

@@ -7,7 +7,9 @@ and erases there, one batch ahead.
 """
 
 import contextlib
+import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -29,7 +31,7 @@ from .dataset import ImageDataset, class_to_idx
 from .fast import collate, has_jpeg_decoder
 from .pipeline import ImagePipeline
 from .samplers import BatchSampler, EvalBatchSampler, RankSampler, TrainBatchSampler, preserve_rng_state, reseed
-from .worker import BatchDataset, LoadedBatch, ignore_signals, translate_worker_errors
+from .worker import BatchDataset, LoadedBatch, start_worker, translate_worker_errors
 
 __all__ = ['DeviceLoader', 'create_eval_loader', 'create_train_loader', 'create_train_sampler']
 
@@ -85,7 +87,7 @@ class DeviceLoader:
             num_workers=num_workers,
             pin_memory=device.type != 'cpu',
             persistent_workers=num_workers > 0,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=functools.partial(start_worker, main_process=os.getpid()),
             generator=torch.Generator(),  # iterating leaves torch's global generator alone
         )
         self._running: Iterator | None = None  # the workers' endless stream, and its position

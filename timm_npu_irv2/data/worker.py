@@ -5,7 +5,10 @@ it is skipped, logged and counted.
 """
 
 import contextlib
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +20,7 @@ from ..errors import UserError, first_line
 from .decode import to_pil_mode
 from .samplers import Batch, SampleKey, derive_seed, preserve_rng_state, reseed
 
-__all__ = ['BatchDataset', 'LoadedBatch', 'WorkerLost', 'ignore_signals', 'is_lost_worker', 'translate_worker_errors']
+__all__ = ['BatchDataset', 'LoadedBatch', 'WorkerLost', 'is_lost_worker', 'start_worker', 'translate_worker_errors']
 
 GRACE = 30  # seconds; torchrun, too, waits as long between SIGTERM and SIGKILL
 
@@ -102,15 +105,29 @@ class BatchDataset(Dataset[LoadedBatch]):
         return f'{index} of the data set'
 
 
-def ignore_signals(worker_id: int) -> None:
-    """Keep a worker alive through Ctrl-C and SIGTERM, so that the main process can finish its last step.
+def start_worker(worker_id: int, main_process: int) -> None:
+    """Keep a worker alive through Ctrl-C and SIGTERM, so that the main process can finish its last step, but no longer.
 
     Both signals reach the whole process group. The main process ends its workers in time; a worker that it cannot end
     exits ``GRACE`` seconds after SIGTERM.
+
+    A worker has copies of the sockets over which its rank talks to the others, so these do not notice the loss of that
+    rank while the worker lives. torch's watchdog misses a main process that was killed before the worker had started.
+
+    Args:
+        worker_id: Index of the worker.
+        main_process: Process id of the main process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    threading.Thread(target=_end_with, args=(main_process,), name='watchdog', daemon=True).start()
+
+
+def _end_with(main_process: int) -> None:
+    while os.getppid() == main_process:
+        time.sleep(1)
+    os._exit(1)
 
 
 class WorkerLost(RuntimeError):

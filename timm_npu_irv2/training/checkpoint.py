@@ -23,6 +23,7 @@ from .. import rules, schema
 from ..data.samplers import derive_seed, reseed
 from ..distributed import World, gather_objects
 from ..errors import UserError, one_line
+from ..escaping import printable
 from ..serialization import read_checkpoint
 from .engine import Position, Trainer
 from .layout import check_layout, stored_layout
@@ -240,7 +241,7 @@ def _check_fits(checkpoint: _State, path: Path, info: RunInfo) -> None:
     if training is None:
         return
     if checkpoint['arch'] != info.model:
-        raise UserError(f"{path} is a checkpoint of --model {checkpoint['arch']}, not of {info.model}.")
+        raise UserError(f"{path} is a checkpoint of --model {printable(checkpoint['arch'])}, not of {info.model}.")
     found = training.get('num_classes', info.num_classes)
     if found != info.num_classes:
         raise UserError(f'{path} is a checkpoint with {found} classes, not {info.num_classes}: use --num-classes '
