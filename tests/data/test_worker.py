@@ -1,6 +1,7 @@
 """Images that are damaged, dangerous or unusual: right, or stopped at, or skipped and told; never silently another."""
 
 import io
+import multiprocessing
 import struct
 import subprocess
 import sys
@@ -176,3 +177,18 @@ time.sleep(300)
     while worker.exists() and 'Z (zombie)' not in (worker / 'status').read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_workers_load_where_python_starts_processes_by_a_server(folder):
+    """As Python 3.14 does by default: the server, not the main process, would be the parent of the workers."""
+    own = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method('forkserver', force=True)
+    try:
+        train, _ = loaders(options(folder, '--workers', '1', '--input-backend', 'fast'))
+        train.set_epoch(0)
+        images, _ = next(iter(train))
+        time.sleep(1.5)  # the watchdog of a worker looks once a second
+        assert sum(len(batch) for batch, _ in train) and torch.isfinite(images).all()
+        train.close()
+    finally:
+        multiprocessing.set_start_method(own, force=True)

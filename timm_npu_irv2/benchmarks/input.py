@@ -28,7 +28,7 @@ from ..data.decode import read_image
 from ..data.folder import ImageFile, find_images
 from ..data.loader import create_train_sampler
 from ..data.pipeline import ImagePipeline
-from ..data.worker import BatchDataset
+from ..data.worker import BatchDataset, start_method
 from ..distributed import World
 from ..errors import UserError
 from . import report
@@ -122,7 +122,8 @@ def _candidates(pipeline: ImagePipeline) -> dict[str, _Candidate]:
         sampler = create_train_sampler(len(reader), World(0, 0, 1, torch.device('cpu')), [args.batch_size])
         dataset = ImageDataset(reader, fast=backend == FAST)
         batches = BatchDataset(dataset, [ways.transform], 'RGB', ways.collate, sampler.seed)
-        return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=args.workers)
+        return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=args.workers,
+                          multiprocessing_context=start_method(args.workers))
 
     found = {
         TIMM: _Candidate(decode, stock, timm.data.loader.fast_collate, functools.partial(_timm_loader, pipeline)),

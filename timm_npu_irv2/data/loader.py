@@ -31,7 +31,7 @@ from .dataset import ImageDataset, class_to_idx
 from .fast import collate, has_jpeg_decoder
 from .pipeline import ImagePipeline
 from .samplers import BatchSampler, EvalBatchSampler, RankSampler, TrainBatchSampler, preserve_rng_state, reseed
-from .worker import BatchDataset, LoadedBatch, start_worker, translate_worker_errors
+from .worker import BatchDataset, LoadedBatch, start_method, start_worker, translate_worker_errors
 
 __all__ = ['DeviceLoader', 'create_eval_loader', 'create_train_loader', 'create_train_sampler']
 
@@ -85,6 +85,7 @@ class DeviceLoader:
             batch_size=None,
             sampler=sampler,
             num_workers=num_workers,
+            multiprocessing_context=start_method(num_workers),
             pin_memory=device.type != 'cpu',
             persistent_workers=num_workers > 0,
             worker_init_fn=functools.partial(start_worker, main_process=os.getpid()),

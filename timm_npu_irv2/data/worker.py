@@ -5,8 +5,10 @@ it is skipped, logged and counted.
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,8 @@ from ..errors import UserError, first_line
 from .decode import to_pil_mode
 from .samplers import Batch, SampleKey, derive_seed, preserve_rng_state, reseed
 
-__all__ = ['BatchDataset', 'LoadedBatch', 'WorkerLost', 'is_lost_worker', 'start_worker', 'translate_worker_errors']
+__all__ = ['BatchDataset', 'LoadedBatch', 'WorkerLost', 'is_lost_worker', 'start_method', 'start_worker',
+           'translate_worker_errors']
 
 GRACE = 30  # seconds; torchrun, too, waits as long between SIGTERM and SIGKILL
 
@@ -103,6 +106,15 @@ class BatchDataset(Dataset[LoadedBatch]):
         if hasattr(self.samples, 'filename'):
             return self.samples.filename(index, absolute=True)
         return f'{index} of the data set'
+
+
+def start_method(num_workers: int) -> str | None:
+    """Return 'fork' for workers on Linux, None for Python's own way elsewhere, or if the program has chosen 'spawn'.
+
+    Python 3.14's default, a server that forks, would have to pickle the transforms, and is the parent of the workers.
+    """
+    forks = sys.platform == 'linux' and multiprocessing.get_start_method(allow_none=True) != 'spawn'
+    return 'fork' if num_workers and forks else None
 
 
 def start_worker(worker_id: int, main_process: int) -> None:

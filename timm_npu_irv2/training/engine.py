@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..data.samplers import preserve_rng_state
+from ..data.worker import is_lost_worker
 from ..distributed import StopRequest, World, is_lost_peer
 from ..errors import Stopped, UserError, one_line
 from ..precision import Precision
@@ -230,7 +231,7 @@ class Trainer:
         try:
             yield
         except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-            if devices.is_out_of_memory(error) or is_lost_peer(error):
+            if devices.is_out_of_memory(error) or is_lost_peer(error) or is_lost_worker(error):
                 raise
             raise UserError(f'{self.resumed_from}: the first step with the state of its optimizer failed: '
                             f'{one_line(error)}; --no-resume-opt starts a new optimizer from its weights.') from error
