@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
+from ..escaping import printable
 
 __all__ = ['APPLIED', 'DIVIDED', 'FREE', 'REFUSED', 'changed_options', 'check_data', 'check_options', 'describe_data',
            'order_classes']
@@ -17,7 +18,7 @@ FREE = frozenset('''
     device_modules elastic device_list addr dist_url dist_backend world_size rank local_rank
     workers worker_seeding pin_mem use_multi_epochs_loader validation_batch_size channels_last synchronize_step
     grad_checkpointing recompute log_interval recovery_interval checkpoint_hist save_images output experiment
-    log_wandb wandb_project wandb_tags wandb_resume_id push_to_hub
+    log_tensorboard log_wandb wandb_project wandb_tags wandb_resume_id push_to_hub
 '''.split())
 # APPLIED: a new value takes effect from the checkpoint on, and the log says so.
 APPLIED = frozenset('''
@@ -33,7 +34,7 @@ APPLIED = frozenset('''
     drop drop_path drop_block bn_momentum bn_eps sync_bn dist_bn no_ddp_bb grad_compress
     model_ema model_ema_force_cpu model_ema_decay model_ema_warmup
     device amp amp_dtype amp_impl opt_level loss_scale model_dtype allow_internal_format allow_hf32 jit_compile
-    deterministic fuser fast_norm torchscript torchcompile torchcompile_mode
+    tuned deterministic fuser fast_norm torchscript torchcompile torchcompile_mode
     kd_loss_type kd_temperature kd_token_distill_type distill_loss_weight task_loss_weight
     val_split val_num_samples val_interval tta
 '''.split())
@@ -79,7 +80,8 @@ def _option(name: str) -> str:
 
 
 def _value(value: Any) -> str:
-    return "''" if value == '' else ' '.join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ' '.join(map(str, value)) if isinstance(value, list) else str(value)
+    return printable(text)[:200] or "''"
 
 
 def describe_data(samples: Any, class_to_idx: Mapping[str, int] | None) -> dict[str, Any]:
