@@ -10,6 +10,7 @@ import torch
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2.cli.tuned import use_tuned
+from timm_npu_irv2.deploy.engines import fastest_engine
 from timm_npu_irv2.ops import use_variants, variants
 from timm_npu_irv2.tuning import Workload, find_tuned, load_tuned, save_tuned
 
@@ -42,6 +43,14 @@ def test_a_result_is_found_for_exactly_its_workload():
     assert find_tuned(CPU, **WORKLOAD).chosen == {'pointwise': 'product'}
     for change in {'batch_size': 4}, {'img_size': 76}, {'precision': 'O1 bfloat16'}, {'task': 'eval'}:
         assert find_tuned(CPU, **{**WORKLOAD, **change}) is None
+
+
+def test_a_cache_folder_that_cannot_be_looked_into_has_no_results(monkeypatch, tmp_path):
+    """As that of another user's HOME in a container, where Path.is_file raises."""
+    monkeypatch.setenv('TIMM_NPU_IRV2_CACHE', str(tmp_path / ('x' * 300)))  # an error for root, too
+    assert find_tuned(CPU, **WORKLOAD) is None and fastest_engine('float32') is None
+    with pytest.raises(UserError, match=r'^cannot write '):
+        save({})
 
 
 def test_another_version_or_number_of_threads_is_another_workload(monkeypatch):

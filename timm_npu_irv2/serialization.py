@@ -26,8 +26,8 @@ from torch import Tensor
 from . import rules, schema
 from .errors import CannotWrite, UserError, first_line
 
-__all__ = ['EXTENSION', 'atomic_file', 'atomic_link', 'atomic_write', 'load_weights', 'make_folder', 'peek_checkpoint',
-           'read_checkpoint', 'read_json', 'save_weights', 'stage_checkpoint', 'write_checkpoint']
+__all__ = ['EXTENSION', 'atomic_file', 'atomic_link', 'atomic_write', 'cache_folder', 'load_weights', 'make_folder',
+           'peek_checkpoint', 'read_checkpoint', 'read_json', 'save_weights', 'stage_checkpoint', 'write_checkpoint']
 
 EXTENSION = '.pth.tar'
 MOST_INFLATED = 20  # times the size of the file: torch stores without compression, and random numbers do not compress
@@ -124,6 +124,13 @@ def make_folder(folder: Path) -> None:
     """
     with _translate_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def cache_folder() -> Path:
+    """Return this package's folder for what was measured here: $TIMM_NPU_IRV2_CACHE, or one in the user's cache."""
+    own = os.environ.get('TIMM_NPU_IRV2_CACHE')
+    users = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')  # noqa: PTH111 - Path.home may raise
+    return Path(own or Path(users) / 'timm_npu_irv2')
 
 
 @contextlib.contextmanager

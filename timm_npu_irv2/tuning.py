@@ -20,10 +20,10 @@ from . import rules, schema
 from .errors import UserError, one_line
 from .ops import set_variants
 from .ops.variants import CHOICES
-from .serialization import atomic_write
+from .serialization import atomic_write, cache_folder, make_folder
 
-__all__ = ['Tuned', 'Workload', 'apply_settings', 'cache_folder', 'environment_of', 'find_tuned', 'load_tuned',
-           'resolve_tuned', 'save_tuned']
+__all__ = ['Tuned', 'Workload', 'apply_settings', 'environment_of', 'find_tuned', 'load_tuned', 'resolve_tuned',
+           'save_tuned']
 
 # Settings that torch_npu reads from the environment when it is loaded: {setting: (variable, {value: text})}.
 _ENVIRONMENT: dict[str, tuple[str, dict[Any, str]]] = {
@@ -69,11 +69,11 @@ class Workload:
         return cls(task, device.type, about['name'], threads, batch_size, img_size, precision, versions)
 
     @property
-    def file_name(self) -> str:
-        """Name of the file of a result."""
+    def path(self) -> Path:
+        """File of a result in the package's cache folder."""
         words = f'{self.task}-{self.name}-{self.precision}-b{self.batch_size}-{self.img_size}px'
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-        return f'{re.sub(r"[^A-Za-z0-9.]+", "-", words)}-{digest[:10]}.json'
+        return cache_folder() / 'tuned' / f'{re.sub(r"[^A-Za-z0-9.]+", "-", words)}-{digest[:10]}.json'
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,6 @@ class Tuned:
     chosen: Mapping[str, Any]
     path: Path
     report: Mapping[str, Any]
-
-
-def cache_folder() -> Path:
-    """Return the folder of results: $TIMM_NPU_IRV2_CACHE or the user's cache folder, then ``tuned``."""
-    own = os.environ.get('TIMM_NPU_IRV2_CACHE')
-    base = Path(own) if own else Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_npu_irv2'
-    return base / 'tuned'
 
 
 def find_tuned(
@@ -121,8 +114,8 @@ def find_tuned(
         UserError: There is a file, but it is damaged.
     """
     workload = Workload.on(device, task=task, batch_size=batch_size, img_size=img_size, precision=precision)
-    path = cache_folder() / workload.file_name
-    if not path.is_file():
+    path = workload.path
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file may raise PermissionError
         return None
     tuned = load_tuned(path)
     return tuned if tuned.workload == workload else None
@@ -172,9 +165,12 @@ def save_tuned(workload: Workload, report: Mapping[str, Any], output: Path | Non
         workload: The workload that was measured.
         report: Entries of the file besides the workload; 'chosen' is one.
         output: File to write instead of that in the cache folder.
+
+    Raises:
+        CannotWrite: The disk is full, or the folder refuses the file.
     """
-    path = output or cache_folder() / workload.file_name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = output or workload.path
+    make_folder(path.parent)
     atomic_write(path, (json.dumps({'format': 1, 'workload': asdict(workload), **report}, indent=2) + '\n').encode())
     return path
 

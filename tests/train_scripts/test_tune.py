@@ -61,6 +61,19 @@ def test_ctrl_c_writes_what_was_measured_and_ends_the_workers(start, tmp_path):
     assert not any(Path(f'/proc/{worker}').exists() for worker in workers)
 
 
+def test_ctrl_c_during_an_alternative_is_a_row_and_leaves_an_earlier_result(start, tmp_path):
+    process = start('benchmark.py', 'tune', *SMALL, '--only', 'pointwise', '--rounds', '9999')
+    stop_at, seen = time.monotonic() + 200, set()
+    while len(seen) < 2 and time.monotonic() < stop_at:  # the default, and the first alternative
+        seen |= set(_children(process.pid))
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in errors, errors
+    assert 'interrupted' in output and output.splitlines()[-1].endswith('the default settings; nothing was written')
+    assert not (tmp_path / 'cache').exists()
+
+
 def _children(pid: int) -> list[int]:
     found = []
     for task in Path(f'/proc/{pid}/task').glob('*/children'):

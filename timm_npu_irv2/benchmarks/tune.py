@@ -61,17 +61,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         KeyboardInterrupt: After what was measured has been written.
     """
     device = devices.resolve_device(args.device)
-    check_output_file('--output', args.output or '', make_folder=True)
     half = (args.amp_dtype or str(devices.half_dtype(device)).removeprefix('torch.')) if _is_half(args) else ''
     level = (args.opt_level or 'O1') if half and args.task == 'train' else ''
     workload = Workload.on(device, task=args.task, batch_size=args.batch_size, img_size=args.img_size,
                            precision=f'{level} {half}'.strip() or 'float32')
+    check_output_file('--output', args.output or str(workload.path), make_folder=True)
     alternatives = _select(plan(args.task, device, workload.precision), args.only)
     with tempfile.TemporaryDirectory(prefix='timm_npu_irv2-') as folder:
         job = Job(str(device), args.task, args.batch_size, args.img_size, half, level, {}, f'{folder}/reference.pt')
         tuner = Tuner(job, alternatives, rounds=args.rounds, budget=args.budget)
         interrupted = tuner.run()
-    path = save_tuned(workload, tuner.report(interrupted), Path(args.output) if args.output else None)
+    path = None
+    if args.output or tuner.chosen or not interrupted:  # else an earlier result would be lost
+        path = save_tuned(workload, tuner.report(interrupted), Path(args.output) if args.output else None)
     return _conclude(workload, tuner, path, interrupted)
 
 
@@ -86,7 +88,7 @@ def _select(alternatives: Sequence[Alternative], groups: Sequence[str] | None) -
     return [each for each in alternatives if groups is None or each.group in groups]
 
 
-def _conclude(workload: Workload, tuner: 'Tuner', path: Path, interrupted: bool) -> dict[str, Any]:
+def _conclude(workload: Workload, tuner: 'Tuner', path: Path | None, interrupted: bool) -> dict[str, Any]:
     title = (f'{workload.task}, {workload.precision}, batch {workload.batch_size}, {workload.img_size} px, '
              f'{workload.device} ({workload.name})')
     rows = {row['name']: [row.get('images_per_second'), *(row.get('ratio') or (None,) * 3),
@@ -94,7 +96,7 @@ def _conclude(workload: Workload, tuner: 'Tuner', path: Path, interrupted: bool)
     if rows:
         report.print_table(title, COLUMNS, rows)
     chosen = ', '.join(Alternative('', {name: value}).name for name, value in tuner.chosen.items())
-    print(f'  chosen: {chosen or "the default settings"}; written to {path}')
+    print(f'  chosen: {chosen or "the default settings"}; {f"written to {path}" if path else "nothing was written"}')
     if interrupted:
         raise KeyboardInterrupt
     return {'title': title, 'columns': COLUMNS, 'rows': rows, 'chosen': tuner.chosen, 'file': str(path)}
@@ -132,6 +134,8 @@ class Tuner:
             try:
                 self._measure(bar)
             except KeyboardInterrupt:
+                for row in self.rows[-1:]:
+                    row.setdefault('result', 'interrupted')
                 return True
         return False
 

@@ -83,7 +83,8 @@ def check_output_file(option: str, path: str, make_folder: bool = False) -> None
         return
     folder = Path(path).parent
     if make_folder:
-        folder = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        above = (folder, *folder.absolute().parents)
+        folder = next(each for each in above if os.path.exists(each))  # noqa: PTH110 - Path.exists may raise
     if not folder.is_dir():
         raise UserError(f'{option}: cannot write {path}: there is no folder {folder}.')
     if Path(path).is_dir():

@@ -7,7 +7,7 @@ of versions. A record is valid for exactly these.
 import hashlib
 import importlib.metadata
 import json
-import os
+import os.path
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...errors import UserError, first_line
-from ...serialization import atomic_write, make_folder
+from ...serialization import atomic_write, cache_folder, make_folder
 from .cpu import cpu_name
 
 __all__ = ['fastest_engine', 'record_engines', 'record_path']
@@ -32,7 +32,7 @@ def fastest_engine(dtype: str) -> str | None:
         UserError: The record is damaged.
     """
     path = record_path(dtype)
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file may raise PermissionError
         return None
     try:
         speeds = json.loads(path.read_text(encoding='utf-8'))['engines']
@@ -58,11 +58,9 @@ def record_engines(dtype: str, speeds: Mapping[str, Mapping[str, float]]) -> Pat
 
 
 def record_path(dtype: str) -> Path:
-    """Return the file of a dtype: in ``$TIMM_NPU_IRV2_CACHE``, else in the user's cache folder."""
-    own = os.environ.get('TIMM_NPU_IRV2_CACHE')
-    base = Path(own) if own else Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_npu_irv2'
+    """Return the file of a dtype, in the package's cache folder."""
     digest = hashlib.sha256(json.dumps(_machine(dtype), sort_keys=True).encode()).hexdigest()
-    return base / 'engines' / f'{dtype}-{digest[:12]}.json'
+    return cache_folder() / 'engines' / f'{dtype}-{digest[:12]}.json'
 
 
 def _machine(dtype: str) -> dict[str, Any]:
