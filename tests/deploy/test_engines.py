@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import platform
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.deploy import EngineNetwork, InferenceNetwork, Predictor, load, save, to_inference
 from timm_npu_irv2.deploy import onnx as graph
 from timm_npu_irv2.deploy.engines import fastest_engine, record_engines, record_path
+from timm_npu_irv2.deploy.engines.cpu import warn_of_overflow
 from timm_npu_irv2.deploy.engines.onnxruntime import separate_siblings
 from timm_npu_irv2.serialization import save_weights
 
@@ -341,7 +343,7 @@ def test_om_is_compiled_for_the_card_and_loaded_onto_the_one_that_is_named(ascen
 # ---------------------------------------------------------------------------------------------------------------- int8
 
 
-def test_int8_is_calibrated_with_tensors_and_runs_on_every_engine_of_a_cpu(model, tmp_path):
+def test_int8_is_calibrated_with_tensors_and_runs_on_every_engine_of_a_cpu(model, caplog, tmp_path):
     pytest.importorskip('openvino')
     images = blots(12, seed=3)
     network = to_inference(model, engine='onnxruntime', dtype='int8', calibration=images[:6])
@@ -356,8 +358,18 @@ def test_int8_is_calibrated_with_tensors_and_runs_on_every_engine_of_a_cpu(model
     config = json.loads((folder / 'config.json').read_text())
     (tmp_path / 'other' / 'config.json').write_text(json.dumps({**config, 'engine': 'openvino'}))
     other = load(tmp_path / 'other')
-    assert other.dtype == 'int8'
+    assert other.dtype == 'int8' and 'overflow' not in caplog.text  # made for this CPU
     assert relative_error(other(images), expected) < 0.2
+
+
+@pytest.mark.parametrize(('largest', 'vnni', 'warns'), [(127, False, True), (64, False, False), (127, True, False)])
+def test_weights_of_8_bits_are_warned_of_where_their_sums_overflow(largest, vnni, warns, caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(platform, 'machine', lambda: 'x86_64')
+    monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: vnni)
+    weight = onnx.numpy_helper.from_array(np.array([-largest, 0, 3], np.int8), 'weight')
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], 'int8', [], [], [weight])), tmp_path / 'model.onnx')
+    warn_of_overflow(tmp_path / 'model.onnx')
+    assert ('sums overflow on this CPU' in caplog.text) == warns
 
 
 # ------------------------------------------------------------------------------------------------------- the scripts

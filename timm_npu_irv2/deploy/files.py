@@ -16,6 +16,7 @@ from ..serialization import read_json
 from . import engines, onnx, store
 from .engines import ENGINES, EngineNetwork
 from .engines.base import Session
+from .engines.cpu import warn_of_overflow
 from .network import InferenceNetwork
 
 __all__ = ['Deployed', 'FileNetwork', 'is_deployed', 'open_deployed']
@@ -68,6 +69,8 @@ def open_deployed(path: Path, device: torch.device | str | None = None) -> Deplo
     config, shape, classes, dtype = _describe(source)
     engine: Any = ENGINES['om' if compiled else 'onnxruntime']
     engine.dtypes()  # names what is not installed
+    if dtype == 'int8' and not compiled:
+        warn_of_overflow(path)
     session = engine.open(path, 'float32', None)
     return Deployed(FileNetwork(path, session, config, shape, classes), 'om' if compiled else f'onnx {dtype}',
                     path.stat().st_size)

@@ -15,6 +15,7 @@ from ...errors import UserError, first_line
 from ...ops.normalize import normalize_images
 from ...serialization import atomic_write, make_folder
 from .base import Engine
+from .cpu import warn_of_overflow
 
 __all__ = ['CONFIG', 'FORMAT', 'EngineNetwork']
 
@@ -132,6 +133,8 @@ class EngineNetwork(nn.Module):
             raise UserError(f'cannot read {path}: {error.strerror or first_line(error)}.') from error
         if digest != config['sha256']:
             raise UserError(f'{path} is damaged: its checksum is wrong.')
+        if name == 'int8':
+            warn_of_overflow(path)
         return cls(engine, path, name, config['arguments'], config['pretrained_cfg'], engine.resolve_device(device))
 
     def __getstate__(self) -> dict[str, Any]:
