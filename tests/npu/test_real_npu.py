@@ -16,9 +16,12 @@ from timm_npu_irv2.ops import use_variants
 from timm_npu_irv2.ops.variants import CHOICES
 from timm_npu_irv2.precision import create_precision
 
+from ..ascend.environment import running_on
 from .real_device import describe
 
 CHOSEN = os.environ.get('REAL_NPU', 'npu')
+if CHOSEN != 'cpu' and running_on() is not None:
+    pytest.skip('is for a real NPU: bash tests/run.sh --npu', allow_module_level=True)
 FORMS = [{name: value} for name in ('pointwise', 'siblings', 'residual') for value in CHOICES[name]]
 # Relative errors. Convolutions round float32 to HF32 (10 bits) on A2, and to float16 on the 910A.
 LOGITS, HALF_LOGITS = 2e-2, 1e-1
@@ -35,7 +38,7 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope='module')
-def case():
+def case(device):  # after the device, for which everything may be skipped
     """timm's network, images, and its logits and gradients on the CPU in float32."""
     torch.manual_seed(0)
     reference = timm.create_model('inception_resnet_v2', num_classes=10)

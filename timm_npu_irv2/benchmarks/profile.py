@@ -11,7 +11,7 @@ from typing import Any
 from .. import device as devices
 from ..cli.table import to_csv
 from ..errors import UserError, first_line
-from ..serialization import atomic_write
+from ..serialization import atomic_write, make_folder
 from .candidates import Workload, candidates
 from .training import tuned_settings
 
@@ -37,13 +37,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = devices.resolve_device(args.device)
     if device.type == 'npu' and 'ASCEND_RT_VISIBLE_DEVICES' in os.environ:
         raise UserError('torch_npu cannot profile with ASCEND_RT_VISIBLE_DEVICES: unset it, and use --device npu:N.')
+    folder = Path(args.output)
+    make_folder(folder)
     devices.configure(device)
     step = candidates(args.amp, settings=tuned_settings(args, device))['ours'].create(
         Workload(device, args.batch_size, args.img_size))
     for _ in range(3):
         step()
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
     profiler = devices.profiler(device)
     handler = profiler.tensorboard_trace_handler(str(folder)) if device.type == 'npu' else None
     try:
