@@ -84,7 +84,8 @@ class _MachinesRendezvous(StaticTCPRendezvous):
             host, self.master_port, is_master=self.rank == 0, timeout=self.timeout, wait_for_workers=False,
             multi_tenant=True)
         if self.rank == 0:
-            self._wait_for_listener(own, time.monotonic() + 5)
+            # The name of a pod may be known some seconds after its start.
+            self._wait_for_listener(own, min(deadline, time.monotonic() + 30))
         store.set(f'{self.run_id}/machine {self.rank}', own)
         if self.rank == 0:
             self._call_the_roll(store, deadline)

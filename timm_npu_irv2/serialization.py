@@ -87,13 +87,13 @@ def atomic_file(path: str | os.PathLike, remedy: str = '') -> Iterator[BinaryIO]
 
 
 def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write ``content``, text in UTF-8, to ``path``.
+    r"""Write ``content`` to ``path``: text in UTF-8, with other bytes of file names as \udcff and the like.
 
     Raises:
         CannotWrite: The disk is full, or the folder refuses the file. What was there before still is.
     """
     with atomic_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors='backslashreplace') if isinstance(content, str) else content)
 
 
 def atomic_link(source: Path, target: Path) -> None:

@@ -171,7 +171,7 @@ def save_tuned(workload: Workload, report: Mapping[str, Any], output: Path | Non
     """
     path = output or workload.path
     make_folder(path.parent)
-    atomic_write(path, (json.dumps({'format': 1, 'workload': asdict(workload), **report}, indent=2) + '\n').encode())
+    atomic_write(path, json.dumps({'format': 1, 'workload': asdict(workload), **report}, indent=2) + '\n')
     return path
 
 

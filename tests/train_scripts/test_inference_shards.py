@@ -245,3 +245,21 @@ def test_a_full_disk_ends_the_run_in_a_line_and_a_resumed_one_completes_it(image
     assert done.returncode == 2 and 'cannot write' in done.stderr.splitlines()[-1]
     assert infer(*words, '--resume') == 0
     assert len(answers(tmp_path / 'out')) == 25
+
+
+@pytest.mark.parametrize('kind', ['csv', 'json-record', 'parquet'])
+def test_a_name_that_is_not_utf_8_is_written(checkpoint, tmp_path, kind):
+    """Linux allows any bytes in the name of a file; Python has them as surrogates, which UTF-8 cannot hold."""
+    if kind == 'parquet':
+        pytest.importorskip('pyarrow')
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    Image.new('RGB', (16, 16)).save(folder / os.fsdecode(b'caf\xe9.png'))
+    assert infer(folder, *MODEL, '--checkpoint', checkpoint, '--results-dir', tmp_path / 'answers', '--resume',
+                 '--results-format', kind) == 0
+    (path,) = (tmp_path / 'answers').glob('part-*')
+    if kind == 'parquet':
+        text = str(importlib.import_module('pyarrow.parquet').read_table(path).to_pylist())
+    else:
+        text = path.read_text(encoding='utf-8')
+    assert r'caf\udce9.png' in text.replace(r'\\', '\\')

@@ -66,4 +66,4 @@ def _write_operators(profile: Any, path: Path) -> None:
     rows = [{'name': each.key, 'calls': each.count, 'host_us': each.self_cpu_time_total,
              'device_us': getattr(each, 'self_device_time_total', 0)} for each in profile.key_averages()]
     rows.sort(key=lambda row: -max(row['host_us'], row['device_us']))
-    atomic_write(path, to_csv(rows).encode())
+    atomic_write(path, to_csv(rows))

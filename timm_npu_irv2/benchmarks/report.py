@@ -32,4 +32,4 @@ def _cell(value: Any) -> str:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write all figures to a JSON file."""
-    atomic_write(path, (json.dumps(result, indent=2) + '\n').encode())
+    atomic_write(path, json.dumps(result, indent=2) + '\n')

@@ -144,7 +144,7 @@ def translate_compile_errors(backend: str | None) -> Iterator[None]:
     """Turn an error of torch.compile, which compiles in the first call of a model, into one line.
 
     Args:
-        backend: Backend of torch.compile; None where nothing is compiled.
+        backend: Backend that the options name; None where at most --tuned compiles.
 
     Raises:
         UserError: The backend cannot compile the model, or lacks something, such as a C++ compiler.
@@ -153,7 +153,9 @@ def translate_compile_errors(backend: str | None) -> Iterator[None]:
         yield
     except RuntimeError as error:
         dynamo = sys.modules.get('torch._dynamo.exc')
-        if backend is None or dynamo is None or not isinstance(error, dynamo.TorchDynamoException):
+        if dynamo is None or not isinstance(error, dynamo.TorchDynamoException):
             raise
-        raise UserError(f'--torchcompile {backend}: the model cannot be compiled: {one_line(error)} Use another '
-                        'backend, or leave the option out.') from error
+        option, advice = f'--torchcompile {backend}', 'Use another backend, or leave the option out.'
+        if backend is None:
+            option, advice = 'the settings of --tuned', '--tuned off ignores them.'
+        raise UserError(f'{option}: the model cannot be compiled: {one_line(error)} {advice}') from error

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from ..errors import UserError
 from ..serialization import atomic_write, make_folder, read_json
 from .flags import DEVICE_SWITCHES
-from .table import EXTENSIONS, to_csv, to_format
+from .table import EXTENSIONS, to_csv, to_format, utf8_rows
 
 __all__ = ['FORMATS', 'ImagesChanged', 'Shards', 'count_images', 'images_of_shards', 'open_shards',
            'settings_of', 'shard_rules']
@@ -104,8 +104,8 @@ def _encode(rows: Sequence[dict[str, Any]], format: str, example: dict[str, Any]
         import pyarrow.parquet as pq  # noqa: PLC0415
     except ImportError as error:
         raise UserError('--results-format parquet needs pyarrow: pip install pyarrow.') from error
-    schema, buffer = pa.Table.from_pylist([example]).schema, io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), buffer)
+    schema, buffer = pa.Table.from_pylist(utf8_rows([example])).schema, io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(utf8_rows(rows), schema=schema), buffer)
     return buffer.getvalue()
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import UserError
 from ..escaping import csv_cell, json_text, printable
 
-__all__ = ['EXTENSIONS', 'by_key', 'to_csv', 'to_format', 'to_json', 'to_text']
+__all__ = ['EXTENSIONS', 'by_key', 'to_csv', 'to_format', 'to_json', 'to_text',
+           'utf8_rows']
 
 Row = Mapping[str, Any]
 
@@ -29,6 +30,17 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer = csv.DictWriter(text, columns, lineterminator='\n')
     writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def utf8_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    r"""Return rows with bytes of file names that are not UTF-8 written as \udcff and the like."""
+    return [{name: _utf8(value) for name, value in row.items()} for row in rows]
+
+
+def _utf8(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_utf8(each) for each in value]
+    return value.encode(errors='backslashreplace').decode() if isinstance(value, str) else value
 
 
 def to_text(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
@@ -84,6 +96,6 @@ def to_format(rows: Sequence[Row], format: str, key: str) -> str | bytes:
     try:
         import pandas as pd  # noqa: PLC0415 - an optional dependency
 
-        return pd.DataFrame(rows).set_index(key).to_parquet()
+        return pd.DataFrame(utf8_rows(rows)).set_index(key).to_parquet()
     except ImportError as error:
         raise UserError('--results-format parquet needs pandas and pyarrow: pip install pandas pyarrow.') from error
