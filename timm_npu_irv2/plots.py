@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -271,7 +272,7 @@ def draw_bar_chart(path: Path, title: str, columns: Sequence[str], rows: Mapping
 
     Args:
         path: Picture to write.
-        title: First line of the picture.
+        title: Title of the picture, wrapped to its width.
         columns: Titles of the charts.
         rows: Values by name, one for each column; None where nothing was measured. A column of them is left out.
 
@@ -279,10 +280,15 @@ def draw_bar_chart(path: Path, title: str, columns: Sequence[str], rows: Mapping
         UserError: matplotlib is missing, or the picture cannot be written.
     """
     drawn = [index for index in range(len(columns)) if any(row[index] is not None for row in rows.values())]
-    figure = _create_figure(title, (3.1 * len(drawn) + 1.2, 4))
-    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    lines = 1 if len(drawn) <= 3 else 2
+    across = -(-len(drawn) // lines)
+    width = 3.1 * across + 1.2
+    figure = _create_figure(textwrap.fill(title, int(8 * width)), (width, 2.8 * lines + 1.2))
+    panels = figure.subplots(lines, across, squeeze=False).flat
     colors = [SERIES[index % len(SERIES)] for index in range(len(rows))]
-    for panel, index in zip(panels, drawn, strict=True):
+    for panel in panels[len(drawn):]:
+        panel.set_axis_off()
+    for panel, index in zip(panels, drawn, strict=False):
         values = [row[index] for row in rows.values()]
         bars = panel.bar(range(len(values)), [value or 0 for value in values], color=colors)
         panel.bar_label(bars, ['–' if value is None else _format(value) for value in values], fontsize=9, color=INK)
@@ -292,11 +298,13 @@ def draw_bar_chart(path: Path, title: str, columns: Sequence[str], rows: Mapping
         panel.tick_params(colors=GREY)
         panel.spines[['top', 'right']].set_visible(False)
         panel.spines[['left', 'bottom']].set_color(AXIS)
-    figure.legend(bars.patches, list(rows), loc='outside lower center', ncols=min(len(rows), 4), frameon=False)
+    figure.legend(bars.patches, list(rows), loc='outside lower center', ncols=min(len(rows), across), frameon=False)
     _save_figure(figure, path)
 
 
 def _format(value: float) -> str:
+    if value == int(value):
+        return str(int(value))
     return f'{value:.3f}' if abs(value) < 10 else f'{value:.1f}'
 
 
