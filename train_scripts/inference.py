@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 8 train_scripts/inference.py DIR --checkpoint FILE --results-dir answers --resume
 
 The options are those of timm's inference.py. Threads decode images while the device computes. Several processes, or
---results-shards, write the results as they come, in shards; --resume goes on with an interrupted run.
+--results-shards, write the results as they come, in shards; --resume continues an interrupted run.
 """
 
 import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
@@ -130,7 +130,7 @@ FLAGS = (
         Flag('--results-shards', 'write the results as they come, into files in --results-dir with those of N images '
              'each (default: 1000 with several processes or --resume, otherwise one file at the end)', int,
              within='[1, inf)', rest={'metavar': 'N'}),
-        Flag('--resume', 'go on with an interrupted run: leave out the images whose shards are in --results-dir', bool,
+        Flag('--resume', 'continue an interrupted run: leave out the images whose shards are in --results-dir', bool,
              False),
         Flag('--results-separate-col', 'use a separate column for each of the K classes', bool, False),
         Flag('--fullname', 'write the paths of the images instead of their names', bool, False),

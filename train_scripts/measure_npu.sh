@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure on a machine with NPUs what the README leaves open, and print the rows of its tables: first the fastest settings
+# Measure on a machine with NPUs, and print the rows of the tables in the documentation: first the fastest settings
 # of this device (benchmark.py tune), then training and operators, then a profile of ten steps.
 #     bash train_scripts/measure_npu.sh --data_path=DIR [options of train.py]
 # CARDS="1 8" (the default) are the numbers of cards, BATCH=192 the images in a batch of a card, OUTPUT the folder for

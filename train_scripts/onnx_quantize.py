@@ -33,7 +33,7 @@ FLAGS = (
     Group('Files', (
         Flag('model', 'ONNX file of onnx_export.py', rest={'metavar': 'FILE.onnx'}),
         Flag('output', 'file to write', rest={'metavar': 'INT8.onnx'}),
-        Flag('--calibration', 'folder or tar file of images such as the model will see', default='',
+        Flag('--calibration', 'folder or tar file of images like those the model will see', default='',
              rest={'metavar': 'DIR'}),
         Flag('--evaluation', 'folder or tar file of images on which int8 is compared with float32; class folders give '
              'the accuracy, too', default='', rest={'metavar': 'DIR'}),
@@ -66,7 +66,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     args.model, args.output = Path(args.model), Path(args.output)
     wrong = [
         (not args.model.is_file(), f'{args.model}: no such file.'),
-        (not args.calibration, '--calibration DIR is missing: name a folder of images such as the model will see.'),
+        (not args.calibration, '--calibration DIR is missing: name a folder of images like those the model will see.'),
         (not args.output.parent.is_dir(), f'cannot write {args.output}: there is no folder {args.output.parent}.'),
         (args.model.resolve() == args.output.resolve(), 'the int8 file would overwrite the float32 one.'),
     ]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained network: makes a virtual environment, installs, trains on scikit-learn's handwritten digits
-# on whatever device there is, evaluates on digits it has never seen, and draws some of them with its answers.
+# on the best device available, evaluates on the digits held out, and draws some of them with their predictions.
 #     bash train_scripts/quickstart.sh [options of train.py, for example --epochs 2]
 # VENV is the environment's folder (.venv-quickstart here), OUT that of the results (output/quickstart here).
 # TORCH_CPU_INDEX is the address of an index with PyTorch's CPU builds, for machines without a GPU: they take 1 GB instead of 6.

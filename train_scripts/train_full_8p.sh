@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The zoo's recipe on eight NPUs, all 240 epochs:
+# The ModelZoo's recipe on eight NPUs, all 240 epochs:
 #     bash train_scripts/train_full_8p.sh --data_path=DIR [options of train.py]
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"

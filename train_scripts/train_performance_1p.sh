@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two epochs of the zoo's recipe on one NPU, to see how fast it is:
+# Two epochs of the ModelZoo's recipe on one NPU, to see how fast it is:
 #     bash train_scripts/train_performance_1p.sh --data_path=DIR [options of train.py]
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"

@@ -155,8 +155,8 @@ _processes = Group('Processes', (
           None, '[1, 65536]', metavar='N'),
     _flag('--rank', 'index of this machine with --multiprocessing-distributed, otherwise of this process', int, None,
           '[0, 65536)', metavar='N'),
-    _switch('--elastic', "go on with any number of processes: batch and accumulation follow the checkpoint's images in "
-            'an update; needs --resume auto'),
+    _switch('--elastic', 'continue with any number of processes: choose batch size and accumulation for the '
+            "checkpoint's images in an update; needs --resume auto"),
 ))
 
 _optimizer = Group('Optimizer', (

@@ -125,7 +125,7 @@ def to_inference(
         return fold.to_inference(model, device, _torch_dtype(dtype), mean, std)
     name, place = runtime.resolve_dtype(dtype), runtime.resolve_device(device)
     if name == 'int8' and calibration is None:
-        raise UserError("dtype='int8' needs calibration=FOLDER, images such as the model will see.")
+        raise UserError("dtype='int8' needs calibration=FOLDER, images like those the model will see.")
     network = fold.to_inference(model, 'cpu', torch.float32, mean, std)
     folder = tempfile.TemporaryDirectory(prefix='timm_npu_irv2-')
     exported = Path(folder.name) / 'exported.onnx'
