@@ -9,7 +9,7 @@
     python train_scripts/benchmark.py tune --amp      # the fastest settings on this device, for the other scripts
     python train_scripts/benchmark.py profile         # operators of ten training steps and their times
     python train_scripts/benchmark.py busy            # train.py and the launcher beside busy loops
-    python train_scripts/benchmark.py table report.json …     # rows for the README from reports of train.py
+    python train_scripts/benchmark.py table report.json …     # rows for the table in docs/model_zoo.md
 """
 
 import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded

@@ -1,4 +1,4 @@
-"""``benchmark.py step``: what one training step costs: calls, bytes and memory, counted, and the time of the host."""
+"""``benchmark.py step``: the cost of one training step: calls, bytes and memory, counted, and the time of the host."""
 
 import argparse
 import gc
@@ -35,7 +35,7 @@ class _Counts:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this subcommand."""
     parser.add_argument('--batch-sizes', type=int, nargs=2, default=(2, 8), metavar='N',
-                        help='two batch sizes, which tell bytes an image from bytes a step (default: 2 8)')
+                        help='two batch sizes, to separate bytes per image from bytes per step (default: 2 8)')
     parser.add_argument('--memory-batch-sizes', type=int, nargs=2, default=(16, 24), metavar='N',
                         help='two batch sizes for the peak of memory; not on the CPU (default: 16 24)')
     parser.add_argument('--float32', action='store_true', help='train in float32 instead of 16 bits')

@@ -1,4 +1,4 @@
-"""``benchmark.py table``: the README's table of training runs, from their report.json."""
+"""``benchmark.py table``: rows for the table of figures in docs/model_zoo.md, from report.json files."""
 
 import argparse
 import json
