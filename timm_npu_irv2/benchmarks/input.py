@@ -43,7 +43,7 @@ COLUMNS = (*(f'{stage} µs' for stage in STAGES), 'images/s', "of timm's", 'load
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this subcommand."""
-    parser.add_argument('--data-dir', metavar='DIR', help='folder or tar file of photographs, at least 50 for a stable mean')
+    parser.add_argument('--data-dir', metavar='DIR', help='folder or tar of at least 50 photographs, for a stable mean')
     parser.add_argument('-b', '--batch-size', type=int, default=32, metavar='N', help='images in a batch (default: 32)')
     parser.add_argument('-j', '--workers', type=int, default=1, metavar='N', help='worker processes (default: 1)')
     parser.add_argument('--images', type=int, default=512, metavar='N',
