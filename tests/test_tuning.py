@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from argparse import Namespace
 
 import pytest
@@ -12,7 +13,7 @@ from timm_npu_irv2 import device as devices
 from timm_npu_irv2.cli.tuned import use_tuned
 from timm_npu_irv2.deploy.engines import fastest_engine
 from timm_npu_irv2.ops import use_variants, variants
-from timm_npu_irv2.tuning import Workload, find_tuned, load_tuned, save_tuned
+from timm_npu_irv2.tuning import Workload, apply_settings, find_tuned, load_tuned, save_tuned
 
 CPU = torch.device('cpu')
 WORKLOAD = {'task': 'train', 'batch_size': 2, 'img_size': 75, 'precision': 'float32'}
@@ -96,8 +97,21 @@ def test_what_the_user_has_set_takes_precedence(monkeypatch):
     monkeypatch.setenv('TIMM_NPU_IRV2_VARIANTS', 'pointwise=convolution')
     args = options(opt_kwargs={'fused': False}, grad_checkpointing=True, torchscript=True)
     assert use_tuned(args, CPU, **WORKLOAD) == args and variants().pointwise is None
-    for off in options(tuned='off'), options(model='resnet50'):
+    for off in options(tuned='off'), options(model='resnet50'), options(deterministic=True):
         assert use_tuned(off, CPU, **WORKLOAD) is off
+
+
+def test_a_result_leaves_deterministic_algorithms_deterministic(monkeypatch):
+    for variable in 'HCCL_DETERMINISTIC', 'CUBLAS_WORKSPACE_CONFIG':
+        monkeypatch.setenv(variable, os.environ.get(variable, ''))
+    before = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
+    try:
+        devices.configure(torch.device('cuda'), deterministic=True)
+        apply_settings({'allow_tf32': False}, torch.device('cuda'))
+        assert not torch.backends.cudnn.benchmark and not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_a_file_for_another_device_or_task_is_one_line():

@@ -210,7 +210,7 @@ def configure(
         torch.use_deterministic_algorithms(True)
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-        torch.backends.cudnn.benchmark = cudnn_benchmark and not deterministic
+        torch.backends.cudnn.benchmark = cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
     elif device.type == 'npu':
         npu = _runtime('npu')
         if jit_compile is not None:

@@ -140,7 +140,8 @@ _device = Group('Device and precision', (
     _three_state('--allow-hf32', "NPU: round float32 to HF32 in convolutions and products (default: torch_npu's "
                  'choice: convolutions only)'),
     _flag('--tuned', 'settings that `benchmark.py tune` measured: auto for those of exactly this device, batch size, '
-          'image size and precision, off for none, or a file', default='auto', metavar='auto|off|FILE'),
+          'image size and precision (none with --deterministic), off for none, or a file', default='auto',
+          metavar='auto|off|FILE'),
     _switch('--deterministic', 'use deterministic algorithms: the same bits in every run, in more time', recipe=True),
 ))
 

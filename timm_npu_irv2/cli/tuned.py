@@ -83,7 +83,8 @@ def use_tuned(
 ) -> Namespace:
     """Apply the settings of --tuned, and return the options with those that are options.
 
-    An option, or a variable of the environment, that the user has set takes precedence.
+    An option, or a variable of the environment, that the user has set takes precedence. With --deterministic,
+    only a file that --tuned names is used.
 
     Args:
         args: Options of the script; they are not changed.
@@ -97,6 +98,8 @@ def use_tuned(
         UserError: The file is not a result, or is one for another kind of device or task.
     """
     if args.model.partition('.')[0] != OUR_MODEL or precision is None:
+        return args
+    if args.deterministic and args.tuned == 'auto':  # a result that comes or goes would change the bits
         return args
     tuned = resolve_tuned(
         args.tuned, device, task=task, batch_size=batch_size, img_size=img_size, precision=precision)

@@ -48,8 +48,7 @@ def export(
         target: 'npu' for this package's network, 'timm' for a repository that timm loads without this package.
         ema: Take the averaged weights.
         dtype: The type the weights are rounded to: 'float32', 'float16' or 'bfloat16'.
-        class_names: A file with one name per line, or a folder or tar file of class folders; by default the
-            checkpoint's.
+        class_names: A file with one name per line, or a folder or tar file of class folders; else the checkpoint's.
         report: A report.json of train.py or the JSON of validate.py; by default the one beside the checkpoint.
         license: The hub's name of a license.
         datasets: The hub's names of the data sets trained on.

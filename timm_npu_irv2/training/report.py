@@ -109,12 +109,11 @@ class Report:
         Returns:
             The content of report.json.
         """
-        best = self.best
-        results: Mapping[str, float | None] = evaluation or {
-            key: (best or {}).get(f'eval_{key}') for key in ('top1', 'top5', 'loss')}
+        best, names = self.best, ('top1', 'top5', 'loss')
+        results: Mapping[str, float | None] = evaluation or {key: (best or {}).get(f'eval_{key}') for key in names}
         report = {
             'model': model,
-            **{key: results.get(key) for key in ('top1', 'top5', 'loss')},
+            **{key: results.get(key) for key in names},
             'images_per_second': images_per_second,
             'seconds': seconds,
             'epochs': len(self.rows),
@@ -131,8 +130,8 @@ class Report:
         }
         atomic_write(self._path('report.json'), json.dumps(report, indent=2) + '\n')
         if self.rows:
-            draw_curves(self.rows, self._path('curves.png'), f'{model} · {precision} · batch {batch_size}',
-                        further.get('train_loss', ''))
+            title = f'{model} · {precision} · batch {batch_size}'
+            draw_curves(self.rows, self._path('curves.png'), title, further.get('train_loss', ''))
         top1 = report['top1'] if report['top1'] is not None else (best or {}).get('train_top1')
         _logger.info("The last three lines are those of the ModelZoo; its 'Final Train Accuracy' is validation top-1.")
         print(final_lines(images_per_second, top1, seconds), flush=True)
