@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 
 from timm_npu_irv2.cli.script import run_script
+from timm_npu_irv2.cli.shards import settings_of
 
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 ROOT = SCRIPTS.parent
@@ -263,3 +265,14 @@ def test_a_name_that_is_not_utf_8_is_written(checkpoint, tmp_path, kind):
     else:
         text = path.read_text(encoding='utf-8')
     assert r'caf\udce9.png' in text.replace(r'\\', '\\')
+
+
+def test_another_network_in_the_same_folder_is_another_run(tmp_path):
+    folder = tmp_path / 'network'
+    folder.mkdir()
+    (folder / 'config.json').write_text('{}')
+    (folder / 'model.safetensors').write_bytes(b'old')
+    before = settings_of(Namespace(checkpoint=str(folder), topk=1, workers=1))
+    assert settings_of(Namespace(checkpoint=str(folder), topk=1, workers=2)) == before
+    (folder / 'model.safetensors').write_bytes(b'new')
+    assert settings_of(Namespace(checkpoint=str(folder), topk=1, workers=1)) != before

@@ -127,14 +127,16 @@ def settings_of(args: Namespace) -> dict[str, Any]:
     return {**settings, 'checkpoint': _checksum(args.checkpoint)}
 
 
-def _checksum(path: str) -> str:
-    """Return the checksum of a file of weights, or the name of a folder, which knows its own."""
-    if not Path(path).is_file():
-        return path
-    digest = hashlib.sha256()
-    with Path(path).open('rb') as file:
-        while block := file.read(2**20):
-            digest.update(block)
+def _checksum(place: str) -> str:
+    """Return the checksum of a file of weights, or of the files in the folder of a deployed network."""
+    if not place:
+        return ''
+    path, digest = Path(place), hashlib.sha256()
+    for each in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if each.is_file():
+            with each.open('rb') as file:
+                while block := file.read(2**20):
+                    digest.update(block)
     return digest.hexdigest()
 
 
