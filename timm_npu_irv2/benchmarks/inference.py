@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import device as devices
 from ..deploy import Predictor, load, onnx, save, to_inference, trace
 from ..deploy.engines import fastest_engine, record_engines
+from ..errors import CannotWrite
 from . import report
 from .timing import ratio, times_in_turn
 
@@ -311,7 +312,11 @@ def _record(
     speeds = {engines[name]: {'images_per_second': statistics.median(rates[name]),
                               'latency_ms': statistics.median(latencies[name])} for name in rates if name in engines}
     if device.type == 'cpu' and (len(speeds) > 1 or (dtype == INT8 and speeds)):
-        path = record_engines(dtype, speeds)
+        try:
+            path = record_engines(dtype, speeds)
+        except CannotWrite as error:  # the figures are still wanted
+            print(f"  not recorded for engine='auto': {error}")
+            return
         print(f"  engine='auto' is {fastest_engine(dtype)} from now on, for {dtype} with {torch.get_num_threads()} "
               f'thread(s): {path}')
 
