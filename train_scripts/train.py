@@ -177,8 +177,8 @@ def build_run(args: Namespace, world: World, stop: StopRequest | None, started: 
     """Build everything that training needs, in the only order that works."""
     checkpoint, is_restart = find_checkpoint(args, world)
     layout = plan_layout(args, world, checkpoint)
-    if (args.pretrained and not args.pretrained_path) or args.model.startswith('hf-hub:'):
-        hub.check_available(args.model)
+    if (args.pretrained and not args.pretrained_path) or ':' in args.model:
+        hub.check_published(args.model)
     random_seed(args.seed)  # the same initial weights in every process
     model = setup.build_model(args, None if args.initial_checkpoint else count_classes(args))
     parameters, num_classes = sum(p.numel() for p in model.parameters()), model.num_classes

@@ -3,6 +3,8 @@
 import http.server
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,8 +14,9 @@ import torch
 from timm_npu_irv2 import hub
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.hub.__main__ import main
-from train_scripts import inference, onnx_export
+from train_scripts import inference, onnx_export, train
 
+from ..kills import write_images
 from .conftest import ARGS, CLASSES, contents, save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -133,7 +136,8 @@ def test_a_repository_cannot_act(published, online, stranger, tmp_path, monkeypa
     online.add('me/evil', {**files, 'config.json': json.dumps(config).encode()})
     monkeypatch.chdir(tmp_path)
     for reader in (lambda: hub.from_pretrained('me/evil'), lambda: hub.pull('me/evil'),
-                   lambda: hub.create_model('hf-hub:me/evil', pretrained=True)):
+                   lambda: hub.create_model('hf-hub:me/evil', pretrained=True),
+                   lambda: hub.check_published('hf-hub:me/evil')):
         with pytest.raises(UserError, match=r'refused') as caught:
             reader()
         assert '\n' not in str(caught.value)
@@ -148,9 +152,23 @@ def test_a_folder_cannot_act(published, stranger, tmp_path, kind):
     for key, value in CONFIGS[kind](f'{stranger.url}/x').items():
         config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
     (folder / 'config.json').write_text(json.dumps(config))
-    for action in (hub.from_pretrained, lambda path: hub.create_model(f'local-dir:{path}', pretrained=True)):
+    for action in (hub.from_pretrained, lambda path: hub.create_model(f'local-dir:{path}', pretrained=True),
+                   lambda path: hub.check_published(f'local-dir:{path}')):
         with pytest.raises(UserError, match='refused'):
             action(folder)
+    assert stranger.requests == []
+
+
+def test_a_folder_to_train_from_cannot_act(published, stranger, tmp_path):
+    folder = shutil.copytree(published, tmp_path / 'evil')
+    config = json.loads((folder / 'config.json').read_text())
+    config['model_args'] = {'pretrained_cfg_overlay': {'url': f'{stranger.url}/x'}, 'cache_dir': str(tmp_path)}
+    (folder / 'config.json').write_text(json.dumps(config))
+    found = subprocess.run(
+        [sys.executable, str(Path(train.__file__)), '--device', 'cpu', '--data-dir', str(write_images(tmp_path / 'data')),
+         '--epochs', '1', '--model', f'local-dir:{folder}', '--output', str(tmp_path / 'output')],
+        text=True, capture_output=True, check=False)
+    assert found.returncode == 2 and 'config.json is refused' in found.stderr and 'Traceback' not in found.stderr
     assert stranger.requests == []
 
 

@@ -145,7 +145,7 @@ def test_a_server_that_is_gone(for_timm, online, tmp_path):
     assert set(contents(hub.pull('me/insects', tmp_path / 'after'))) == FILES  # from the cache
     for action in (lambda: hub.pull('me/others', tmp_path / 'others'), lambda: hub.push(for_timm, 'me/insects'),
                    lambda: hub.create('hf-hub:me/others'), lambda: hub.prepare('me/insects'),
-                   lambda: hub.check_available('inception_resnet_v2_npu'),
+                   lambda: hub.check_published('inception_resnet_v2_npu'),
                    lambda: train.main(['--model', 'hf-hub:me/others', '--data-dir', str(tmp_path), '--device', 'cpu']),
                    lambda: train.main(['--pretrained', '--data-dir', str(tmp_path), '--device', 'cpu'])):
         with pytest.raises(UserError, match='cannot be reached') as caught:

@@ -10,7 +10,7 @@ HF_TOKEN and the token of ``hf auth login`` mean what they mean to huggingface_h
 """
 from .client import prepare, push, translate_hub_errors
 from .export import export
-from .load import check_available, create, create_model, from_pretrained, pull
+from .load import check_published, create, create_model, from_pretrained, pull
 
-__all__ = ['check_available', 'create', 'create_model', 'export', 'from_pretrained', 'prepare', 'pull', 'push',
+__all__ = ['check_published', 'create', 'create_model', 'export', 'from_pretrained', 'prepare', 'pull', 'push',
            'translate_hub_errors']

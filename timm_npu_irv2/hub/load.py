@@ -28,7 +28,7 @@ from .client import (
     translate_hub_errors,
 )
 
-__all__ = ['check_available', 'create', 'create_model', 'from_pretrained', 'pull']
+__all__ = ['check_published', 'create', 'create_model', 'from_pretrained', 'pull']
 
 
 def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> nn.Module:
@@ -115,7 +115,7 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str = '',
         elif source == 'local-dir':
             _check_config(Path(repo), name)
         if pretrained and not repo and 'pretrained_cfg' not in kwargs and _hub_id(name):
-            check_available(name)
+            check_published(name)
             kwargs = {'pretrained_cfg_overlay': {'hf_hub_filename': WEIGHTS}, **kwargs}
         if Path(checkpoint_path).suffix in ('.npz', '.npy'):  # arrays of JAX, which some models of timm's can read
             return timm.create_model(name, checkpoint_path=checkpoint_path, **kwargs)
@@ -134,23 +134,24 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str = '',
         return _with_mode(model, read_json(Path(repo, CONFIG)).get('input_img_mode')) if repo else model
 
 
-def check_available(name: str) -> None:
-    """Raise UserError at once if the pretrained weights of a model are neither in the cache nor to be downloaded.
+def check_published(name: str) -> None:
+    """Raise UserError at once if a model's files cannot be had, or if its config.json says more than a network has.
 
-    timm asks for several files again and again before it gives up: a minute without a network.
+    timm asks for several files again and again before it gives up: a minute without a network. And it hands all that
+    a config.json says to ``timm.create_model``.
 
     Args:
-        name: The name of a model of timm's, or 'hf-hub:owner/name'.
+        name: The name of a model of timm's with pretrained weights, 'hf-hub:owner/name' or 'local-dir:FOLDER'.
     """
     source, _, address = name.partition(':')
-    repo, revision = split_revision(address) if source == 'hf-hub' else (None if address else _hub_id(name), None)
-    if repo is None:
-        return
-    file = CONFIG if source == 'hf-hub' else WEIGHTS
+    repo = None if address else _hub_id(name)
     with translate_hub_errors(name):
-        unreachable = find_outage(repo, revision, file)
-        if unreachable is not None and not isinstance(try_to_load_from_cache(repo, file, revision=revision), str):
-            raise unreachable
+        if address:
+            _check_config(download(*split_revision(address)) if source == 'hf-hub' else Path(address), name)
+        elif repo is not None:
+            unreachable = find_outage(repo, None, WEIGHTS)
+            if unreachable is not None and not isinstance(try_to_load_from_cache(repo, WEIGHTS), str):
+                raise unreachable
 
 
 def _hub_id(name: str) -> str | None:
