@@ -165,7 +165,7 @@ def test_a_folder_to_train_from_cannot_act(published, stranger, tmp_path):
     config['model_args'] = {'pretrained_cfg_overlay': {'url': f'{stranger.url}/x'}, 'cache_dir': str(tmp_path)}
     (folder / 'config.json').write_text(json.dumps(config))
     found = subprocess.run(
-        [sys.executable, str(Path(train.__file__)), '--device', 'cpu', '--model', f'local-dir:{folder}', '--epochs', '1',
+        [sys.executable, train.__file__, '--device', 'cpu', '--epochs', '1', '--model', f'local-dir:{folder}',
          '--data-dir', str(write_images(tmp_path / 'data')), '--output', str(tmp_path / 'output')],
         text=True, capture_output=True, check=False)
     assert found.returncode == 2 and 'config.json is refused' in found.stderr and 'Traceback' not in found.stderr
