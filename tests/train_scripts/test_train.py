@@ -242,7 +242,7 @@ def test_changed_data_is_refused_unless_told_otherwise(train, images, tmp_path, 
     assert 'class class1 is missing, class class3 is new' in capsys.readouterr().err
     folder = train(*words, path, '--allow-changed-data')
     assert 'Continuing with changed data' in capsys.readouterr().err
-    assert last(folder)['training']['position'] == {'epoch': 2, 'batch': 0, 'updates': 6}
+    assert last(folder)['training']['position'] == {'epoch': 2, 'batch': 0, 'updates': 6, 'samples': 0}
 
 
 def test_a_learning_rate_of_0_is_0(train):
