@@ -35,7 +35,7 @@ CHECKED_LR, LR = 0.1, 1e-4  # an update that float32 resolves; one that leaves a
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is to run.
+    """The work of a worker.
 
     Attributes:
         device: Name of the device.
