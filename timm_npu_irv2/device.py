@@ -49,6 +49,7 @@ class Backend:
         slow_slices: BatchNorm of a slice of channels is slower than copying the slice first. So it is on a CPU, where
             ATen vectorizes only what has no gaps: with the copy it takes an eighth to two fifths of the time
             (``benchmark.py ops``).
+        tunable: Settings that ``benchmark.py tune`` tries only on devices of this type.
     """
 
     type: str
@@ -58,6 +59,7 @@ class Backend:
     visible: str | None = None
     cheap_elu: bool = True
     slow_slices: bool = False
+    tunable: tuple[str, ...] = ('memory_format',)
 
     @property
     def fused_convolution_dtypes(self) -> tuple[torch.dtype, ...]:
@@ -75,8 +77,10 @@ def _onednn_has_bfloat16() -> bool:
 # torch_npu refuses channels_last tensors: convolutions choose their own layout on the NPU. A CPU has no float16
 # convolutions worth using, but bfloat16 ones.
 _BACKENDS = {
-    'npu': Backend('npu', 'hccl', visible='ASCEND_RT_VISIBLE_DEVICES'),
-    'cuda': Backend('cuda', 'nccl', torch.channels_last, visible='CUDA_VISIBLE_DEVICES'),
+    'npu': Backend('npu', 'hccl', visible='ASCEND_RT_VISIBLE_DEVICES', tunable=(
+        'lazy_fusion', 'task_queue', 'jit_compile', 'allow_internal_format', 'allow_hf32')),
+    'cuda': Backend('cuda', 'nccl', torch.channels_last, visible='CUDA_VISIBLE_DEVICES', tunable=(
+        'memory_format', 'cudnn_benchmark', 'allow_tf32')),
     'cpu': Backend('cpu', 'gloo', torch.channels_last, torch.bfloat16, cheap_elu=False, slow_slices=True),
 }
 _OTHER = Backend('other')

@@ -33,8 +33,6 @@ _ENVIRONMENT: dict[str, tuple[str, dict[Any, str]]] = {
 _LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 _SWITCHES = ('allow_internal_format', 'jit_compile', 'allow_hf32', 'allow_tf32', 'cudnn_benchmark')
 
-_PACKAGES = ('timm-npu-irv2', 'torch', 'timm', 'torch_npu', 'cuda', 'cann')  # what a time depends on
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -63,10 +61,9 @@ class Workload:
     @classmethod
     def on(cls, device: torch.device, *, task: str, batch_size: int, img_size: int, precision: str) -> 'Workload':
         """Return the workload on ``device`` with the versions of this process."""
-        versions = {name: value for name, value in devices.versions().items() if name in _PACKAGES}
         threads = torch.get_num_threads() if device.type == 'cpu' else 0
         about = devices.describe(device)
-        return cls(task, device.type, about['name'], threads, batch_size, img_size, precision, versions)
+        return cls(task, device.type, about['name'], threads, batch_size, img_size, precision, devices.versions())
 
     @property
     def path(self) -> Path:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +47,7 @@ def plan(task: str, device: torch.device, precision: str) -> list[Alternative]:
         *([Alternative('kernels', {'kernels': 'triton'})] if _has_triton(device) else []),
         *_values('pointwise', devices.pointwise_form(device.type), CHOICES['pointwise']),
         *_values('siblings', 'merged', CHOICES['siblings']),
-        *(_values('memory_format', _layout_name(device), ('contiguous', 'channels_last'))
-          if device.type != 'npu' else ()),  # torch_npu refuses channels_last
-        *_BY_DEVICE[device.type](),
+        *(each for name in devices.backend(device).tunable for each in _values(name, *_tunable(name, device))),
     ]
     if task == 'train':
         return [
@@ -65,29 +63,18 @@ def plan(task: str, device: torch.device, precision: str) -> list[Alternative]:
     return [*engines, *found, Alternative('torchcompile', {'torchcompile': 'inductor'})]
 
 
-def _npu() -> list[Alternative]:
-    queue = os.environ.get('TASK_QUEUE_ENABLE', '1')
-    return [
-        *_switch('lazy_fusion'),
-        *(Alternative('task_queue', {'task_queue': value}) for value in (1, 2) if str(value) != queue),
-        *_switch('jit_compile'), *_switch('allow_internal_format'), *_switch('allow_hf32'),
-    ]
+def _tunable(name: str, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
+    """Return the default of a setting, and all its values. None: the default is the vendor's choice for the chip."""
+    return {
+        'memory_format': (_layout_name(device), ('contiguous', 'channels_last')),
+        'task_queue': (os.environ.get('TASK_QUEUE_ENABLE', '1'), (1, 2)),
+        'cudnn_benchmark': (True, (True, False)),
+        'allow_tf32': (True, (True, False)),
+    }.get(name, (None, (True, False)))
 
 
-def _cuda() -> list[Alternative]:
-    return [Alternative(name, {name: False}) for name in ('cudnn_benchmark', 'allow_tf32')]
-
-
-_BY_DEVICE: Mapping[str, Callable[[], list[Alternative]]] = {'npu': _npu, 'cuda': _cuda, 'cpu': list}
-
-
-def _values(name: str, default: str, values: tuple[str, ...]) -> list[Alternative]:
-    return [Alternative(name, {name: value}) for value in values if value != default]
-
-
-def _switch(name: str) -> list[Alternative]:
-    """Return both states of a switch whose default is the vendor's choice for the chip."""
-    return [Alternative(name, {name: value}) for value in (True, False)]
+def _values(name: str, default: Any, values: tuple[Any, ...]) -> list[Alternative]:
+    return [Alternative(name, {name: value}) for value in values if str(value) != str(default)]
 
 
 def _layout_name(device: torch.device) -> str:
