@@ -65,6 +65,18 @@ def _restore_logging() -> Iterator[None]:
     logging.captureWarnings(False)
 
 
+@pytest.fixture(autouse=True)
+def _restore_environment() -> Iterator[None]:
+    """Take back variables that a script in this process has set: the next test's processes would inherit them."""
+    before = dict(os.environ)
+    yield
+    for name in (before.keys() | os.environ.keys()) - {'PYTEST_CURRENT_TEST'}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
+
+
 @pytest.fixture
 def free_port() -> int:
     with socket.socket() as free:
