@@ -24,6 +24,7 @@ from timm.utils import unwrap_model
 
 from tests.conftest import ROOT
 from tests.data.batches import Batches
+from timm_npu_irv2.data.folder import FolderReader, list_images
 from timm_npu_irv2.distributed import (
     StopRequest,
     World,
@@ -91,8 +92,33 @@ def two(tmp_path_factory) -> dict[str, list]:
         'evaluate': _evaluate,
     }
     folder = tmp_path_factory.mktemp('two')
+    works['folder'] = OpenFolder(folder)
     works['mid-epoch'] = ResumeInMidEpoch(folder)
     return in_processes(2, works, folder)
+
+
+class OpenFolder:
+    """A picklable call: a process's searches of a folder, and what it found there or why it found nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, world: World) -> tuple[int, list[tuple[str, int]], str, str]:
+        if world.is_primary:
+            for name in 'ant/1.png', 'ant/10.png', 'ant/2.png', 'bee/é.png', 'bee/deep/1.png', '../empty/no/image':
+                path = self.folder / 'images' / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(name)
+        barrier(world)
+        searched = []
+        search = list_images
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr('timm_npu_irv2.data.folder.list_images', lambda *args: searched.append(args) or search(*args))
+            reader = FolderReader(self.folder / 'images', {'ant': 0, 'bee': 1}, class_map=True, world=world)
+        found = [(file.read().decode(), target) for file, target in map(reader.__getitem__, range(len(reader)))]
+        with pytest.raises(UserError) as caught:
+            FolderReader(self.folder / 'empty', world=world)
+        return len(searched), found, reader.hash_names(), str(caught.value)
 
 
 # One process
@@ -152,6 +178,13 @@ def test_processes_know_each_other(two):
     assert [(each['rank'], each['size']) for each in told] == [(0, 2), (1, 2)]
     assert all(each['sum'].tolist() == [2**54 + 1, 2] for each in told)
     assert told[0]['all'] == [{'rank': 0}, {'rank': 1}] and told[1]['all'] == []
+
+
+def test_rank_0_alone_searches_a_folder_and_all_have_its_images_or_its_error(two):
+    (searches, *found), (others, *same) = two['folder']
+    assert (searches, others) == (1, 0) and found == same
+    assert found[0] == [('ant/1.png', 0), ('ant/2.png', 0), ('ant/10.png', 0), ('bee/é.png', 1)]
+    assert found[2].endswith('empty: no images in this folder.')
 
 
 def _stop_at(world: World) -> int:

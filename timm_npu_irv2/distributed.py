@@ -13,6 +13,7 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
@@ -34,12 +36,14 @@ from .errors import UserError
 from .rendezvous import first_slurm_host, is_port_free, register_rendezvous, serve_on_loopback
 
 __all__ = ['StopRequest', 'World', 'agree', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
-           'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'restarted', 'shutdown', 'sum_over_ranks']
+           'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'restarted', 'share_array', 'shutdown',
+           'sum_over_ranks']
 
 _logger = logging.getLogger(__name__)
 T = TypeVar('T')
 
 LOOPBACK = ('localhost', '127.0.0.1', '::1')
+SIGN_OF_LIFE = 5  # seconds
 
 
 @dataclass
@@ -205,17 +209,47 @@ def from_primary(value: T, world: World) -> T:
 
 
 def agree(compute: Callable[[], T], world: World) -> T:
-    """Return what ``compute`` returns on rank 0 in every process, or raise its UserError in every process."""
+    """Return what ``compute`` returns on rank 0 in every process, or raise its UserError in every process.
+
+    Rank 0 computes in a thread and tells the others every few seconds to go on waiting, so that the time limit of a
+    collective is none of ``compute``.
+    """
+    if not world.distributed:
+        return compute()
     outcome: Any = None
-    if world.is_primary:
+
+    def work() -> None:
+        nonlocal outcome
         try:
             outcome = compute()
-        except UserError as error:
+        except BaseException as error:
             outcome = error
+
+    thread = threading.Thread(target=work, daemon=True)
+    if world.is_primary:
+        thread.start()
+        thread.join(0.1)
+    while from_primary(thread.is_alive(), world):
+        if world.is_primary:
+            thread.join(SIGN_OF_LIFE)
+    if world.is_primary and not isinstance(outcome, UserError) and isinstance(outcome, BaseException):
+        raise outcome
     outcome = from_primary(outcome, world)
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
+
+
+def share_array(array: np.ndarray | None, world: World) -> np.ndarray:
+    """Return rank 0's ``array`` of numbers on every process; the others pass None."""
+    if not world.distributed:
+        assert array is not None
+        return array
+    shape, dtype = from_primary(None if array is None else (array.shape, array.dtype.str), world) or ((), '')
+    array = np.empty(shape, dtype) if array is None else array
+    if array.size:
+        dist.broadcast(torch.from_numpy(array), src=0, group=world.control)
+    return array
 
 
 def is_lost_peer(error: BaseException) -> bool:

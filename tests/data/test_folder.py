@@ -95,7 +95,7 @@ def test_threads_read_one_tar_file_at_the_same_time(tmp_path):
         write(tmp_path / 'data' / 'cat' / f'{number}.png', number)
     with tarfile.open(tmp_path / 'data.tar', 'w') as archive:
         archive.add(tmp_path / 'data', '.')
-    images = find_images(tmp_path / 'data.tar') * 5
+    images = list(find_images(tmp_path / 'data.tar')) * 5
     random.Random(0).shuffle(images)
 
     def right(image) -> bool:

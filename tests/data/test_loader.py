@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.data.loader import fast_collate
+from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torchvision.datasets import CIFAR10
 
 from timm_npu_irv2.data.augmentation import Augmentation
 from timm_npu_irv2.data.dataset import open_dataset
+from timm_npu_irv2.data.loader import create_train_sampler
 from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.data.samplers import Batch, EvalBatchSampler, RankSampler, SampleKey
 from timm_npu_irv2.data.worker import BatchDataset
@@ -175,6 +177,19 @@ def test_repeated_augmentation_repeats_each_image_in_a_row():
     assert samples[0].index == samples[1].index == samples[2].index != samples[3].index
     ranks = [next(iter(RankSampler(400, rank, 3, 0, 0.0, 3.0))) for rank in range(3)]
     assert len({sample.index for sample in ranks}) == 1 and [sample.repeat for sample in ranks] == [0, 1, 2]
+
+
+@pytest.mark.parametrize('options', [{}, {'aug_repeats': 3.0}, {'epoch_repeats': 2.5}, {'num_batches': 90}])
+def test_batches_of_one_size_are_those_of_timms_schedule_from_any_batch_on(options):
+    where, other = world(1, 3), {name: value for name, value in options.items() if name != 'num_batches'}
+    samples = RankSampler(700, 1, 3, 7, other.get('epoch_repeats', 0), other.get('aug_repeats', 0))
+    theirs = ScheduledBatchSampler(samples, [8], seed=7, num_batches=options.get('num_batches'))
+    theirs.set_epoch(2)
+    expected = [[sample for sample, _ in batch] for batch in theirs]
+    ours = create_train_sampler(700, where, [8], seed=7, **options)
+    for start in 0, 1, len(expected) - 1:
+        ours.set_epoch(2, start)
+        assert [batch.samples for batch in ours] == expected[start:] and len(ours) == len(expected)
 
 
 def test_epoch_repeats_lengthen_the_epoch(folder):

@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
+from ..distributed import World
 from ..errors import UserError, first_line
 from . import wds
 from .cifar import CifarReader, find_cifar
@@ -101,6 +102,7 @@ def open_dataset(
         input_key: str | None = None,
         num_classes: int | None = None,
         on_bad_image: str = 'stop',
+        world: World | None = None,
         **options: Any,
 ) -> Dataset:
     """Return a data set by the names of ``timm.data.create_dataset``.
@@ -117,6 +119,7 @@ def open_dataset(
         num_classes: Number of classes of the network, which labels in WebDataset shards must be below.
         on_bad_image: 'stop' or 'skip' at an image in WebDataset shards that cannot be read; of other data sets the
             loader decides.
+        world: This process among all, if all open the data set together, so that rank 0 alone searches a folder.
         options: Further arguments of ``create_dataset``.
 
     Raises:
@@ -138,7 +141,8 @@ def open_dataset(
         return _create(name, root, split, class_to_idx if not class_map else None, options | {'class_map': class_map})
     table = read_class_map(class_map, folder) if class_map else class_to_idx
     endings = input_key.split(';') if input_key else ()
-    return ImageDataset(FolderReader(folder, table, class_map=bool(class_map), endings=endings), input_img_mode)
+    reader = FolderReader(folder, table, class_map=bool(class_map), endings=endings, world=world)
+    return ImageDataset(reader, input_img_mode)
 
 
 def find_root(name: str, root: str | None, split: str) -> Path | None:

@@ -1,22 +1,25 @@
 """Images in folders and tar files, found in one way by training, evaluation, inference and calibration."""
 
-import io
+import contextlib
 import logging
 import os
 import posixpath
 import tarfile
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader import Reader
 
+from ..distributed import World, agree, share_array
 from ..errors import UserError, first_line
 from .classes import clean_name, map_classes, natural_key, number_classes
+from .listing import ImageFile, Listing, pack
 
-__all__ = ['ENDINGS', 'FolderReader', 'ImageFile', 'find_images', 'iterate_images']
+__all__ = ['ENDINGS', 'FolderReader', 'ImageFile', 'find_images', 'iterate_images', 'list_images']
 
 _logger = logging.getLogger(__name__)
 
@@ -26,42 +29,11 @@ ENDINGS = frozenset('.bmp .gif .j2k .jfif .jp2 .jpe .mpo .pbm .pgm .png .pnm .pp
 MOST_LINKS = 40  # from one to the next, as in Linux
 
 
-@dataclass(frozen=True, slots=True)
-class ImageFile:
-    """An image in a folder, or in a tar file.
-
-    Attributes:
-        root: Folder or tar file.
-        name: Path within it, with slashes; a tar within a tar counts as a folder.
-        offset: Place of its bytes in the tar file; -1 in a folder.
-        size: Number of its bytes in the tar file.
-    """
-
-    root: str
-    name: str
-    offset: int = -1
-    size: int = 0
-
-    @property
-    def path(self) -> str:
-        """Path of the file, or of the tar file and within it."""
-        return self.name if self.root == '.' else f'{self.root}/{self.name}'
-
-    @property
-    def folder(self) -> str:
-        """Folder within the root; empty for the root itself."""
-        return self.name.rpartition('/')[0]
-
-    def open(self) -> BinaryIO:
-        """Open it for reading. Threads and processes can do so at the same time, even within one tar file."""
-        if self.offset < 0:
-            return open(self.path, 'rb')  # noqa: PTH123 - a Path for each of a million images is slow
-        with open(self.root, 'rb') as file:  # noqa: PTH123
-            file.seek(self.offset)
-            return io.BytesIO(file.read(self.size))
-
-
-def find_images(root: str | os.PathLike, endings: Collection[str] = (), tars: bool = False) -> list[ImageFile]:
+def find_images(
+        root: str | os.PathLike,
+        endings: Collection[str] = (),
+        tars: bool = False,
+) -> Sequence[ImageFile]:
     """Return the images in a folder, or in a tar file, however deep, in natural order.
 
     Symbolic links are followed. Hidden files and folders, whose names start with a dot, are left out.
@@ -74,7 +46,48 @@ def find_images(root: str | os.PathLike, endings: Collection[str] = (), tars: bo
     Raises:
         UserError: No such folder or file, no images in it, or a tar file that cannot be read.
     """
-    return sorted(iterate_images(root, endings, tars), key=lambda image: natural_key(image.name))
+    if tars:
+        return sorted(iterate_images(root, endings, tars), key=lambda image: natural_key(image.name))
+    return list_images(root, endings)
+
+
+def list_images(root: str | os.PathLike, endings: Collection[str] = ()) -> Listing:
+    """Return the images of :func:`find_images` without those in tar files in a folder."""
+    wanted, root = _wanted(endings), os.fspath(root)
+    folders: dict[str, list[bytes]] = {}
+    skipped = 0
+    with _name_root(root):
+        if not os.path.isdir(root):  # noqa: PTH112 - os.scandir takes it from here
+            listing = Listing.of_tar(root, _images_in_tar(root, wanted))
+        else:
+            for inside, names in _walk(root, '', ()):
+                found = [name for name in names if _ending(name) in wanted]
+                if found:
+                    folders.setdefault(inside, []).append(pack(found, inside))
+                skipped += sum(name[-4:].lower() == '.tar' for name in names)
+            listing = Listing.of_folders(root, folders)
+    if not listing:
+        raise _no_images(root, skipped)
+    return listing
+
+
+def share_images(root: str | os.PathLike, endings: Collection[str], world: World) -> Listing:
+    """Return what :func:`list_images` returns on rank 0, so that not every process searches a folder.
+
+    A tar file is searched by every process: copies of it on several machines may have other places for an image.
+    """
+    if world.control is None or not Path(root).is_dir():
+        return list_images(root, endings)
+    own: Listing | None = None
+
+    def search() -> Sequence[tuple[str, int]]:
+        nonlocal own
+        own = list_images(root, endings)
+        return own.runs
+
+    runs = agree(search, world)
+    names = share_array(own.names if own else None, world)
+    return own or Listing(os.fspath(root), names, runs)
 
 
 def iterate_images(root: str | os.PathLike, endings: Collection[str] = (), tars: bool = False) -> Iterator[ImageFile]:
@@ -82,56 +95,73 @@ def iterate_images(root: str | os.PathLike, endings: Collection[str] = (), tars:
 
     The names in one folder or in one tar file are in memory at a time.
     """
-    wanted = {ending.lower() for ending in endings} or ENDINGS | get_img_extensions(as_set=True)
-    root, empty, skipped = os.fspath(root), True, 0
-    try:
+    wanted, root, empty, skipped = _wanted(endings), os.fspath(root), True, 0
+    with _name_root(root):
         if os.path.isdir(root):  # noqa: PTH112 - os.scandir takes it from here
-            for name in _walk(root, '', ()):
+            for name in (inside + name for inside, names in _walk(root, '', ()) for name in names):
                 if _ending(name) in wanted:
                     yield ImageFile(root, name)
                 elif _ending(name) == '.tar' and tars:
-                    yield from _images_in_tar(f'{root}/{name}', wanted)
+                    yield from Listing.of_tar(f'{root}/{name}', _images_in_tar(f'{root}/{name}', wanted))
                 else:
                     skipped += _ending(name) == '.tar'
                     continue
                 empty = False
         else:
-            for image in _images_in_tar(root, wanted):
+            for image in Listing.of_tar(root, _images_in_tar(root, wanted)):
                 yield image
                 empty = False
+    if empty:
+        raise _no_images(root, skipped)
+
+
+def _wanted(endings: Collection[str]) -> Collection[str]:
+    return {ending.lower() for ending in endings} or ENDINGS | get_img_extensions(as_set=True)
+
+
+@contextlib.contextmanager
+def _name_root(root: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, tarfile.TarError) as error:
         raise UserError(f'{root}: {getattr(error, "strerror", None) or first_line(error)}') from error
-    if empty:
-        advice = f', but {skipped} tar files: name one of them, or use --dataset wds/NAME' if skipped else ''
-        raise UserError(f'{root}: no images in this {"folder" if Path(root).is_dir() else "tar file"}{advice}.')
+
+
+def _no_images(root: str, skipped: int) -> UserError:
+    advice = f', but {skipped} tar files: name one of them, or use --dataset wds/NAME' if skipped else ''
+    return UserError(f'{root}: no images in this {"folder" if Path(root).is_dir() else "tar file"}{advice}.')
 
 
 def _ending(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a Path for each of a million files is slow
 
 
-def _walk(folder: str, inside: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Yield the paths of all files within a folder. A link to a folder above it is not followed."""
+def _walk(folder: str, inside: str, above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """Yield (path of a folder with a slash behind it, names of files in it that follow each other) in natural order.
+
+    A link to a folder above it is not followed.
+    """
     real = os.path.realpath(folder)
     if real in above:
         return
     with os.scandir(folder) as entries:
-        found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith('.')]
-    for name, is_folder in sorted(found, key=lambda each: natural_key(each[0])):
+        found = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith('.')}
+    for is_folder, names in groupby(sorted(found, key=natural_key), found.__getitem__):
         if is_folder:
-            yield from _walk(f'{folder}/{name}', f'{inside}{name}/', (*above, real))
+            for name in names:
+                yield from _walk(f'{folder}/{name}', f'{inside}{name}/', (*above, real))
         else:
-            yield inside + name
+            yield inside, list(names)
 
 
-def _images_in_tar(root: str, endings: Collection[str]) -> Iterator[ImageFile]:
+def _images_in_tar(root: str, endings: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Return offset and size of the images in a tar file by name."""
     with tarfile.open(root, 'r:') as archive:
         found, lost = _places_in_tar(archive, endings)
     if lost:
         _logger.warning(f'{root}: left out {len(lost)} links that lead to no image in it, such as {lost[0]}; tar '
                         '--dereference stores what links lead to.')
-    for name in sorted(found, key=natural_key):
-        yield ImageFile(root, name, *found[name])
+    return found
 
 
 def _places_in_tar(
@@ -185,6 +215,7 @@ class FolderReader(Reader):
         class_map: True if ``class_to_idx`` also selects: images of other classes are left out. Otherwise they are an
             error.
         endings: File name endings of images; empty for the usual ones.
+        world: This process among all, which construct the reader together; None for a reader of its own.
 
     Attributes:
         class_to_idx: Numbers of the classes by name.
@@ -200,33 +231,41 @@ class FolderReader(Reader):
             class_to_idx: Mapping[str, int] | None = None,
             class_map: bool = False,
             endings: Collection[str] = (),
+            world: World | None = None,
     ):
         super().__init__()
         self.root = os.fspath(root)
-        images = find_images(root, endings)
+        images = share_images(root, endings, world or World())
+        folders = [folder[:-1] for folder, _ in images.runs]
         try:
-            found = number_classes({image.folder for image in images if image.folder or not class_map})
+            found = number_classes({folder for folder in folders if folder or not class_map})
             if class_to_idx is None:
-                _check_no_class_is_empty(Path(root), {image.folder.partition('/')[0] for image in images})
+                _check_no_class_is_empty(Path(root), {folder.partition('/')[0] for folder in folders})
             elif not class_map:
                 map_classes(found, class_to_idx)
         except UserError as error:
             raise UserError(f'{self.root}: {error}') from None
         self.class_to_idx = dict(found if class_to_idx is None else class_to_idx)
-        numbered = ((image, self.class_to_idx.get(clean_name(image.folder.rpartition('/')[2]))) for image in images)
-        self.samples = [(image, target) for image, target in numbered if target is not None]
-        if not self.samples:
+        numbers = [self.class_to_idx.get(clean_name(folder.rpartition('/')[2])) for folder in folders]
+        counts = [count for _, count in images.runs]
+        chosen = np.repeat([number is not None for number in numbers], counts)
+        self.images = images.select(chosen)
+        self._targets = np.repeat(np.array([number or 0 for number in numbers], np.int32), counts)[chosen]
+        if not self.images:
             raise UserError(f'{self.root}: none of its {len(images)} images is of a class of the class map.')
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        image, target = self.samples[index]
-        return image.open(), target
+        return self.images[index].open(), int(self._targets[index])
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.images)
+
+    def hash_names(self) -> str:
+        """Return the SHA-256 of the names of the images with a NUL between them."""
+        return self.images.hash_names()
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        image = self.samples[index][0]
+        image = self.images[index]
         if basename:
             return image.name.rpartition('/')[2]
         return image.path if absolute else image.name

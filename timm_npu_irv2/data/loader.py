@@ -18,7 +18,6 @@ import torch
 from timm.data import Mixup
 from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
-from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -30,7 +29,16 @@ from .augmentation import Augmentation
 from .dataset import ImageDataset, class_to_idx
 from .fast import collate, has_jpeg_decoder
 from .pipeline import ImagePipeline
-from .samplers import BatchSampler, EvalBatchSampler, RankSampler, TrainBatchSampler, preserve_rng_state, reseed
+from .samplers import (
+    BatchSampler,
+    EvalBatchSampler,
+    RankSampler,
+    ScheduledBatches,
+    TrainBatchSampler,
+    UniformBatches,
+    preserve_rng_state,
+    reseed,
+)
 from .worker import BatchDataset, LoadedBatch, start_method, start_worker, translate_worker_errors
 
 __all__ = ['DeviceLoader', 'create_eval_loader', 'create_train_loader', 'create_train_sampler']
@@ -220,9 +228,11 @@ def create_train_sampler(
     if len(samples) < min(batch_sizes) and not num_batches:
         raise UserError(f'{size} training images make no whole batch of {min(batch_sizes)} for each of {world.size} '
                         'process(es): use a smaller --batch-size.')
+    if len(batch_sizes) == 1 and not any(schedule.get(name) for name in ('choice_weights', 'schedule_epochs')):
+        uniform = UniformBatches(samples, batch_sizes[0], num_batches)
+        return TrainBatchSampler(uniform, seed, world.rank, mixup_off_epoch, endless)
     try:
-        # One image size is a schedule with one choice.
-        batches = ScheduledBatchSampler(samples, batch_sizes, seed=seed, num_batches=num_batches, **schedule)
+        batches = ScheduledBatches(samples, batch_sizes, seed=seed, num_batches=num_batches, **schedule)
     except ValueError as error:
         raise UserError(f'--train-img-sizes: {first_line(error)}') from error
     return TrainBatchSampler(batches, seed, world.rank, mixup_off_epoch, endless)

@@ -26,7 +26,9 @@ __all__ = [
     'EvalBatchSampler',
     'RankSampler',
     'SampleKey',
+    'ScheduledBatches',
     'TrainBatchSampler',
+    'UniformBatches',
     'derive_seed',
     'preserve_rng_state',
     'reseed',
@@ -104,7 +106,7 @@ class BatchSampler(Sampler[Batch]):
 
     endless: bool = False
     average_batch_size: float
-    indices: list[int] | None = None
+    indices: Sequence[int] | None = None
 
     def __init__(self) -> None:
         self.epoch = self.start_batch = 0
@@ -147,35 +149,73 @@ class RankSampler(Sampler[SampleKey]):
             self.length = total // 256 * 256 // world_size
         else:
             self.length = math.ceil(total / world_size)
-        self.epoch = 0
+        self.epoch = self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch of the next iteration, without the first ``start`` samples of this process."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[SampleKey]:
-        epoch, turn, order = self.epoch, -1, []
-        for position in itertools.count(self.rank, self.world_size):
+        epoch, turn, order = self.epoch, -1, np.empty(0, np.int64)
+        for position in itertools.count(self.rank + self.start * self.world_size, self.world_size):
             item = int(position // self.aug_repeats)
             if item // self.size != turn:
                 turn = item // self.size
                 order = self._permutation(epoch, turn)
             repeat = position - math.ceil(item * self.aug_repeats)
-            yield SampleKey(order[item % self.size], turn * math.ceil(self.aug_repeats) + repeat)
+            yield SampleKey(int(order[item % self.size]), turn * math.ceil(self.aug_repeats) + repeat)
 
-    def _permutation(self, epoch: int, turn: int) -> list[int]:
+    def _permutation(self, epoch: int, turn: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, turn))
-        return torch.randperm(self.size, generator=generator).tolist()
+        order = torch.randperm(self.size, generator=generator).numpy()
+        return order.astype(np.uint32) if self.size <= 1 << 32 else order  # half the memory
+
+
+class UniformBatches:
+    """Batches of one image size, as timm's ``ScheduledBatchSampler`` yields them, from any batch on.
+
+    timm draws the size of each batch, and yields the batches before the first one too: of ten million images a resumed
+    run would skip the samples one by one.
+
+    Args:
+        sampler: Sampler of this process.
+        batch_size: Samples in a batch.
+        num_batches: Batches in an epoch; None for the whole batches that the sampler has.
+    """
+
+    def __init__(self, sampler: RankSampler, batch_size: int, num_batches: int | None = None):
+        self.sampler, self.batch_size = sampler, batch_size
+        self.num_batches = num_batches or len(sampler) // batch_size
+        self.average_batch_size = float(batch_size)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def iterate(self, epoch: int, start: int) -> Iterator[list[tuple[SampleKey, int]]]:
+        """Yield the batches of an epoch from ``start`` on: lists of (sample, index of its image size)."""
+        self.sampler.set_epoch(epoch, start * self.batch_size)
+        samples = iter(self.sampler)
+        for _ in range(start, self.num_batches):
+            yield [(sample, 0) for sample in itertools.islice(samples, self.batch_size)]
+
+
+class ScheduledBatches(ScheduledBatchSampler):
+    """timm's batches of several image sizes, from any batch on."""
+
+    def iterate(self, epoch: int, start: int) -> Iterator[list[tuple[SampleKey, int]]]:
+        """Yield the batches of an epoch from ``start`` on: lists of (sample, index of its image size)."""
+        self.set_epoch(epoch)
+        return itertools.islice(self, start, None)
 
 
 class TrainBatchSampler(BatchSampler):
     """A sampler of training batches.
 
     Args:
-        schedule: timm's sampler of (sample, size) batches over a :class:`RankSampler`.
+        schedule: Batches of (sample, size) over a :class:`RankSampler`.
         seed: Seed of the run.
         rank: Index of this process; each one mixes and erases differently.
         mixup_off_epoch: First epoch without Mixup; 0 keeps it on.
@@ -184,7 +224,7 @@ class TrainBatchSampler(BatchSampler):
 
     def __init__(
             self,
-            schedule: ScheduledBatchSampler,
+            schedule: UniformBatches | ScheduledBatches,
             seed: int,
             rank: int = 0,
             mixup_off_epoch: int = 0,
@@ -205,14 +245,13 @@ class TrainBatchSampler(BatchSampler):
     def __iter__(self) -> Iterator[Batch]:
         epoch, start = self.epoch, self.start_batch
         while True:
-            yield from itertools.islice(self._batches(epoch), start, None)
+            yield from self._batches(epoch, start)
             if not self.endless:
                 return
             epoch, start = epoch + 1, 0
 
-    def _batches(self, epoch: int) -> Iterator[Batch]:
-        self.schedule.set_epoch(epoch)
-        for number, batch in enumerate(self.schedule):
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        for number, batch in enumerate(self.schedule.iterate(epoch, start), start):
             seed = derive_seed(self.seed, epoch, number, self.rank)
             yield Batch([sample for sample, _ in batch], epoch, seed, self.mixes(epoch), size=batch[0][1])
 
@@ -229,7 +268,7 @@ class EvalBatchSampler(BatchSampler):
 
     def __init__(self, size: int, rank: int, world_size: int, batch_size: int):
         super().__init__()
-        self.indices: list[int] = list(range(rank, size, world_size))
+        self.indices: Sequence[int] = range(rank, size, world_size)
         self.batch_size = batch_size
         self.average_batch_size = len(self.indices) / max(len(self), 1)
 

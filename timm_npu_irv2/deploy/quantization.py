@@ -128,7 +128,7 @@ def _class_name(image: ImageFile) -> str:
     return clean_name(image.folder.rpartition('/')[2])
 
 
-def _class_indices(images: list[ImageFile], config: dict[str, Any]) -> dict[str, int]:
+def _class_indices(images: Sequence[ImageFile], config: dict[str, Any]) -> dict[str, int]:
     """Return the indices of the class folders by name; nothing if the folders are no class folders."""
     found = {_class_name(image) for image in images} - {''}
     expected = class_indices(config.get('label_names'))

@@ -52,7 +52,7 @@ def build_train_loader(
     Raises:
         UserError: The data is missing or empty, or does not fit the options or the network.
     """
-    dataset = _open(args, args.train_split, pipeline, is_training=True, batch_size=batch_size,
+    dataset = _open(args, args.train_split, pipeline, world=world, is_training=True, batch_size=batch_size,
                     repeats=args.epoch_repeats, num_samples=args.train_num_samples, num_classes=num_classes)
     if isinstance(dataset, IterableDataset):
         return _build_train_stream(args, dataset, pipeline, world, num_classes, batch_size, dtype)
@@ -113,8 +113,8 @@ def build_eval_loader(
         raise UserError(f'--tta {args.tta}: there are two views of an image, itself and its mirror image; use --tta 2.')
     if train_loader is not None:
         class_to_idx = train_loader.class_to_idx
-    dataset = _open(args, split, pipeline, class_to_idx=class_to_idx, is_training=False, batch_size=batch_size,
-                    num_samples=num_samples, num_classes=num_classes)
+    dataset = _open(args, split, pipeline, world=world, class_to_idx=class_to_idx, is_training=False,
+                    batch_size=batch_size, num_samples=num_samples, num_classes=num_classes)
     if isinstance(dataset, IterableDataset):
         return create_stream_loader(
             dataset, pipeline, world, batch_size=batch_size, num_workers=args.workers, pin_memory=args.pin_mem,

@@ -97,7 +97,10 @@ def describe_data(samples: Any, class_to_idx: Mapping[str, int] | None) -> dict[
     """
     classes = None if class_to_idx is None else order_classes(class_to_idx)
     names = None
-    if hasattr(getattr(samples, 'reader', None), 'samples'):  # folders and tar files, which know all names
+    reader: Any = getattr(samples, 'reader', None)
+    if hasattr(reader, 'hash_names'):
+        names = reader.hash_names()
+    elif hasattr(reader, 'samples'):  # readers of timm's that know all names
         names = hashlib.sha256('\0'.join(samples.filenames()).encode(errors='surrogateescape')).hexdigest()
     return {'classes': classes, 'count': len(samples) if hasattr(samples, '__len__') else None, 'names': names}
 
