@@ -12,8 +12,16 @@ The options are those of timm's inference.py. Threads decode images while the de
 import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
 
 # isort: split
-import logging
 import sys
+
+from timm_npu_irv2.cli.inference_flags import INFERENCE
+from timm_npu_irv2.cli.script import check_command_line
+
+if __name__ == '__main__':
+    check_command_line(INFERENCE, sys.argv[1:])  # before the imports below, which take seconds
+
+# isort: split
+import logging
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -36,15 +44,13 @@ from timm_npu_irv2.cli.checks import (
     translate_compile_errors,
 )
 from timm_npu_irv2.cli.evaluation import (
-    ENGINE_FLAGS,
     check_deployed,
     describe_precision,
     engine_options,
     engine_rules,
     prepare_model,
 )
-from timm_npu_irv2.cli.flags import DEVICE_SWITCHES, INERT, OUR_MODEL, REFUSED, device_switches, pick
-from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
+from timm_npu_irv2.cli.flags import OUR_MODEL, device_switches
 from timm_npu_irv2.cli.predictions import Answers, Labels, Progress, ShardWriter, tabulate, write_results
 from timm_npu_irv2.cli.script import leave_at_end, run_script, start_log
 from timm_npu_irv2.cli.shards import Shards, count_images, images_of_shards, open_shards, settings_of, shard_rules
@@ -77,92 +83,13 @@ IN_PICTURE, BARS = 40, 5
 # ------------------------------------------------------------------------------------------------------- options
 
 
-def _column(name: str, content: str, default: str) -> Flag:
-    return Flag(f'--{name}-col', f'column name of {content}', default=default, rest={'metavar': 'NAME'})
-
-
-FLAGS = (
-    Group('Images', (
-        Flag('data', "images, folders, tar files, WebDataset shards as in 'train-{0000..0009}.tar', or text files of "
-             'paths', default=[], rest={'nargs': '*', 'metavar': 'IMAGE_OR_FOLDER'}),
-        Flag('--data-dir', 'one more image or folder; with --dataset, the folder of the data set',
-             rest={'metavar': 'DIR'}),
-        *pick('dataset', 'dataset_download', 'class_map', 'input_img_mode', 'on_bad_image'),
-        Flag('--split', 'split of --dataset', default='validation', rest={'metavar': 'NAME'}),
-    )),
-    Group('Model', (
-        Flag('-m --model', "model name; 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER' for a published model",
-             default=OUR_MODEL, rest={'metavar': 'NAME'}),
-        Flag('--checkpoint', 'file of weights in any dialect (averaged ones are preferred), ONNX or .om file, or '
-             'folder of a deployed network', default='', rest={'metavar': 'FILE'}),
-        Flag('--pretrained', 'use pretrained weights; implied without --checkpoint', bool, False),
-        *pick('num_classes', 'model_kwargs', 'fuser', 'fast_norm', 'torchscript', 'torchcompile', 'torchcompile_mode'),
-        Flag('--test-pool', 'average over several positions of images that are larger than those of the training', bool,
-             False),
-    )),
-    Group('Preprocessing', (
-        *pick('img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation'),
-        Flag('--use-train-size', 'use the image size of the training even if the model has another one for testing',
-             bool, False),
-        Flag('--crop-mode', "crop of the resized image (default: the model's)",
-             rest={'choices': ('center', 'squash', 'border')}),
-    )),
-    Group('Device and precision', (
-        *pick('device', 'device_modules', 'amp', 'amp_dtype', 'model_dtype', 'tuned', *DEVICE_SWITCHES, 'dist_url',
-              'dist_backend'),
-        Flag('--fast', 'use 16-bit weights and images where that is faster: float16, on some CPUs bfloat16', bool,
-             False),
-        *ENGINE_FLAGS,
-        Flag('-b --batch-size', 'number of images in a batch', int, 256, '[1, inf)', {'metavar': 'N'}),
-        Flag('-j --workers', 'number of threads that decode images', int, 2, '[0, inf)', {'metavar': 'N'}),
-        Flag('--log-freq', 'batches from one log line to the next', int, 10, '[1, inf)', {'metavar': 'N'}),
-    )),
-    Group('Results', (
-        Flag('--topk', 'number of classes per image, the most likely first; 0 for the outputs of all classes', int, 1,
-             '[0, inf)', {'metavar': 'K'}),
-        Flag('--picture', 'PNG to draw the images and their classes into', default='', rest={'metavar': 'FILE.png'}),
-        Flag('--gradcam', 'show in the picture which regions speak for the most likely class', bool, False),
-        Flag('--results-dir', 'folder to write the results into', default='', rest={'metavar': 'DIR'}),
-        Flag('--results-file', 'file to write the results to (default: named after model and size, in --results-dir)',
-             default='', rest={'metavar': 'FILE'}),
-        Flag('--results-format', 'formats of the results (default: csv; parquet for shards)', default=[],
-             rest={'nargs': '+', 'choices': tuple(EXTENSIONS)}),
-        Flag('--results-shards', 'write the results as they come, into files in --results-dir with those of N images '
-             'each (default: 1000 with several processes or --resume, otherwise one file at the end)', int,
-             within='[1, inf)', rest={'metavar': 'N'}),
-        Flag('--resume', 'continue an interrupted run: leave out the images whose shards are in --results-dir', bool,
-             False),
-        Flag('--results-separate-col', 'use a separate column for each of the K classes', bool, False),
-        Flag('--fullname', 'write the paths of the images instead of their names', bool, False),
-        _column('filename', 'the images', 'filename'),
-        _column('index', 'the class indices', 'index'),
-        _column('label', 'the labels', 'label'),
-        _column('output', 'the outputs (default: --output-type)', ''),
-        Flag('--output-type', 'type of the outputs', default='prob', rest={'choices': ('prob', 'logit')}),
-        Flag('--label-type', 'type of the labels', default='description',
-             rest={'choices': ('none', 'name', 'description', 'detail', 'detailed')}),
-        Flag('--include-index', 'write the class indices, too', bool, False),
-        Flag('--exclude-output', 'do not write probabilities or logits', bool, False),
-        Flag('--no-console-results', 'do not print the results', bool, False),
-    )),
-    INERT['inference.py'],
-)
-
-UNSUPPORTED = {
-    **REFUSED,
-    '--aot-autograd': 'torch no longer supports it; use --torchcompile aot_eager.',
-}
-
-
 def parse(argv: Sequence[str]) -> Namespace:
     """Parse the options.
 
     Raises:
         UserError: Unknown option, value out of range, or contradiction.
     """
-    args = parse_flags(FLAGS, argv, prog='inference.py', refused=UNSUPPORTED, description=(
-        "Classify images with Inception-ResNet-v2, or any timm model, on NPU, CUDA or CPU. The options are those of "
-        "timm's inference.py. '-' and '_' in names are the same."))
+    args = INFERENCE.parse(argv)
     args.data = [*args.data, *([args.data_dir] if args.data_dir else [])]
     args.pretrained = args.pretrained or not args.checkpoint
     args.shards = bool(args.results_shards or args.resume) or world_info_from_env()[2] > 1

@@ -11,16 +11,23 @@ Ascend devices; --atc runs one of them.
 import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
 
 # isort: split
-import logging
 import sys
+
+from timm_npu_irv2.cli.onnx_flags import ONNX_EXPORT
+from timm_npu_irv2.cli.script import check_command_line
+
+if __name__ == '__main__':
+    check_command_line(ONNX_EXPORT, sys.argv[1:])  # before the imports below, which take seconds
+
+# isort: split
+import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from timm_npu_irv2 import hub
 from timm_npu_irv2.cli.checks import check_image_size, check_rules
-from timm_npu_irv2.cli.flags import INERT, OUR_MODEL
-from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
+from timm_npu_irv2.cli.flags import OUR_MODEL
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.deploy import InferenceNetwork, onnx, to_inference
 from timm_npu_irv2.errors import UserError
@@ -29,54 +36,6 @@ _logger = logging.getLogger('onnx_export')
 
 TOLERANCE = 1e-4  # relative error of ONNX Runtime's float32 outputs
 
-FLAGS = (
-    Group('Model', (
-        Flag('output', 'file to write', rest={'metavar': 'FILE.onnx'}),
-        Flag('-m --model', "model name: this package's network or timm's inception_resnet_v2; 'hf-hub:OWNER/NAME' or "
-             "'local-dir:FOLDER' for a published model", default=OUR_MODEL,
-             rest={'metavar': 'NAME'}),
-        Flag('--checkpoint', 'file of weights, preferring averaged ones (default: pretrained weights)', default='',
-             rest={'metavar': 'FILE'}),
-        Flag('--num-classes', "number of classes (default: that of the weights)", int, within='[0, inf)',
-             rest={'metavar': 'N'}),
-    )),
-    Group('Input', (
-        Flag('--uint8', 'take uint8 images; the normalisation becomes part of the first convolution',
-             bool, False),
-        Flag('-b --batch-size', 'fixed batch size (default: any batch size)', int, within='[1, inf)',
-             rest={'metavar': 'N'}),
-        Flag('--img-size', "height and width of the images (default: the model's)", int, within='[75, inf)',
-             rest={'metavar': 'N'}),
-        Flag('--input-size', 'image channels, height and width', int, within='[1, inf)',
-             rest={'nargs': 3, 'metavar': ('C', 'H', 'W')}),
-        Flag('--dynamic-size', 'take images of any size', bool, False),
-        Flag('--mean', "pixel mean per channel, for --uint8 (default: the model's)", float,
-             rest={'nargs': '+', 'metavar': 'X'}),
-        Flag('--std', "pixel standard deviation per channel, for --uint8 (default: the model's)", float,
-             within='(0, inf)', rest={'nargs': '+', 'metavar': 'X'}),
-    )),
-    Group('Format', (
-        Flag('--opset', "version of the ONNX operators", int, onnx.OPSET, '[11, inf)', {'metavar': 'N'}),
-        Flag('--dynamo', "use the newer exporter of torch, for opset 18 and above", bool, False),
-        Flag('--keep-init', 'list the weights as inputs, too', bool, False),
-        Flag('--verbose', 'print the graph', bool, False),
-    )),
-    Group('Ascend', (
-        Flag('--atc', "compile the file with CANN's ATC", bool, False),
-        Flag('--soc-version', "device type: the name that `npu-smi info` shows, with 'Ascend' before it", default=None,
-             rest={'metavar': 'NAME'}),
-        Flag('--atc-batch-sizes', 'batch sizes to compile for, if the file takes any', int, [1, 2, 4, 8], '[1, inf)',
-             {'nargs': '+', 'metavar': 'N'}),
-        Flag('--force', 'overwrite an existing .om file', bool, False),
-    )),
-    INERT['onnx_export.py'],
-)
-
-UNSUPPORTED = {
-    '--aten-fallback': 'this network does not need it.',
-    '--training': 'the exported network is for inference only; train with train.py.',
-}
-
 
 def parse(argv: Sequence[str]) -> Namespace:
     """Parse the options.
@@ -84,9 +43,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     Raises:
         UserError: Unknown option, value out of range, or contradiction.
     """
-    args = parse_flags(FLAGS, argv, prog='onnx_export.py', refused=UNSUPPORTED, description=(
-        "Write Inception-ResNet-v2 as an ONNX file, for ONNX Runtime, OpenVINO and CANN's ATC. The options are those "
-        "of timm's onnx_export.py. '-' and '_' in names are the same."))
+    args = ONNX_EXPORT.parse(argv)
     args.output = Path(args.output)
     check_image_size(OUR_MODEL, (args.input_size or [])[1:])
     check_rules([

@@ -12,47 +12,28 @@ names, else on these. A file that loses more than --max-loss is not written.
 import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
 
 # isort: split
+import sys
+
+from timm_npu_irv2.cli.onnx_flags import ONNX_QUANTIZE
+from timm_npu_irv2.cli.script import check_command_line
+
+if __name__ == '__main__':
+    check_command_line(ONNX_QUANTIZE, sys.argv[1:])  # before the imports below, which take seconds
+
+# isort: split
 import copy
 import logging
-import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_npu_irv2.cli.flags import pick
-from timm_npu_irv2.cli.parser import Flag, Group, parse_flags
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.deploy import onnx, quantization
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.serialization import atomic_write
 
 _logger = logging.getLogger('onnx_quantize')
-
-FLAGS = (
-    Group('Files', (
-        Flag('model', 'ONNX file of onnx_export.py', rest={'metavar': 'FILE.onnx'}),
-        Flag('output', 'file to write', rest={'metavar': 'INT8.onnx'}),
-        Flag('--calibration', 'folder or tar file of images like those the model will see', default='',
-             rest={'metavar': 'DIR'}),
-        Flag('--evaluation', 'folder or tar file of images on which int8 is compared with float32; class folders give '
-             'the accuracy, too', default='', rest={'metavar': 'DIR'}),
-        *pick('on_bad_image'),
-    )),
-    Group('Quantisation', (
-        Flag('--images', 'largest number of images for calibration', int, 100, '[1, inf)', {'metavar': 'N'}),
-        Flag('--evaluation-images', 'largest number of images for the comparison', int, 1000, '[1, inf)',
-             {'metavar': 'N'}),
-        Flag('--method', 'method that finds the ranges of the activations; auto for the one with the smallest loss',
-             default='auto', rest={'choices': ('auto', *quantization.METHODS)}),
-        Flag('--max-loss', 'largest loss of top-1 in percentage points, or, where the classes of the images are not '
-             'known, largest percentage of images with another answer (default: 1, or 5 without classes)', float,
-             within='[0, 100]', rest={'metavar': 'X'}),
-        Flag('--per-tensor', 'use one scale for all channels of a convolution', bool, False),
-        Flag('--full-range', 'use weights of 8 bits, for CPUs with VNNI and for NPUs; other CPUs overflow with '
-             'more than 7', bool, False),
-    )),
-)
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -61,8 +42,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     Raises:
         UserError: An unknown option, a value out of range, a missing file or folder.
     """
-    args = parse_flags(FLAGS, argv, prog='onnx_quantize.py', description=(
-        "Quantise an ONNX file of onnx_export.py to int8 with ONNX Runtime's tools, and measure the loss of accuracy."))
+    args = ONNX_QUANTIZE.parse(argv)
     args.model, args.output = Path(args.model), Path(args.output)
     wrong = [
         (not args.model.is_file(), f'{args.model}: no such file.'),

@@ -3,12 +3,21 @@
 Usage: python train_scripts/preflight.py LAUNCHER train.py|validate.py PROCESSES [options of the script]
 """
 
-import os
 import sys
+
+from timm_npu_irv2.cli.flags import TRAIN
+from timm_npu_irv2.cli.script import check_command_line, run_script
+from timm_npu_irv2.cli.validate_flags import VALIDATE
+
+if __name__ == '__main__' and len(sys.argv) > 3:
+    _command_line = VALIDATE if sys.argv[2] == VALIDATE.prog else TRAIN
+    check_command_line(_command_line, sys.argv[4:], sys.argv[1])  # before the imports below, which take seconds
+
+# isort: split
+import os
 from collections.abc import Sequence
 
 from timm_npu_irv2 import device as devices
-from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.data.dataset import find_root
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.rendezvous import is_port_free

@@ -11,10 +11,18 @@ The options are those of timm's train.py, the parameters of Ascend ModelZoo's sc
 import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
 
 # isort: split
+import sys
+
+from timm_npu_irv2.cli.flags import TRAIN
+from timm_npu_irv2.cli.script import check_command_line
+
+if __name__ == '__main__':
+    check_command_line(TRAIN, sys.argv[1:])  # before the imports below, which take seconds
+
+# isort: split
 import contextlib
 import logging
 import math
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,7 @@
 """How a script starts and ends: the environment of torch, one line for an error of several processes, early checks."""
 
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -14,14 +15,18 @@ from timm_npu_irv2.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
-# Prints a variable at the moment in which a script imports torch, and stops it there.
+# The scripts with a table of options, and the words that each must have.
+NEEDED = {
+    'train': [], 'validate': [], 'inference': [], 'onnx_export': ['a.onnx'], 'onnx_quantize': ['a.onnx', 'b.onnx']}
+
+# Prints a variable at the moment in which a script imports torch, and interrupts it there.
 WATCH = '''
-import os, runpy, sys
+import os, runpy, signal, sys
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == 'torch':
-            print(os.environ.get('GOMP_SPINCOUNT'))
-            raise SystemExit(0)
+            print(os.environ.get('GOMP_SPINCOUNT'), flush=True)
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
 sys.meta_path.insert(0, Watch())
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 sys.argv = sys.argv[1:]
@@ -29,14 +34,47 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 '''
 
 
-@pytest.mark.parametrize('script', ['train', 'validate', 'inference', 'onnx_export', 'onnx_quantize', 'benchmark'])
+def until_torch(script: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run a script until it imports torch."""
+    environment = {key: value for key, value in os.environ.items() if key != 'GOMP_SPINCOUNT'} | variables
+    return subprocess.run(
+        [sys.executable, '-c', WATCH, ROOT / 'train_scripts' / f'{script}.py', *words], capture_output=True, text=True,
+        check=False, env={**environment, 'PYTHONPATH': str(ROOT)})
+
+
+@pytest.mark.parametrize('script', [*NEEDED, 'benchmark'])
 @pytest.mark.parametrize(('given', 'found'), [({}, '2000'), ({'GOMP_SPINCOUNT': '7'}, '7')])
 def test_waiting_threads_give_way_however_a_script_is_started(script, given, found):
-    environment = {key: value for key, value in os.environ.items() if key != 'GOMP_SPINCOUNT'} | given
-    done = subprocess.run(
-        [sys.executable, '-c', WATCH, ROOT / 'train_scripts' / f'{script}.py', '--help'], capture_output=True,
-        text=True, check=True, env={**environment, 'PYTHONPATH': str(ROOT)})
-    assert done.stdout == f'{found}\n'
+    assert until_torch(script, *NEEDED.get(script, ()), **given).stdout == f'{found}\n'
+
+
+@pytest.mark.parametrize('script', NEEDED)
+def test_a_mistyped_option_and_help_are_answered_before_torch_is_loaded(script):
+    wrong = until_torch(script, *NEEDED[script], '--qqqqqq')
+    assert (wrong.returncode, wrong.stdout) == (2, '')
+    assert wrong.stderr == f'{script}.py: error: unknown option --qqqqqq; --help lists all options.\n'
+    helped = until_torch(script, '--help')
+    assert (helped.returncode, helped.stderr) == (0, '')
+    assert helped.stdout.startswith(f'usage: {script}.py ')
+
+
+def test_the_launchers_check_finds_a_mistyped_option_before_torch_is_loaded():
+    done = until_torch('preflight', 'dist_train_npu.sh', 'validate.py', '2', '--chekpoint', 'a')
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == 'dist_train_npu.sh: error: unknown option --chekpoint. Did you mean --checkpoint?\n'
+
+
+def test_a_config_from_a_pipe_is_read_once(tmp_path):
+    script = f'"{sys.executable}" "{ROOT}/train_scripts/train.py" -c <(echo "epochs: 0") --data-dir missing'
+    done = subprocess.run(['bash', '-c', script], capture_output=True, text=True, check=False, cwd=tmp_path,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert 'missing' in done.stderr and 'does not exist' in done.stderr
+
+
+@pytest.mark.parametrize('script', NEEDED)
+def test_an_interruption_while_torch_is_loaded_leaves_no_traceback(script):
+    done = until_torch(script, *NEEDED[script])
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, '')
 
 
 def test_one_of_several_processes_reports_an_error(tmp_path, monkeypatch, capsys):

@@ -210,8 +210,8 @@ def test_options_run(infer, options):
 
 
 def test_timms_options_are_known(fails):
-    known = {name for group in script.FLAGS for flag in group.flags for name in flag.names.split()}
-    assert set(TIMM_OPTIONS) - known == script.UNSUPPORTED.keys() & set(TIMM_OPTIONS) == {'--aot-autograd'}
+    known = {name for group in script.INFERENCE.groups for flag in group.flags for name in flag.names.split()}
+    assert set(TIMM_OPTIONS) - known == script.INFERENCE.refused.keys() & set(TIMM_OPTIONS) == {'--aot-autograd'}
 
 
 def test_fast_is_what_the_device_computes_fast():

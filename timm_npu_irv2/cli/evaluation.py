@@ -11,20 +11,11 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..errors import UserError
-from .parser import Flag
 
 __all__ = [
-    'ENGINE_FLAGS', 'check_deployed', 'classes_in', 'describe_precision', 'engine_options', 'engine_rules',
-    'prepare_model', 'select_classes',
+    'check_deployed', 'classes_in', 'describe_precision', 'engine_options', 'engine_rules', 'prepare_model',
+    'select_classes',
 ]
-
-ENGINE_FLAGS = (
-    Flag('--engine', 'runtime for the folded network: torch, openvino, onnxruntime, om, or auto for the fastest one as '
-         'measured on this machine (default: the network as it was trained)', rest={'metavar': 'NAME'}),
-    Flag('--calibration', 'folder of images; with --engine openvino or onnxruntime, compute in int8 with the ranges of '
-         'these images', default='', rest={'metavar': 'DIR'}),
-)
-
 
 def engine_rules(args: Namespace) -> list[tuple[Any, str]]:
     """Return the rules of --engine for ``check_rules``."""

@@ -7,11 +7,12 @@ spellings. What the NPU and the ModelZoo add has groups of its own.
 from argparse import SUPPRESS, Namespace
 from typing import Any
 
-from .parser import Flag, Group, key_values
+from .parser import CommandLine, Flag, Group, key_values
 from .types import OUR_MODEL, auto_augment, loss_scale, model_name, module_name
 
 __all__ = [
-    'DEVICE_SWITCHES', 'INERT', 'OUR_MODEL', 'RECIPE', 'REFUSED', 'TRAIN_FLAGS', 'device_switches', 'pick',
+    'DEVICE_SWITCHES', 'ENGINE_FLAGS', 'INERT', 'OUR_MODEL', 'RECIPE', 'REFUSED', 'TRAIN', 'TRAIN_FLAGS',
+    'device_switches', 'pick',
 ]
 
 
@@ -392,6 +393,20 @@ REFUSED: dict[str, str] = dict.fromkeys((
     '--naflex-patch-size-probs', '--naflex-loss-scale', '--naflex-patchify-channels-first',
 ), 'NaFlex loaders feed sequences of patches to vision transformers, and Inception-ResNet-v2 is a convolutional '
    "network. Use --img-size or --train-img-sizes, or timm's own train.py for a transformer.")
+
+
+TRAIN = CommandLine('train.py', (
+    "Train Inception-ResNet-v2, or any timm model, on NPU, CUDA or CPU. The options are those of timm's train.py; "
+    "where two names are given, the second is Ascend ModelZoo's. '-' and '_' in names are the same."),
+    TRAIN_FLAGS, REFUSED)
+
+# Options that validate.py and inference.py share.
+ENGINE_FLAGS = (
+    Flag('--engine', 'runtime for the folded network: torch, openvino, onnxruntime, om, or auto for the fastest one as '
+         'measured on this machine (default: the network as it was trained)', rest={'metavar': 'NAME'}),
+    Flag('--calibration', 'folder of images; with --engine openvino or onnxruntime, compute in int8 with the ranges of '
+         'these images', default='', rest={'metavar': 'DIR'}),
+)
 
 
 def device_switches(args: Namespace) -> dict[str, bool | None]:

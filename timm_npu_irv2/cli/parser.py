@@ -8,7 +8,7 @@ import ast
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ import yaml
 
 from ..errors import UserError
 
-__all__ = ['Flag', 'Group', 'as_yaml', 'key_values', 'parse_flags']
+__all__ = ['CommandLine', 'Flag', 'Group', 'as_yaml', 'config_file', 'key_values']
 
 MAX_INT = 2 ** 32  # what torch, timm and NumPy take as a size, a count or a seed
 
@@ -77,43 +77,44 @@ def key_values(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def parse_flags(
-        groups: Iterable[Group],
-        argv: Sequence[str],
-        *,
-        prog: str,
-        description: str,
-        refused: dict[str, str] | None = None,
-) -> argparse.Namespace:
-    """Parse a command line by a table of options, over the YAML file that ``-c`` names.
+@dataclass(frozen=True)
+class CommandLine:
+    """The command line of a script.
 
-    Args:
-        groups: Table of options.
-        argv: Command line without the name of the program.
-        prog: Name of the program, for ``--help``.
+    Attributes:
+        prog: Name of the script.
         description: First lines of ``--help``.
+        groups: Table of options.
         refused: Known options that are not supported, with the reason.
-
-    Raises:
-        UserError: The command line or the file has a mistake.
     """
-    groups, refused = tuple(groups), refused or {}
-    parser = _build_parser(groups, prog, description)
-    arguments = [_hyphens(word) for word in argv]
-    for word in arguments:
-        if (name := word.split('=')[0]) in refused:
-            raise UserError(f'{name}: {refused[name]}')
-    config = _config_file(arguments)
-    args = argparse.Namespace()
-    if config is not None:
-        args = parser.parse_args(_config_words(parser, config, refused), args)
-    args = parser.parse_args(arguments, args)
-    del args.config
-    for flag in _flags(groups):
-        if flag.type is key_values:
-            setattr(args, flag.dest, dict(getattr(args, flag.dest) or {}))
-        _check_range(flag, getattr(args, flag.dest))
-    return args
+
+    prog: str
+    description: str
+    groups: tuple[Group, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse the words after the script's name, over the YAML file that ``-c`` names.
+
+        Raises:
+            UserError: The command line or the file has a mistake.
+        """
+        parser = _build_parser(self.groups, self.prog, self.description)
+        arguments = [_hyphens(word) for word in argv]
+        for word in arguments:
+            if (name := word.split('=')[0]) in self.refused:
+                raise UserError(f'{name}: {self.refused[name]}')
+        config = config_file(arguments)
+        args = argparse.Namespace()
+        if config is not None:
+            args = parser.parse_args(_config_words(parser, config, self.refused), args)
+        args = parser.parse_args(arguments, args)
+        del args.config
+        for flag in _flags(self.groups):
+            if flag.type is key_values:
+                setattr(args, flag.dest, dict(getattr(args, flag.dest) or {}))
+            _check_range(flag, getattr(args, flag.dest))
+        return args
 
 
 def as_yaml(args: argparse.Namespace) -> str:
@@ -187,13 +188,14 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     return f'. Did you mean {close[0]}?' if close else '; --help lists all options.'
 
 
-def _config_file(arguments: Sequence[str]) -> Path | None:
+def config_file(arguments: Sequence[str]) -> Path | None:
+    """Return the file that ``-c`` names in the words after a script's name."""
     finder = _Parser(add_help=False, allow_abbrev=False)
     finder.add_argument('-c', '--config', type=Path)
     return finder.parse_known_args(arguments)[0].config
 
 
-def _config_words(parser: _Parser, path: Path, refused: dict[str, str]) -> list[str]:
+def _config_words(parser: _Parser, path: Path, refused: Mapping[str, str]) -> list[str]:
     """Return the YAML file as a command line, so that the same rules apply to both."""
     try:
         options = yaml.load(path.read_text(encoding='utf-8'), _ConfigLoader) or {}

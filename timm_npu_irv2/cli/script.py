@@ -3,16 +3,21 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..distributed import World, shutdown
 from ..errors import Stopped, UserError
 from ..escaping import printable
+from .parser import CommandLine, config_file
 
-__all__ = ['leave_at_end', 'run_script', 'start_log']
+if TYPE_CHECKING:
+    from ..distributed import World
+
+__all__ = ['check_command_line', 'leave_at_end', 'run_script', 'start_log']
 
 
 class _OneLine(logging.Formatter):
@@ -32,9 +37,33 @@ def start_log(is_primary: bool = True) -> None:
     warnings.filterwarnings('once' if is_primary else 'ignore', message='This DataLoader will create')
 
 
+def check_command_line(command_line: CommandLine, argv: Sequence[str], name: str = '') -> None:
+    """Answer --help and report a mistake in the options; either ends the program.
+
+    A script calls this before it imports torch, which takes seconds, so this module does not import torch. Ctrl-C ends
+    the program without a traceback until :func:`run_script` takes over.
+
+    Args:
+        command_line: Command line of the script.
+        argv: Words after the script's name.
+        name: Name of the program in messages, by default that of the script.
+    """
+    try:
+        config = config_file(argv)
+        if config is None or config.is_file() or not config.exists():  # a pipe can be read only once
+            command_line.parse(argv)
+    except UserError as error:
+        _report(name or command_line.prog, error)
+        sys.exit(2)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_script(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run ``main`` and return the exit code: its own, 2 after a UserError, 128 + number after a signal."""
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of check_command_line
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return main(argv)
     except UserError as error:
         _report(name, error)
@@ -47,7 +76,7 @@ def run_script(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[s
 
 
 @contextlib.contextmanager
-def leave_at_end(world: World, name: str) -> Iterator[None]:
+def leave_at_end(world: 'World', name: str) -> Iterator[None]:
     """Leave the other processes at the end of the block.
 
     An error of this one is reported before that, or another one might first report that it lost this one.
@@ -62,6 +91,8 @@ def leave_at_end(world: World, name: str) -> Iterator[None]:
         _report(name, error)
         raise
     finally:
+        from ..distributed import shutdown  # noqa: PLC0415 - loads torch, see check_command_line
+
         shutdown(world)
 
 

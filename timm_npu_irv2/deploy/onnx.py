@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..cli.onnx_flags import OPSET
 from ..errors import UserError, first_line
 from ..serialization import atomic_write
 from .network import InferenceNetwork
@@ -22,8 +23,6 @@ from .network import InferenceNetwork
 __all__ = ['INPUT', 'OPSET', 'SOC_VERSIONS', 'AtcCommand', 'check', 'export', 'optional', 'preprocessing', 'session',
            'write']
 
-# ATC supports all operators of this graph up to version 18; 13 is the lowest that allows quantisation per channel.
-OPSET = 13
 INPUT, OUTPUT = 'images', 'logits'
 PREPROCESSING = 'timm_npu_irv2.preprocessing'  # key in the metadata of the file
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cli.onnx_flags import METHODS
 from ..data.classes import class_indices, clean_name, map_classes, number_classes
 from ..data.decode import read_image
 from ..data.folder import ImageFile, find_images
@@ -25,7 +26,6 @@ __all__ = ['METHODS', 'Inputs', 'Loss', 'ModelInputs', 'Recipe', 'compare', 'qua
 _logger = logging.getLogger(__name__)
 _logger.setLevel(logging.INFO)  # of its own, since quantize() silences the root
 
-METHODS = ('minmax', 'entropy', 'percentile')  # of finding the range of an activation
 PAYS = 0.1  # share of the difference of the logits that float32 at both ends must remove to be worth its time
 
 Inputs = Iterable[tuple[np.ndarray, int]]  # batches of one image (1, C, H, W) with the index of its class, or -1

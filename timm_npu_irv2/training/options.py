@@ -13,8 +13,7 @@ import torch
 
 from .. import precision
 from ..cli.checks import check_compile_backend, check_image_size, check_rules, dataset_rules
-from ..cli.flags import REFUSED, TRAIN_FLAGS
-from ..cli.parser import parse_flags
+from ..cli.flags import TRAIN
 
 __all__ = ['parse_args', 'precision_options']
 
@@ -36,9 +35,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: Unknown option, value out of range, or contradiction.
     """
-    args = parse_flags(TRAIN_FLAGS, argv, prog='train.py', refused=REFUSED, description=(
-        "Train Inception-ResNet-v2, or any timm model, on NPU, CUDA or CPU. The options are those of timm's train.py; "
-        "where two names are given, the second is Ascend ModelZoo's. '-' and '_' in names are the same."))
+    args = TRAIN.parse(argv)
     _settle(args)
     check_image_size(args.model, _image_sizes(args))
     precision.check_options(**precision_options(args))
