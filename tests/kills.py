@@ -1,6 +1,8 @@
 """Training jobs that are killed at random moments and started again, and how their outcomes differ."""
 
 import csv
+import io
+import itertools
 import json
 import os
 import random
@@ -8,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -75,10 +78,32 @@ def write_images(root: Path) -> Path:
     return root
 
 
+def write_shards(images: Path, root: Path) -> Path:
+    """The images of :func:`write_images` in shards of 1 to 7 samples, train-0.tar, …, and val-0.tar, …; ``root``."""
+    root.mkdir()
+    for split in 'train', 'val':
+        paths = sorted((images / split).rglob('*.*'), key=lambda path: int(path.stem) if path.stem.isdecimal() else 5)
+        for shard, lengths in enumerate(itertools.cycle((7, 1, 4))):
+            with tarfile.open(root / f'{split}-{shard}.tar', 'w') as archive:
+                for path in paths[:lengths]:
+                    label = path.parent.name.removeprefix('class').encode()
+                    for name, content in ((path.name, path.read_bytes()), (f'{path.stem}.cls', label)):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
+            paths = paths[lengths:]
+            if not paths:
+                break
+    return root
+
+
+SHARDS = '--dataset wds/x --train-split train-{0..6}.tar --val-split val-{0..2}.tar'
+
+
 class Job:
     """A training job of one or more processes in an output folder, started as often as need be."""
 
-    def __init__(self, images: Path, folder: Path, words: str, processes: int, device: str) -> None:
+    def __init__(self, images: Path | str, folder: Path, words: str, processes: int, device: str) -> None:
         self.folder, self.processes = folder, processes
         self.options = [*USUAL, *words.split(), '--device', device, '--data-dir', str(images), '--output',
                         str(folder.parent), '--experiment', folder.name, '--resume', 'auto']
@@ -155,7 +180,7 @@ def differences(one: Any, other: Any, where: str = '') -> list[str]:
 
 
 def check(
-        images: Path,
+        images: Path | str,
         folder: Path,
         recipe: str,
         *,

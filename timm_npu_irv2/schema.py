@@ -212,7 +212,8 @@ _PROCESS = record({
 }, {'buffers': mapping(_state, most=2), 'hidden': mapping(mapping(_plain_with_tensors))})
 _share = number(1, 2**31, integer=True)
 LAYOUT = record(
-    {'processes': _share, 'batch_size': _share, 'grad_accum_steps': _share}, {'epoch_samples': optional(_integer)})
+    {'processes': _share, 'batch_size': _share, 'grad_accum_steps': _share},
+    {'epoch_samples': optional(_integer), 'lanes': optional(_share)})
 _TRAINING = record({
     'position': record(
         {'epoch': number(0, MOST_EPOCHS, integer=True), 'batch': _integer, 'updates': _integer}, {'samples': _integer}),

@@ -198,7 +198,7 @@ def build_run(args: Namespace, world: World, stop: StopRequest | None, started: 
 
     train_loader = build_train_loader(
         args, pipeline, world, num_classes=num_classes, batch_size=layout.batch_size,
-        epoch_samples=layout.epoch_samples, dtype=precision.input_dtype)
+        epoch_samples=layout.epoch_samples, lanes=layout.lanes, dtype=precision.input_dtype)
     layout = layout.with_epoch_of(train_loader)
     eval_loader = None
     if args.val_split:

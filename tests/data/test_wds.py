@@ -1,19 +1,27 @@
 """WebDataset shards: the pixels of the other readers, bad images stopped at or named, classes by number or by name."""
 
+import bz2
+import gc
+import gzip
 import io
 import json
+import lzma
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data.test_odd_files import FILES, of_evaluation
 from timm_npu_irv2.data.dataset import class_to_idx, open_dataset
+from timm_npu_irv2.data.loader import create_eval_loader
 from timm_npu_irv2.data.pipeline import ImagePipeline
-from timm_npu_irv2.data.stream import create_stream_loader
+from timm_npu_irv2.data.samplers import order_shards
 from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
 
@@ -40,8 +48,9 @@ def write(path: Path, samples: list[dict[str, bytes]]) -> None:
 
 
 def open_loader(root: Path, num_workers: int = 0, split: str = '{0..1}.tar', **options):
-    dataset = open_dataset('wds/x', str(root), split, is_training=False, batch_size=4, **options)
-    return create_stream_loader(dataset, PIPELINE, World(), batch_size=4, num_workers=num_workers)
+    dataset = open_dataset('wds/x', str(root), split, **options)
+    return create_eval_loader(dataset, PIPELINE, World(), batch_size=4, num_workers=num_workers,
+                              on_bad_image=options.get('on_bad_image', 'stop'))
 
 
 def targets(loader) -> list[int]:
@@ -155,3 +164,113 @@ def test_an_image_without_a_label_cannot_be_read(tmp_path, label, options, messa
     with pytest.raises(UserError, match=message):
         list(open_loader(tmp_path, split='0.tar', **options))
     assert targets(open_loader(tmp_path, split='0.tar', on_bad_image='skip', **options)) == [1]
+
+
+def indices_of(lengths, lanes, seed=None) -> list[int]:
+    return order_shards(lengths, lanes, seed).tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(1, 5), st.sampled_from([None, 0, 1, 2]))
+def test_an_order_has_each_sample_once(lengths, lanes, seed):
+    order = indices_of(lengths, lanes, seed)
+    assert sorted(order) == list(range(sum(lengths))) and order == indices_of(lengths, lanes, seed)
+
+
+def test_each_process_has_shards_of_its_own_and_reads_them_one_after_another():
+    order = indices_of([100] * 8, 4, seed=1)
+    for rank in range(4):
+        assert len({index // 100 for index in order[rank::4]}) == 2
+    lengths = [1000] * 40
+    order = indices_of(lengths, 1, seed=1)
+    shards = list(dict.fromkeys(index // 1000 for index in order))
+    assert shards != sorted(shards) and order != indices_of(lengths, 1, seed=2)
+    last = {index // 1000: place for place, index in enumerate(order)}
+    first = {order[place] // 1000: place for place in reversed(range(len(order)))}
+    opened = [sum(first[shard] <= place <= last[shard] for shard in shards) for place in range(len(order))]
+    assert max(opened) <= 8192 // 1000 + 2
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_several_processes_evaluate_each_image_once(tmp_path, processes):
+    for shard, length in enumerate((7, 1, 3)):
+        write(tmp_path / f'{shard}.tar', [{'png': encoded(i), 'cls': b'%d' % (10 * shard + i)} for i in range(length)])
+    dataset = open_dataset('wds/x', str(tmp_path), '{0..2}.tar')
+    seen = [targets(create_eval_loader(dataset, PIPELINE, World(rank, rank, processes), batch_size=2))
+            for rank in range(processes)]
+    assert sorted(label for each in seen for label in each) == [*range(7), 10, 20, 21, 22]
+    assert max(map(len, seen)) - min(map(len, seen)) <= 1
+
+
+@pytest.mark.parametrize('end', [512, 1024, 4 * 1024 + 512, -10240])
+def test_a_shard_that_is_cut_between_two_files_is_damaged(shards, end):
+    content = (shards / '0.tar').read_bytes()
+    assert len(content) == 20480
+    (shards / '0.tar').write_bytes(content[:end])
+    with pytest.raises(UserError, match=r'0\.tar cannot be read: .*(unexpected end|empty)'):
+        open_loader(shards)
+
+
+def test_so_is_one_with_a_broken_header_in_the_middle(shards):
+    content = bytearray((shards / '0.tar').read_bytes())
+    content[4 * 1024 + 10] ^= 255
+    (shards / '0.tar').write_bytes(content)
+    with pytest.raises(UserError, match=r'0\.tar cannot be read'):
+        open_loader(shards)
+    assert targets(open_loader(shards, on_bad_image='skip')) == [0, 5, 6, 7, 8, 9]
+
+
+def info(folder: Path, **changes) -> None:
+    split = {'name': 'train', 'filenames': ['0.tar', '1.tar'], 'shard_lengths': [5, 5], 'num_samples': 10, **changes}
+    (folder / '_info.json').write_text(json.dumps({'splits': {'train': split}}))
+
+
+def test_a_list_of_shards_names_splits_and_is_checked(shards):
+    info(shards)
+    assert targets(open_loader(shards, split='train')) == list(range(10))
+    assert targets(open_loader(shards, split='1.tar')) == [5, 6, 7, 8, 9]
+    with pytest.raises(UserError, match=r"there is no split 'val' in .*: use train, or name the shards"):
+        open_loader(shards, split='val')
+    info(shards, shard_lengths=[4, 5])
+    with pytest.raises(UserError, match=r'0\.tar has 5 samples, not 4 as _info\.json says'):
+        list(open_loader(shards, split='train', on_bad_image='skip'))
+    info(shards, shard_lengths=[6, 5])
+    with pytest.raises(UserError, match=r'0\.tar/#5 cannot be read: the shard has only 5 samples'):
+        list(open_loader(shards, split='train'))
+    info(shards, shard_lengths=[5])
+    with pytest.raises(UserError, match=r'_info\.json is no list of shards: each split needs filenames'):
+        open_loader(shards, split='train')
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"without _info\.json name the shards, such as 'train-\{0000\.\.0003\}\.tar'"):
+        open_loader(tmp_path, split='train')
+    with pytest.raises(UserError, match=r'0\.tar cannot be read: No such file or directory'):
+        open_loader(tmp_path, split='0.tar')
+
+
+@pytest.mark.parametrize('opener', [gzip.open, bz2.open, lzma.open])
+def test_compressed_shards(shards, opener):
+    content = (shards / '0.tar').read_bytes()
+    with opener(shards / '0.tar', 'wb') as file:
+        file.write(content)
+    assert targets(open_loader(shards)) == list(range(10))
+
+
+def test_an_image_of_class_minus_one_is_left_out(tmp_path):
+    write(tmp_path / '0.tar', [{'png': encoded(i), 'cls': label} for i, label in enumerate((b'3', b'-1', b'4'))])
+    loader = open_loader(tmp_path, split='0.tar')
+    assert targets(loader) == [3, 4] and loader.indices == [0, 2] and not loader.bad_images
+
+
+def test_nothing_is_left_on_the_disk(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    (tmp_path / 'timm_npu_irv2-shards-dead').mkdir()
+    (tmp_path / 'timm_npu_irv2-shards-dead' / 'owner').touch()  # of a process that was killed
+    loader = open_loader(shards, num_workers=1)
+    other = open_loader(shards)
+    assert targets(loader) == list(range(10)) and len(list(tmp_path.glob('timm_npu_irv2-shards-*'))) == 2
+    loader.close()
+    del loader, other
+    gc.collect()
+    assert not list(tmp_path.glob('timm_npu_irv2-shards-*'))

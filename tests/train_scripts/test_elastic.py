@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.kills import Job, differences, outcome
+from tests.kills import SHARDS, Job, differences, outcome, write_shards
 
 WITNESS = Path(__file__).parents[1] / 'witness'
 IMAGES, GLOBAL_BATCH, EPOCHS = 48, 12, 3
@@ -60,7 +60,10 @@ class ElasticJob(Job):
 
 def test_each_sample_comes_once_an_epoch_with_four_then_two_then_three_processes(images, tmp_path, monkeypatch):
     """All are killed in the middle of an epoch; what they did after their last checkpoint is done again."""
-    job = ElasticJob(images, tmp_path / 'run', OPTIONS, 4, 'cpu')
+    check_each_sample_comes_once(ElasticJob(images, tmp_path / 'run', OPTIONS, 4, 'cpu'), monkeypatch)
+
+
+def check_each_sample_comes_once(job: ElasticJob, monkeypatch: pytest.MonkeyPatch) -> None:
     job.run(monkeypatch, 4, kill_at='0 2')
     job.run(monkeypatch, 2, kill_at='1 6')  # of 8 batches
     job.run(monkeypatch, 3)
@@ -76,6 +79,15 @@ def test_each_sample_comes_once_an_epoch_with_four_then_two_then_three_processes
     assert (report['batch_size'], report['world_size'], report['epochs']) == (GLOBAL_BATCH, 3, EPOCHS)
     assert '3 process(es) × 2 × 2 accumulated = 12 images in an update, as before' in job.log.read_text()
     assert 'Traceback' not in job.log.read_text()
+
+
+@pytest.mark.long
+def test_so_does_each_sample_of_shards(images, tmp_path, monkeypatch):
+    lengths = (7, 1, 4, 7, 1, 4, 7, 1, 4, 7, 1, 4)
+    shards = write_shards(images, tmp_path / 'shards')
+    assert len(list(shards.glob('train-*.tar'))) == len(lengths) and sum(lengths) == IMAGES
+    words = f"{OPTIONS} {SHARDS.replace('..6', '..11').replace('..2', '..1')} --num-classes 3"
+    check_each_sample_comes_once(ElasticJob(shards, tmp_path / 'run', words, 4, 'cpu'), monkeypatch)
 
 
 @pytest.mark.long

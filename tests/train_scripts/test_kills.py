@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kills import check, random_recipe, write_images
+from tests.kills import SHARDS, check, random_recipe, write_images, write_shards
 
 
 @pytest.fixture(scope='module')
@@ -23,6 +23,23 @@ def test_a_killed_run_ends_in_the_same_bits(images, tmp_path):
 
 def test_so_does_one_of_two_processes_of_which_one_is_killed(images, tmp_path):
     assert check(images, tmp_path, 'half weights', processes=2, seed=int(time.time())) >= 0
+
+
+@pytest.fixture(scope='module')
+def shards(images, tmp_path_factory) -> Path:
+    return write_shards(images, tmp_path_factory.mktemp('shards') / 'x')
+
+
+def test_so_does_a_run_over_shards_that_is_killed_three_times(shards, tmp_path):
+    words = f'{SHARDS} --model test_resnet --model-ema --mixup 0.2 --reprob 0.3 --aa rand-m5-mstd1'
+    assert check(shards, tmp_path, words, kills=3, seed=int(time.time())) >= 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('processes', [1, 2])
+def test_so_does_one_that_is_killed_ten_times(shards, tmp_path, processes):
+    words = f'{SHARDS} --model test_resnet --model-ema --mixup 0.2 --reprob 0.3 --aa rand-m5-mstd1'
+    assert check(shards, tmp_path, words, processes=processes, kills=10, seed=int(time.time())) >= 1
 
 
 LONG = [('half weights', 1, 8), ('dynamic scale', 1, 6), ('plateau', 1, 4), ('this network', 1, 2),

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,19 @@ from timm_npu_irv2.training.layout import Layout, plan_layout
 from timm_npu_irv2.training.options import parse_args
 
 
-def updates_of(size: int, layout: Layout, samples: int, aug_repeats: float = 0) -> list[list[tuple[int, int]]]:
+def updates_of(
+        size: int,
+        layout: Layout,
+        samples: int,
+        aug_repeats: float = 0,
+        lengths: tuple[int, ...] = (),
+) -> list[list[tuple[int, int]]]:
     """Sorted (index, repeat) of the samples of each update from ``samples`` on, of all processes together."""
     ranks = []
     for rank in range(layout.processes):
         sampler = create_train_sampler(
             size, World(rank, rank, layout.processes), [layout.batch_size], aug_repeats=aug_repeats,
+            lengths=lengths, lanes=layout.lanes or 1,
             num_batches=layout.batches_per_epoch if layout.epoch_samples is not None else None)
         sampler.set_epoch(3, layout.batches_done(samples) if samples else 0)
         ranks.append([[(key.index, key.repeat) for key in batch.samples] for batch in sampler])
@@ -60,6 +68,22 @@ def test_a_run_goes_on_with_the_same_samples_however_they_are_divided(pair, size
     assert set(natural[-1]) <= set(rest[-1]) and (batches % first.grad_accum_steps or natural[-1] == rest[-1])
 
 
+@settings(max_examples=40, deadline=None)
+@given(divisions(), st.lists(st.integers(0, 30), min_size=1, max_size=9), st.integers(0, 9))
+def test_so_does_a_run_over_shards(pair, lengths, done):
+    first, other = pair
+    lengths = (*lengths, 24)
+    first = replace(first, lanes=first.processes)
+    natural = updates_of(sum(lengths), first, 0, lengths=lengths)
+    seen = [key for update in natural for key in update]
+    assert len(seen) == len(set(seen)) > sum(lengths) - first.global_batch_size, 'each sample comes once'
+    epoch_samples = len(seen)
+    other = replace(other, epoch_samples=epoch_samples, lanes=first.lanes)
+    done = min(done, len(natural) - 1)
+    rest = updates_of(sum(lengths), other, done * first.global_batch_size, lengths=lengths)
+    assert rest[:-1] == natural[done:-1] and set(natural[-1]) <= set(rest[-1])
+
+
 def plan(folder: Path, before: Layout | None, processes: int, *words: str) -> Layout:
     args = parse_args(['--elastic', '--resume', 'auto', '--experiment', 'x', *words])
     path = None
@@ -80,11 +104,11 @@ class Alone(World):
     (8, '-b 4', (8, 2, 1)), (2, '-b 2 --grad-accum-steps 4', (2, 2, 4)), (16, '-b 4', (16, 1, 1)),
 ])
 def test_elastic_runs_keep_the_images_of_an_update(tmp_path, processes, words, expected):
-    assert plan(tmp_path, Layout(4, 4, 1, 64), processes, *words.split()) == Layout(*expected, 64)
+    assert plan(tmp_path, Layout(4, 4, 1, 64, 6), processes, *words.split()) == Layout(*expected, 64, 6)
 
 
 def test_elastic_batches_are_even_for_mixup(tmp_path):
-    assert plan(tmp_path, Layout(4, 9, 1, 72), 2, '-b', '9', '--mixup', '0.2') == Layout(2, 6, 3, 72)
+    assert plan(tmp_path, Layout(4, 9, 1, 72), 2, '-b', '9', '--mixup', '0.2') == Layout(2, 6, 3, 72, 4)
 
 
 def test_processes_that_cannot_share_an_update_are_refused_with_the_numbers_that_can(tmp_path):
@@ -97,9 +121,9 @@ def test_a_run_says_at_its_start_that_some_number_of_machines_could_not_share_an
     monkeypatch.setenv('NNODES', '2:4')
     with pytest.raises(UserError, match=r'NNODES=2:4: 6 processes cannot share the 16 images .* --batch-size 6 can'):
         plan(tmp_path, None, 4, '-b', '4')
-    assert plan(tmp_path, None, 4, '-b', '6') == Layout(4, 6, 1)
+    assert plan(tmp_path, None, 4, '-b', '6') == Layout(4, 6, 1, lanes=4)
     monkeypatch.setenv('NNODES', '2')
-    assert plan(tmp_path, None, 4, '-b', '4') == Layout(4, 4, 1)
+    assert plan(tmp_path, None, 4, '-b', '4') == Layout(4, 4, 1, lanes=4)
 
 
 def trained(folder: Path, *words: str) -> tuple[Path, argparse.Namespace]:

@@ -10,7 +10,7 @@ _FLAGS = (
         *pick('data', 'data_dir', 'dataset', 'dataset_download', 'class_map', 'input_img_mode', 'input_key',
               'target_key', 'dataset_trust_remote_code', 'on_bad_image'),
         Flag('--split --val-split', 'split of the data set', default='validation', rest={'metavar': 'NAME'}),
-        Flag('--num-samples --val-num-samples', 'samples in the split, for iterable data sets', int, within='[1, inf)',
+        Flag('--num-samples --val-num-samples', 'samples in the split, for streams', int, within='[1, inf)',
              rest={'metavar': 'N'}),
         Flag('--real-labels', 'JSON file of the reassessed labels of ImageNet, which replace the original ones',
              default='', rest={'metavar': 'FILE'}),

@@ -117,9 +117,10 @@ def open_dataset(
         input_img_mode: PIL mode of the images.
         input_key: Key of the images in records; file name endings of images in folders, with ';' between them.
         num_classes: Number of classes of the network, which labels in WebDataset shards must be below.
-        on_bad_image: 'stop' or 'skip' at an image in WebDataset shards that cannot be read; of other data sets the
-            loader decides.
-        world: This process among all, if all open the data set together, so that rank 0 alone searches a folder.
+        on_bad_image: 'stop' or 'skip' at a WebDataset shard that cannot be read to its end; of images the loader
+            decides.
+        world: This process among all, if all open the data set together, so that rank 0 alone searches a folder, or
+            counts the samples in shards.
         options: Further arguments of ``create_dataset``.
 
     Raises:
@@ -133,12 +134,12 @@ def open_dataset(
     if folder is None or '/' in name:
         if folder is not None:
             root, options['search_split'] = str(folder), False
-        options |= dict(input_img_mode=input_img_mode, input_key=input_key)
         if name.lower().startswith('wds/'):
             table = read_class_map(class_map, root or '') if class_map else class_to_idx
-            return _create_stream_of_shards(name, split, root=root, class_to_idx=table, num_classes=num_classes,
-                                            on_bad_image=on_bad_image, **options)
-        return _create(name, root, split, class_to_idx if not class_map else None, options | {'class_map': class_map})
+            return _open_shards(name, root, split, input_img_mode, class_to_idx=table, num_classes=num_classes,
+                                on_bad_image=on_bad_image, input_key=input_key, world=world, **options)
+        options |= dict(input_img_mode=input_img_mode, input_key=input_key, class_map=class_map)
+        return _create(name, root, split, class_to_idx if not class_map else None, options)
     table = read_class_map(class_map, folder) if class_map else class_to_idx
     endings = input_key.split(';') if input_key else ()
     reader = FolderReader(folder, table, class_map=bool(class_map), endings=endings, world=world)
@@ -194,12 +195,11 @@ def _create(
     return RenumberedDataset(dataset, numbers, expected or {})
 
 
-def _create_stream_of_shards(name: str, split: str, **options: Any) -> Dataset:
-    wanted = ('root', 'class_to_idx', 'num_classes', 'on_bad_image', 'input_img_mode', 'input_key', 'target_key',
-              'is_training', 'batch_size', 'repeats', 'num_samples', 'seed')
+def _open_shards(name: str, root: str | None, split: str, image_mode: str, **options: Any) -> ImageDataset:
+    wanted = 'class_to_idx', 'num_classes', 'on_bad_image', 'input_key', 'target_key', 'num_samples', 'world'
     with _naming(name, split):
-        return wds.open_shards(name=name.partition('/')[2], split=split,
-                               **{key: options[key] for key in wanted if key in options})
+        reader = wds.open_shards(root, split, **{key: options[key] for key in wanted if key in options})
+    return ImageDataset(reader, image_mode)
 
 
 @contextlib.contextmanager

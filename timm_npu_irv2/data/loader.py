@@ -36,6 +36,7 @@ from .samplers import (
     ScheduledBatches,
     TrainBatchSampler,
     UniformBatches,
+    order_shards,
     preserve_rng_state,
     reseed,
 )
@@ -99,6 +100,8 @@ class DeviceLoader:
             worker_init_fn=functools.partial(start_worker, main_process=os.getpid()),
             generator=torch.Generator(),  # iterating leaves torch's global generator alone
         )
+        for name, reason in getattr(getattr(self.samples, 'reader', None), 'bad_images', {}).items():
+            self._report(name, reason, 'the end of shard')
         self._running: Iterator | None = None  # the workers' endless stream, and its position
         self._position: tuple[int, int] | None = None
 
@@ -164,12 +167,17 @@ class DeviceLoader:
         for loaded in self._from_workers():
             batch = LoadedBatch(*loaded)
             for index, name, reason in batch.skipped:
-                if name not in self.bad_images:
-                    _logger.warning(f'Skipped image {name}, which cannot be read: {reason}')
-                self.bad_images[name] = reason
                 self._skipped.add(index)
+                if reason:
+                    self._report(name, reason)
             if batch.images is not None:
                 yield batch
+
+    def _report(self, name: str, reason: str, what: str = 'image') -> None:
+        """Log something bad once, and keep it."""
+        if name not in self.bad_images:
+            _logger.warning(f'Skipped {what} {name}, which cannot be read: {reason}')
+        self.bad_images[name] = reason
 
     def _to_device(self, batch: LoadedBatch) -> tuple[Tensor, Tensor]:
         images, targets, seed, mixes, _ = batch
@@ -205,6 +213,8 @@ def create_train_sampler(
         mixup_off_epoch: int = 0,
         endless: bool = False,
         num_batches: int | None = None,
+        lengths: Sequence[int] = (),
+        lanes: int = 1,
         **schedule: Any,
 ) -> TrainBatchSampler:
     """Return the sampler of this process's shuffled batches; whole batches only.
@@ -219,12 +229,14 @@ def create_train_sampler(
         mixup_off_epoch: First epoch without Mixup; 0 keeps it on.
         endless: Keep the workers busy between epochs.
         num_batches: Batches in an epoch; None for what the data gives.
+        lengths: Number of samples in each shard; empty for data that is not in shards.
+        lanes: Number of processes among which shards are dealt out, see :func:`.samplers.order_shards`.
         schedule: Further arguments of timm's ``ScheduledBatchSampler``, for several image sizes.
 
     Raises:
         UserError: The images make no whole batch, or the schedule is impossible.
     """
-    samples = RankSampler(size, world.rank, world.size, seed, epoch_repeats, aug_repeats)
+    samples = RankSampler(size, world.rank, world.size, seed, epoch_repeats, aug_repeats, lengths, lanes)
     if len(samples) < min(batch_sizes) and not num_batches:
         raise UserError(f'{size} training images make no whole batch of {min(batch_sizes)} for each of {world.size} '
                         'process(es): use a smaller --batch-size.')
@@ -308,6 +320,8 @@ def create_eval_loader(
 ) -> DeviceLoader:
     """Return the loader of evaluation images in their order; rank r yields samples r, r + world.size, …, each once.
 
+    Of shards each process has its own, as far as they are of equal length.
+
     Args:
         dataset: Data set with an index.
         pipeline: Image pipeline of the network.
@@ -330,7 +344,9 @@ def create_eval_loader(
         None,
         on_bad_image,
     )
-    sampler = EvalBatchSampler(size, world.rank, world.size, batch_size)
+    lengths = getattr(getattr(dataset, 'reader', None), 'lengths', ())
+    order = order_shards(lengths, world.size) if lengths else None
+    sampler = EvalBatchSampler(size, world.rank, world.size, batch_size, order)
     return DeviceLoader(
         batches, sampler, pipeline, world.device, num_workers=num_workers, dtype=dtype, mirror=mirror)
 

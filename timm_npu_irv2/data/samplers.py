@@ -30,9 +30,12 @@ __all__ = [
     'TrainBatchSampler',
     'UniformBatches',
     'derive_seed',
+    'order_shards',
     'preserve_rng_state',
     'reseed',
 ]
+
+SHUFFLE_WINDOW = 8192  # samples, as timm shuffles shards by default
 
 
 def derive_seed(*key: int) -> int:
@@ -63,6 +66,39 @@ def preserve_rng_state(device: torch.device | None = None) -> Iterator[None]:
         torch.default_generator.set_state(saved[2])
         if device is not None:
             devices.set_rng_state(device, saved_device)
+
+
+def order_shards(lengths: Sequence[int], lanes: int = 1, seed: int | None = None) -> np.ndarray:
+    """Return a global order of the samples in shards, which reads each shard from its beginning to its end.
+
+    The shards are dealt to ``lanes``, which take turns, sample by sample. So as many processes, of which each takes
+    every ``lanes``-th sample, read different shards; only behind the end of the shortest lane they may meet in one.
+
+    Args:
+        lengths: Number of samples in each shard.
+        lanes: Number of processes that the order is for. Any number of them can walk it.
+        seed: Seed of a shuffle of the shards, and of the samples in a lane: none moves by more than
+            ``SHUFFLE_WINDOW`` places. None for no shuffle.
+
+    Returns:
+        Indices (N,), int64, where the samples of all shards are numbered in a row.
+    """
+    counts = torch.as_tensor(lengths, dtype=torch.int64)
+    starts = counts.cumsum(0) - counts
+    lanes = max(1, min(lanes, len(counts)))
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    shards = torch.arange(len(counts)) if generator is None else torch.randperm(len(counts), generator=generator)
+    order, turns = [], []
+    for lane in range(lanes):
+        own = shards[lane::lanes]
+        samples = torch.cat([torch.arange(int(starts[shard]), int(starts[shard] + counts[shard])) for shard in own])
+        places = torch.arange(len(samples))
+        if generator is not None:
+            delays = SHUFFLE_WINDOW * torch.rand(len(samples), generator=generator, dtype=torch.float64)
+            samples = samples[(places + delays).argsort(stable=True)]
+        order.append(samples)
+        turns.append(places * lanes + lane)
+    return torch.cat(order)[torch.cat(turns).argsort(stable=True)].numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +175,22 @@ class RankSampler(Sampler[SampleKey]):
         epoch_repeats: Passes over the data set per epoch, possibly fractional; 0 means one.
         aug_repeats: Number of times each sample comes in a row, so that several processes see one image augmented
             differently, as with timm's ``RepeatAugSampler``. The epoch keeps its length and sees fewer images.
+        lengths: Number of samples in each shard, for an order by :func:`order_shards`; empty for any order.
+        lanes: Number of processes among which shards are dealt out.
     """
 
-    def __init__(self, size: int, rank: int, world_size: int, seed: int, epoch_repeats: float, aug_repeats: float):
+    def __init__(
+            self,
+            size: int,
+            rank: int,
+            world_size: int,
+            seed: int,
+            epoch_repeats: float,
+            aug_repeats: float,
+            lengths: Sequence[int] = (),
+            lanes: int = 1,
+    ):
+        self.lengths, self.lanes = lengths, lanes
         self.size, self.rank, self.world_size, self.seed = size, rank, world_size, seed
         self.aug_repeats = max(1.0, aug_repeats)
         total = int(size * (epoch_repeats or 1))
@@ -169,8 +218,11 @@ class RankSampler(Sampler[SampleKey]):
             yield SampleKey(int(order[item % self.size]), turn * math.ceil(self.aug_repeats) + repeat)
 
     def _permutation(self, epoch: int, turn: int) -> np.ndarray:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, turn))
-        order = torch.randperm(self.size, generator=generator).numpy()
+        seed = derive_seed(self.seed, epoch, turn)
+        if self.lengths:
+            order = order_shards(self.lengths, self.lanes, seed)
+        else:
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).numpy()
         return order.astype(np.uint32) if self.size <= 1 << 32 else order  # half the memory
 
 
@@ -264,11 +316,13 @@ class EvalBatchSampler(BatchSampler):
         rank: Index of this process.
         world_size: Number of processes.
         batch_size: Samples in a batch; the last one may have fewer.
+        order: Indices (N,) of all samples in the order in which they are dealt out; None for that of their numbers.
     """
 
-    def __init__(self, size: int, rank: int, world_size: int, batch_size: int):
+    def __init__(self, size: int, rank: int, world_size: int, batch_size: int, order: np.ndarray | None = None):
         super().__init__()
-        self.indices: Sequence[int] = range(rank, size, world_size)
+        every = range(size) if order is None else order.tolist()
+        self.indices: Sequence[int] = every[rank::world_size]
         self.batch_size = batch_size
         self.average_batch_size = len(self.indices) / max(len(self), 1)
 

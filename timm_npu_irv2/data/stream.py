@@ -58,22 +58,12 @@ class StreamLoader:
         with translate_worker_errors():
             try:
                 for images, targets in self._loader:
-                    self._collect_bad_images()
                     yield images.to(self.device, self.dtype, memory_format=self.memory_format), targets.to(self.device)
-                self._collect_bad_images()
             except (SyntaxError, ValueError, OSError) as error:
                 if isinstance(error, UserError | ConnectionError):
                     raise
                 raise UserError(f'an image of the stream cannot be read: {_last_line(error)}; --on-bad-image skip is '
-                                'for wds/ and for data sets with an index.') from error
-
-    def _collect_bad_images(self) -> None:
-        """Log and keep the images that were left out since the last call."""
-        record = getattr(self.samples.reader, 'bad_images', None)
-        for name, reason in record.new() if record is not None else ():
-            if name not in self.bad_images:
-                _logger.warning(f'Skipped image {name}, which cannot be read: {reason}')
-            self.bad_images[name] = reason
+                                'for data sets with an index.') from error
 
     def close(self) -> None:
         """Do nothing: the workers end with each iteration."""

@@ -1,134 +1,148 @@
-"""WebDataset shards through timm's reader, with this package's image reader, bad images and class table."""
+"""WebDataset shards as a data set with an index: any sample can be read, in any order and by any process.
 
+The global order of an epoch, its augmentation and the position of a run are then those of every other data set, so
+they are exact for any number of processes and workers. torchdata's StatefulDataLoader keeps the states of workers,
+which are of use to the same number of workers alone; litdata and MosaicML's streaming read formats of their own, and
+WebDataset itself has no position: so none of them is used here, and WebDataset opens what is neither a file nor http.
+"""
+
+import hashlib
 import io
 import json
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
-from PIL import Image
-from timm.data.dataset import IterableImageDataset
-from timm.data.readers.reader_wds import ReaderWds
-from timm.data.readers.targets import get_field, has_field
+import numpy as np
+from timm.data.readers.reader import Reader
+from timm.data.readers.targets import get_field, has_field, parse_target_keys
 
-from ..errors import UserError, first_line
+from ..distributed import World, agree
+from ..errors import UserError
 from .classes import clean_name
-from .decode import read_image
+from .fetch import shorten
 from .folder import ENDINGS
+from .samplers import SHUFFLE_WINDOW
+from .shard_files import ShardFiles
+from .shard_list import ShardList, find_shards
 
-__all__ = ['BadImages', 'ShardReader', 'open_shards']
+__all__ = ['LeftOut', 'ShardReader', 'open_shards']
 
 IMAGES = ('jpg', 'png', 'webp', 'jpeg', *sorted(ending[1:] for ending in ENDINGS - {'.png', '.webp'}))
 
 
-class BadImages:
-    """A record of images that cannot be read, written by the processes that load and read by the main one."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix='timm_npu_irv2-')
-        self._path, self._position = Path(self._folder.name) / 'bad_images', 0
-
-    def __getstate__(self) -> dict[str, Any]:  # for a process that loads, which must not remove the folder
-        return {'_path': self._path, '_position': 0}
-
-    def add(self, name: str, reason: str) -> None:
-        """Add an image."""
-        with self._path.open('a', encoding='utf-8') as file:  # a line is written whole
-            file.write(json.dumps([name, reason]) + '\n')
-
-    def new(self) -> Iterator[tuple[str, str]]:
-        """Yield (name, reason) of the images that were added since the last call."""
-        if not self._path.exists():
-            return
-        with self._path.open('rb') as file:
-            file.seek(self._position)
-            for line in file:
-                if not line.endswith(b'\n'):
-                    break
-                self._position += len(line)
-                name, reason = json.loads(line)
-                yield name, reason
+class LeftOut(Exception):
+    """A sample that belongs to no class on purpose: its label is -1."""
 
 
-class ShardReader(ReaderWds):
-    """timm's reader of shards, which stops at an image that cannot be read, or records it.
+class ShardReader(Reader):
+    """timm's reader interface for shards.
 
     A label is the number in the .cls file; with ``target_key`` it is that field of the .json file, a number or the name
     of a class.
 
     Args:
-        options: Arguments of timm's reader.
-        class_to_idx: Class indices by name, which names in the .json files are looked up in; None if there are none.
+        shards: Shards with their numbers of samples.
+        class_to_idx: Class indices by name, which names in the .json files are looked up in; None for those of the
+            shards.
         num_classes: Number of classes of the network, which labels must be below; None for no check.
-        on_bad_image: 'stop' or 'skip' at an image or a shard that cannot be read.
+        input_key: Endings of images, with ';' between them; the first one that a sample has is read.
+        target_key: Field of the .json files; None for the field that the shards name, or the .cls files.
+        num_samples: Number of samples in an epoch; None for those that there are.
+
+    Attributes:
+        class_to_idx: Class indices by name.
+        lengths: Number of samples in each shard.
+        bad_images: Reasons by the names of the shards whose end cannot be read.
+        epoch_samples: Number of samples in an epoch; None for those that there are.
     """
 
     def __init__(
             self,
+            shards: ShardList,
             *,
             class_to_idx: Mapping[str, int] | None = None,
             num_classes: int | None = None,
-            on_bad_image: str = 'stop',
-            **options: Any,
+            input_key: str | None = None,
+            target_key: str | None = None,
+            num_samples: int | None = None,
     ):
-        super().__init__(**{'input_key': ';'.join(IMAGES), **options})
-        if self.target_keys:
+        super().__init__()
+        if parse_target_keys(target_key):
             raise UserError('--target-key names one field: an image has one class.')
-        self.class_to_idx, self.num_classes = dict(class_to_idx or {}), num_classes
-        self.on_bad_image, self.bad_images = on_bad_image, BadImages()
+        self.shards, self.lengths = shards, shards.lengths
+        self.class_to_idx = dict(class_to_idx or shards.class_to_idx)
+        self.num_classes, self.target_key = num_classes, target_key or shards.label
+        self.endings = (input_key or ';'.join(IMAGES)).split(';')
+        self._starts = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
+        if not len(self):
+            raise UserError(f'there is no sample in {len(shards.urls)} shards, such as {shorten(shards.urls[0])}.')
+        total = num_samples or shards.total
+        self.bad_images, self.epoch_samples = shards.damaged, total if total != len(self) else None
+        self._files = ShardFiles(shards.urls, shards.hashes, capacity=self._spread())
 
-    def _lazy_init(self) -> None:
-        import webdataset  # noqa: PLC0415 - an optional dependency
+    def __len__(self) -> int:
+        return int(self._starts[-1])
 
-        super()._lazy_init()
-        pipeline: Any = self.ds
-        stages = pipeline.pipeline
-        tar = -4 if self.is_training else -3  # before the shuffle of samples, their decoding and their renaming
-        stages[tar] = self._samples
-        stages[-2] = webdataset.map(self._decode)
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        shard, sample = self._place(index)
+        found, expected = len(self._files.index(shard)), self.lengths[shard]
+        if found > expected:
+            raise UserError(f'shard {self._url(shard)} has {found} samples, not {expected} as _info.json says: write '
+                            'that file again.')
+        key, files = self._files.read(shard, sample)
+        name = f'{self._url(shard)}/{key}'
+        target = self._target(files, name)
+        content = next((files[ending] for ending in self.endings if ending in files), None)
+        if content is None:
+            raise ValueError(f'there is no .{", .".join(self.endings)} file for it')
+        return io.BytesIO(content), target
 
-    def _samples(self, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield the samples of shards, one after another: in all of them at once, names that repeat would merge."""
-        from webdataset.tariterators import tarfile_samples  # noqa: PLC0415 - an optional dependency
+    def hash_names(self) -> str:
+        """Return a checksum of the names and the lengths of the shards."""
+        names = (url.rpartition('/')[2] for url in self.shards.urls)
+        lines = '\0'.join(f'{name}|{length}' for name, length in zip(names, self.lengths, strict=True))
+        return hashlib.sha256(lines.encode(errors='surrogateescape')).hexdigest()
 
-        for shard in shards:
-            yield from tarfile_samples([shard], handler=partial(self._handle_shard, shard['url']))
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return the number of the shard, and of the sample in it."""
+        shard = int(np.searchsorted(self._starts, index, side='right')) - 1
+        return shard, int(index - self._starts[shard])
 
-    def _decode(self, sample: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the image and the label of a sample; None to leave it out."""
-        name = f'{sample.get("__url__", "")}/{sample["__key__"]}'
-        content = next((sample[key] for key in self.input_key.split(';') if key in sample), None)
+    def _url(self, shard: int) -> str:
+        return shorten(self.shards.urls[shard])
+
+    def _spread(self) -> int:
+        """Return how many shards are read at the same time."""
+        return min(len(self.lengths), math.ceil(SHUFFLE_WINDOW / max(1, np.median(self.lengths))) + 2)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        shard, sample = self._place(index)
         try:
-            target = self._target(sample, name)
-            if target is None:
-                return None
-            if content is None:
-                raise ValueError(f'there is no {self.input_key.replace(";", ", .")} file for it')
-            image: Image.Image = read_image(io.BytesIO(content), self.input_img_mode or 'RGB')
-        except UserError:
-            raise
-        except Exception as error:  # decoders fail in as many ways as files can be damaged
-            self._report(name, error)
-            return None
-        return {'jpg': image, 'target': target}
+            name, _ = self._files.read(shard, sample)
+        except ValueError:
+            name = f'#{sample}'
+        if basename:
+            return name.rpartition('/')[2]
+        return f'{self._url(shard)}/{name}' if absolute else f'{self._url(shard).rpartition("/")[2]}/{name}'
 
-    def _target(self, sample: dict[str, Any], name: str) -> int | None:
-        """Return the index of a sample's class; None for -1, which timm leaves out."""
-        key, label = self.target_key or self.split_info.alt_label, None
-        if key and 'json' in sample:
-            fields = json.loads(sample['json'])
+    def _target(self, files: dict[str, bytes], name: str) -> int:
+        """Return the index of a sample's class."""
+        key, label = self.target_key, None
+        if key and 'json' in files:
+            fields = json.loads(files['json'])
             label = get_field(fields, key) if has_field(fields, key) else None
-        elif not key and 'cls' in sample:
-            label = sample['cls'].decode(errors='replace').strip()
+        elif not key and 'cls' in files:
+            label = files['cls'].decode(errors='replace').strip()
         if label is None:
             raise ValueError(f'it has no class, as there is no {key or ".cls file"} for it')
         index = self._index(label, name, by_name=bool(key))
+        if index < 0:
+            raise LeftOut
         if index >= (self.num_classes or index + 1):
             raise UserError(f'image {name} has class {index}, and the network has {self.num_classes}: set '
                             '--num-classes in a training, or name the right shards.')
-        return None if index < 0 else index
+        return index
 
     def _index(self, label: Any, name: str, by_name: bool) -> int:
         if isinstance(label, str) and by_name:
@@ -142,27 +156,22 @@ class ShardReader(ReaderWds):
         except (TypeError, ValueError) as error:
             raise UserError(f'image {name} has the class {label!r}, which is no number.') from error
 
-    def _handle_shard(self, name: str, error: Exception) -> bool:
-        """Report a shard that cannot be read to its end."""
-        if isinstance(error, UserError):
-            raise error
-        self._report(name, error)
-        return True
 
-    def _report(self, name: str, error: Exception) -> None:
-        # WebDataset adds arguments to the errors of others, which would be part of their text.
-        reason = first_line(Exception(error.args[0])) if len(error.args) > 1 else first_line(error)
-        if self.on_bad_image == 'stop':
-            raise UserError(f'image {name} cannot be read: {reason}') from error
-        self.bad_images.add(name, reason)
-
-
-def open_shards(root: str | None, **options: Any) -> IterableImageDataset:
-    """Return a stream of the images in WebDataset shards.
+def open_shards(
+        root: str | None,
+        split: str,
+        *,
+        on_bad_image: str = 'stop',
+        world: World | None = None,
+        **options: Any,
+) -> ShardReader:
+    """Return a reader of the samples in WebDataset shards.
 
     Args:
         root: Folder or URL of the shards.
+        split: Name of the split, or of its shards.
+        on_bad_image: 'stop' or 'skip' at a shard that cannot be read to its end.
+        world: This process among all, if all open the shards together, so that rank 0 alone counts their samples.
         options: Further arguments of :class:`ShardReader`.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    return IterableImageDataset(None, reader=ShardReader(root=root or '', **given))
+    return ShardReader(agree(lambda: find_shards(root or '', split, on_bad_image), world or World()), **options)

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from ..errors import UserError, first_line
 from .decode import to_pil_mode
 from .samplers import Batch, SampleKey, derive_seed, preserve_rng_state, reseed
+from .wds import LeftOut
 
 __all__ = ['BatchDataset', 'LoadedBatch', 'WorkerLost', 'is_lost_worker', 'start_method', 'start_worker',
            'translate_worker_errors']
@@ -36,7 +37,8 @@ class LoadedBatch(NamedTuple):
         targets: Class indices (N,).
         seed: Seed of what is drawn on the device.
         mixes: True if the batch may be mixed.
-        skipped: (index in the data set, name, reason) of each image that could not be read.
+        skipped: (index in the data set, name, reason) of each image that could not be read; the reason is '' for one
+            that is left out on purpose.
     """
 
     images: Tensor | None
@@ -88,6 +90,11 @@ class BatchDataset(Dataset[LoadedBatch]):
                 image, target = self.samples[index]
                 if isinstance(image, Image.Image):
                     image = to_pil_mode(image, self.image_mode)  # torchvision's have the mode of their file
+            except LeftOut:
+                skipped[index] = self._name(index), ''
+                continue
+            except UserError:  # not the image is at fault
+                raise
             except Exception as error:  # decoders fail in as many ways as files can be damaged
                 skipped[index] = self._name(index), first_line(error)
                 if self.on_bad_image == 'stop':
@@ -99,7 +106,7 @@ class BatchDataset(Dataset[LoadedBatch]):
             return
         if self.seed is not None:
             name, reason = skipped[index]
-            raise UserError(f'none of {size} images can be read; the last one, {name}: {reason}')
+            raise UserError(f'none of {size} images can be read; the last one, {name}: {reason or "its class is -1"}')
 
     def _name(self, index: int) -> str:
         """Return the image's file name, or its index where it has none."""

@@ -53,14 +53,18 @@ def real_accuracy(path: str, loader: Any, answers: Sequence[ProcessAnswers]) -> 
         raise UserError('--real-labels needs a data set with file names.')
     try:
         samples: Any = loader.samples
-        labels = RealLabelsImagenet(samples.filenames(basename=True), path).real_labels
+        every = RealLabelsImagenet(samples.filenames(basename=True), path).real_labels
+        labels = {name.partition('.')[0]: right for name, right in every.items()}  # shards have other endings
     except (AssertionError, AttributeError, OSError, ValueError) as error:
         reason = str(error) or 'the data set is not the 50000 images of ImageNet'
         raise UserError(f'--real-labels {path}: {reason}') from error
     hits: dict[str, list[bool]] = {'top1': [], 'top5': []}
     for indices, answered, _ in answers:
         for index, guesses in zip(indices or (), answered, strict=True):
-            right = labels[samples.filename(index, basename=True)]
+            name = samples.filename(index, basename=True)
+            right = labels.get(name.partition('.')[0])
+            if right is None:
+                raise UserError(f'--real-labels {path}: {name} is no validation image of ImageNet.')
             if right:
                 hits['top1'].append(guesses[0] in right)
                 hits['top5'].append(any(guess in right for guess in guesses))

@@ -76,6 +76,7 @@ class TrainSettings:
         grad_accum_steps: Batches whose gradients make one update.
         batch_size: Images of this process in a batch.
         epoch_samples: Samples in an epoch of all processes together; None where an epoch has no global order.
+        lanes: Number of processes at the beginning of the run, for which shards are dealt out.
         clip_grad: Limit of the gradients; None for no clipping.
         clip_mode: 'norm', 'value' or 'agc', as in ``timm.utils.dispatch_clip_grad``.
         log_interval: Updates between two lines of the log.
@@ -88,6 +89,7 @@ class TrainSettings:
     grad_accum_steps: int = 1
     batch_size: int = 1
     epoch_samples: int | None = None
+    lanes: int | None = None
     clip_grad: float | None = None
     clip_mode: str = 'norm'
     log_interval: int = 50
@@ -178,7 +180,8 @@ class Trainer:
     def layout(self) -> Layout:
         """Division of an update among the processes."""
         settings = self.settings
-        return Layout(self.world.size, settings.batch_size, settings.grad_accum_steps, settings.epoch_samples)
+        return Layout(self.world.size, settings.batch_size, settings.grad_accum_steps, settings.epoch_samples,
+                      settings.lanes)
 
     @property
     def learning_rate(self) -> float:

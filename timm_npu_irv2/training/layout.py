@@ -36,12 +36,15 @@ class Layout:
         grad_accum_steps: Batches whose gradients make one update.
         epoch_samples: Samples in an epoch of all processes together; None where an epoch has no global order (streams,
             several image sizes).
+        lanes: Number of processes at the beginning of the run, for which shards are dealt out; None in older
+            checkpoints.
     """
 
     processes: int = 1
     batch_size: int = 1
     grad_accum_steps: int = 1
     epoch_samples: int | None = None
+    lanes: int | None = None
 
     @property
     def images_per_batch(self) -> int:
@@ -55,7 +58,7 @@ class Layout:
 
     def divides_like(self, other: 'Layout') -> bool:
         """Return True if processes, batch size and accumulation are those of ``other``."""
-        return replace(self, epoch_samples=None) == replace(other, epoch_samples=None)
+        return replace(self, epoch_samples=None, lanes=None) == replace(other, epoch_samples=None, lanes=None)
 
     def batches_done(self, samples: int) -> int:
         """Return the batches of an epoch that cover its first ``samples`` samples; whole updates before its end."""
@@ -118,16 +121,19 @@ def plan_layout(args: Namespace, world: World, checkpoint: Path | None) -> Layou
     Raises:
         UserError: The images of an update cannot be divided evenly among the processes.
     """
-    own = Layout(world.size, process_batch_size(args, world), args.grad_accum_steps)
+    own = Layout(world.size, process_batch_size(args, world), args.grad_accum_steps, lanes=world.size)
     before = from_primary(_peek_layout(checkpoint) if world.is_primary and checkpoint else None, world)
     if before is None or args.no_resume_opt:
         if args.elastic:
             _check_numbers_of_machines(own)
         return own
     if args.elastic and own.global_batch_size != before.global_batch_size:
-        own = _divide(before.global_batch_size, world.size, own.batch_size, 2 if mixup_active(args) else 1)
+        divided = _divide(before.global_batch_size, world.size, own.batch_size, 2 if mixup_active(args) else 1)
+        own = replace(divided, lanes=own.lanes)
         _logger.info(f'Elastic: {own} images in an update, as before.')
-    return own if args.allow_changed_data else replace(own, epoch_samples=before.epoch_samples)
+    if args.allow_changed_data:
+        return own
+    return replace(own, epoch_samples=before.epoch_samples, lanes=before.lanes or before.processes)
 
 
 def process_batch_size(args: Namespace, world: World) -> int:

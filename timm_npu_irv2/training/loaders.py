@@ -35,6 +35,7 @@ def build_train_loader(
         num_classes: int,
         batch_size: int,
         epoch_samples: int | None = None,
+        lanes: int | None = None,
         dtype: torch.dtype = torch.float32,
 ) -> DeviceLoader | StreamLoader:
     """Return the loader of the shuffled, augmented training set; whole batches only.
@@ -47,6 +48,7 @@ def build_train_loader(
         batch_size: Images of this process in a batch.
         epoch_samples: Samples in an epoch of all processes together, where the run has begun with another number of
             processes; None for what the data gives.
+        lanes: Number of processes at the beginning of the run, among which shards are dealt out; None for those of now.
         dtype: Type of the images.
 
     Raises:
@@ -60,8 +62,7 @@ def build_train_loader(
     if args.aug_splits and (args.no_aug or args.no_prefetcher or args.train_img_sizes or mixup_active(args)):
         raise UserError(
             '--aug-splits goes with none of --no-aug, --no-prefetcher, --train-img-sizes, --mixup and --cutmix.')
-    size = len(dataset)  # type: ignore[arg-type]  # Dataset declares no __len__
-    sampler = _train_sampler(args, size, world, batch_size, epoch_samples)
+    sampler = _train_sampler(args, dataset, world, batch_size, epoch_samples, lanes or world.size)
     with name_option(_augmentation_options(args)):
         return create_train_loader(
             dataset,
@@ -120,6 +121,8 @@ def build_eval_loader(
             dataset, pipeline, world, batch_size=batch_size, num_workers=args.workers, pin_memory=args.pin_mem,
             use_prefetcher=not args.no_prefetcher, dtype=dtype)
     check_num_classes(dataset, num_classes)
+    if num_samples and hasattr(getattr(dataset, 'reader', None), 'lengths'):
+        _logger.info('--val-num-samples: all images of the shards are evaluated.')
     if train_loader is not None:
         check_apart(train_loader.samples, dataset)
     return create_eval_loader(
@@ -166,10 +169,11 @@ def _open(args: Namespace, split: str, pipeline: ImagePipeline, **options: Any) 
 
 def _train_sampler(
         args: Namespace,
-        size: int,
+        dataset: Any,
         world: World,
         batch_size: int,
         epoch_samples: int | None,
+        lanes: int,
 ) -> TrainBatchSampler:
     sizes = args.train_img_sizes or [0]
     batch_sizes = args.train_batch_sizes or [batch_size] * len(sizes)
@@ -177,8 +181,11 @@ def _train_sampler(
         raise UserError('--train-batch-sizes must have as many values as --train-img-sizes.')
     if mixup_active(args) and any(each % 2 for each in batch_sizes):
         raise UserError('Mixup and CutMix pair the images of a batch: use an even --batch-size.')
+    reader = getattr(dataset, 'reader', None)
+    if not args.train_batches_per_epoch:
+        epoch_samples = epoch_samples or getattr(reader, 'epoch_samples', None)
     return create_train_sampler(
-        size,
+        len(dataset),
         world,
         batch_sizes,
         seed=args.seed,
@@ -187,6 +194,8 @@ def _train_sampler(
         mixup_off_epoch=args.mixup_off_epoch,
         endless=args.use_multi_epochs_loader,
         num_batches=-(-epoch_samples // (batch_size * world.size)) if epoch_samples else args.train_batches_per_epoch,
+        lengths=getattr(reader, 'lengths', ()),
+        lanes=lanes,
         choice_weights=args.train_size_probs,
         choice_schedule=args.train_size_schedule,
         schedule_epochs=args.epochs if args.train_size_schedule == 'progressive' else None,

@@ -429,6 +429,7 @@ def train_settings(args: Namespace, layout: Layout, batch_size_reference: float)
         grad_accum_steps=layout.grad_accum_steps,
         batch_size=layout.batch_size,
         epoch_samples=layout.epoch_samples,
+        lanes=layout.lanes,
         clip_grad=args.clip_grad,
         clip_mode=args.clip_mode,
         log_interval=args.log_interval,
