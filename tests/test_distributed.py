@@ -28,6 +28,7 @@ from timm_npu_irv2.data.folder import FolderReader, list_images
 from timm_npu_irv2.distributed import (
     StopRequest,
     World,
+    agree,
     barrier,
     device_name,
     gather_objects,
@@ -36,6 +37,7 @@ from timm_npu_irv2.distributed import (
     launch,
     shutdown,
     sum_over_ranks,
+    together,
 )
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.precision import create_precision
@@ -45,6 +47,7 @@ from timm_npu_irv2.training.checkpoint import RunInfo, resume, training_state
 from timm_npu_irv2.training.engine import Trainer, TrainSettings
 from timm_npu_irv2.training.evaluation import evaluate
 from timm_npu_irv2.training.options import parse_args
+from timm_npu_irv2.training.output_dir import output_dir
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +97,8 @@ def two(tmp_path_factory) -> dict[str, list]:
     folder = tmp_path_factory.mktemp('two')
     works['folder'] = OpenFolder(folder)
     works['mid-epoch'] = ResumeInMidEpoch(folder)
+    works['failures'] = fail_in_one
+    works['folders'] = EnterFolders(folder)
     return in_processes(2, works, folder)
 
 
@@ -185,6 +190,73 @@ def test_rank_0_alone_searches_a_folder_and_all_have_its_images_or_its_error(two
     assert (searches, others) == (1, 0) and found == same
     assert found[0] == [('ant/1.png', 0), ('ant/2.png', 0), ('ant/10.png', 0), ('bee/é.png', 1)]
     assert found[2].endswith('empty: no images in this folder.')
+
+
+def failure_of(work: Callable[[], Any]) -> tuple[str, str, bool]:
+    """Type and text of the error, and whether another process reports it."""
+    try:
+        work()
+    except Exception as error:
+        return type(error).__name__, str(error), getattr(error, 'is_echo', False)
+    return '', '', False
+
+
+def fail_in_one(world: World) -> list[tuple[str, str, bool]]:
+    """What each process learns of a failure in one of them; whoever waited for the failed one would never return."""
+    model, labels = torch.nn.Flatten(), torch.zeros(2, dtype=torch.long)
+
+    def batches(failing: int):
+        yield torch.zeros(2, 3), labels
+        if world.rank == failing:
+            raise UserError('torn.jpg cannot be read.')
+
+    def find(failing: int) -> int:
+        if world.rank == failing:
+            raise KeyError('lost')
+        return world.rank
+
+    assert together(lambda: find(-1), world) == world.rank
+    assert evaluate(model, batches(-1), world)['count'] == 4
+    return [failure_of(work) for work in (
+        lambda: together(lambda: find(0), world), lambda: together(lambda: find(1), world),
+        lambda: evaluate(model, batches(0), world), lambda: evaluate(model, batches(1), world),
+        lambda: agree(lambda: next(raising(UserError('full'))), world))]
+
+
+def raising(error: Exception):
+    raise error
+    yield
+
+
+def test_a_failure_in_one_process_ends_the_work_of_all_and_one_reports_it(two):
+    first, second = two['failures']
+    torn = 'torn.jpg cannot be read.'
+    assert first == [('KeyError', "'lost'", False), ('UserError', "rank 1: 'lost'", True), ('UserError', torn, False),
+                     ('UserError', f'rank 1: {torn}', True), ('UserError', 'full', False)]
+    assert second == [('UserError', "'lost'", True), ('KeyError', "'lost'", False), ('UserError', torn, True),
+                      ('UserError', torn, False), ('UserError', 'full', True)]
+
+
+class EnterFolders:
+    """Enter a new output folder, and one of another run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.new, self.old = folder / 'new', folder / 'old'
+
+    def __call__(self, world: World) -> tuple[list[bool], tuple[str, str, bool]]:
+        inside = []
+        with output_dir(self.new, world):
+            inside.append((self.new / '.lock').exists())
+        if world.is_primary:
+            self.old.mkdir()
+            (self.old / 'last.pth.tar').touch()
+        return inside, failure_of(lambda: output_dir(self.old, world).__enter__())
+
+
+def test_an_output_folder_is_locked_by_rank_0_and_refused_in_all_processes(two):
+    for rank, (inside, (kind, text, is_echo)) in enumerate(two['folders']):
+        assert inside == [True] and kind == 'UserError' and 'checkpoints of another run (last.pth.tar)' in text
+        assert is_echo == (rank > 0)
 
 
 def _stop_at(world: World) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,12 +32,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from . import device as devices
-from .errors import UserError
+from .errors import UserError, one_line
 from .rendezvous import first_slurm_host, is_port_free, register_rendezvous, serve_on_loopback
 
 __all__ = ['StopRequest', 'World', 'agree', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
-           'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'restarted', 'share_array', 'shutdown',
-           'sum_over_ranks']
+           'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'on_primary', 'restarted', 'share_array', 'shutdown',
+           'sum_over_ranks', 'together']
 
 _logger = logging.getLogger(__name__)
 T = TypeVar('T')
@@ -236,6 +236,7 @@ def agree(compute: Callable[[], T], world: World) -> T:
         raise outcome
     outcome = from_primary(outcome, world)
     if isinstance(outcome, UserError):
+        outcome.is_echo = not world.is_primary
         raise outcome
     return outcome
 
@@ -250,6 +251,37 @@ def share_array(array: np.ndarray | None, world: World) -> np.ndarray:
     if array.size:
         dist.broadcast(torch.from_numpy(array), src=0, group=world.control)
     return array
+
+
+def together(compute: Callable[[], T], world: World) -> T:
+    """Return what ``compute`` returns in this process, unless it fails in one: then it fails in all.
+
+    So no process waits for one that has failed. ``compute`` must not wait for another process itself.
+
+    Raises:
+        UserError: Another process has failed. A failure of this process is raised as it is.
+    """
+    if not world.distributed:
+        return compute()
+    result, failure = None, None
+    try:
+        result = compute()
+    except Exception as error:
+        failure = error
+    reasons: list[str] = [''] * world.size
+    own = '' if failure is None else str(failure) if isinstance(failure, UserError) else one_line(failure)
+    dist.all_gather_object(reasons, own, group=world.control)
+    if failure is not None:
+        raise failure
+    for rank, reason in enumerate(reasons):
+        if reason:
+            raise UserError.echo(f'rank {rank}: {reason}' if rank else reason)
+    return cast(T, result)
+
+
+def on_primary(work: Callable[[], object], world: World) -> None:
+    """Call ``work`` on rank 0, while the others wait; if it fails, all processes fail as :func:`together` does."""
+    together(lambda: work() if world.is_primary else None, world)
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -10,9 +10,18 @@ class UserError(Exception):
 
     Attributes:
         is_reported: True once its text has been printed.
+        is_echo: True for an error of another process, which reports it.
     """
 
     is_reported = False
+    is_echo = False
+
+    @classmethod
+    def echo(cls, text: str) -> 'UserError':
+        """Return an error that another process reports."""
+        error = cls(text)
+        error.is_echo = True
+        return error
 
 
 class DeviceUnavailable(UserError):

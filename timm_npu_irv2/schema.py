@@ -316,24 +316,23 @@ _SETTINGS: dict[str, Rule] = {
                      'lazy_fusion'), one_of(True, False)),
 }
 
+_WORKLOAD: dict[str, Rule] = {
+    'task': one_of('train', 'eval'), 'device': text(100), 'name': text(1000), 'precision': text(100),
+    'threads': number(0, 10**5, integer=True), 'batch_size': number(1, 10**6, integer=True),
+    'img_size': _side, 'versions': mapping(text(1000)),
+}
+
 
 def check_tuned(report: dict[str, Any]) -> None:
     """Raise :class:`Mismatch` unless this may be a result of ``benchmark.py tune``."""
     record({
         'format': one_of(1),
-        'workload': record({
-            'task': one_of('train', 'eval'), 'device': text(100), 'name': text(1000), 'precision': text(100),
-            'threads': number(0, 10**5, integer=True), 'batch_size': number(1, 10**6, integer=True),
-            'img_size': _side, 'versions': mapping(text(1000)),
-        }),
+        'workload': record(_WORKLOAD),
         'chosen': record({}, _SETTINGS),
     })(report, '')
     for where, known in (('chosen', _SETTINGS), ('workload', _WORKLOAD)):
-        if unknown := report[where].keys() - set(known):
+        if unknown := report[where].keys() - known.keys():
             raise Mismatch(f'{where} has the unknown entry {show(min(unknown, key=str))}')
-
-
-_WORKLOAD = ('task', 'device', 'name', 'precision', 'threads', 'batch_size', 'img_size', 'versions')
 
 
 def restored_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from . import rules, schema
 from .errors import CannotWrite, UserError, first_line
 
 __all__ = ['EXTENSION', 'atomic_file', 'atomic_link', 'atomic_write', 'cache_folder', 'load_weights', 'make_folder',
-           'peek_checkpoint', 'read_checkpoint', 'read_json', 'save_weights', 'stage_checkpoint', 'write_checkpoint']
+           'peek_checkpoint', 'read_checkpoint', 'read_json', 'save_weights', 'stage_checkpoint', 'weights_checksum',
+           'write_checkpoint']
 
 EXTENSION = '.pth.tar'
 MOST_INFLATED = 20  # times the size of the file: torch stores without compression, and random numbers do not compress
@@ -230,7 +231,7 @@ def save_weights(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> N
     contiguous = {key: value.contiguous() for key, value in state_dict.items()}
     with atomic_file(path) as file:
         if Path(path).suffix == '.safetensors':
-            metadata = {'format': 'pt', 'sha256': _sha256(contiguous)}
+            metadata = {'format': 'pt', 'sha256': weights_checksum(contiguous)}
             file.write(safetensors.torch.save(contiguous, metadata))
         else:
             torch.save({'state_dict': contiguous}, file)
@@ -262,6 +263,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise
     except Exception as error:  # torn files fail in as many ways as there are parsers
         raise UserError(f'{path} cannot be read as a checkpoint: {first_line(error)}') from error
+    return _checked(content, path)
+
+
+def _checked(content: Any, path: Path) -> dict[str, Any]:
+    """Return the entries of a checkpoint under timm's names, or raise UserError if it cannot be one."""
     if not isinstance(content, dict):
         raise UserError(f'{path} is not a checkpoint: it holds a {type(content).__name__}.')
     with rules.naming(path):
@@ -275,14 +281,16 @@ def peek_checkpoint(path: Path) -> dict[str, Any] | None:
     """Return the entries of a checkpoint of torch's, without reading its tensors or comparing its checksums.
 
     This is much faster than :func:`read_checkpoint`, for finding out which file to read. None means that the file is
-    damaged, or none of torch's.
+    damaged, not as :mod:`.schema` describes, or none of torch's.
     """
+    if not path.is_file():  # a pipe would have to be waited for
+        return None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        return _checked(content, path)
     except Exception:  # torn files fail in as many ways as there are parsers
         return None
-    return content if isinstance(content, dict) else None
 
 
 def load_weights(path: str | os.PathLike, use_ema: bool = False) -> dict[str, Tensor]:
@@ -322,7 +330,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, 'pt') as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         expected = (file.metadata() or {}).get('sha256')
-    if expected not in (None, _sha256(tensors)):
+    if expected not in (None, weights_checksum(tensors)):
         raise UserError(f'{path} is damaged: the checksum of the tensors is wrong. Use an earlier copy.')
     return tensors
 
@@ -366,8 +374,8 @@ def _clean(weights: Any, path: Path) -> dict[str, Tensor]:
     return clean_state_dict(tensors)
 
 
-def _sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """Return a checksum of names, types, shapes and every bit; the format has none of its own."""
+def weights_checksum(state_dict: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, types, shapes and bits; safetensors has no checksum of its own."""
     digest = hashlib.sha256()
     for name, value in sorted(state_dict.items()):
         digest.update(f'{name} {value.dtype} {tuple(value.shape)}\n'.encode())

@@ -53,7 +53,7 @@ from timm_npu_irv2.cli.evaluation import (
 from timm_npu_irv2.cli.flags import OUR_MODEL, device_switches
 from timm_npu_irv2.cli.predictions import Answers, Labels, Progress, ShardWriter, tabulate, write_results
 from timm_npu_irv2.cli.script import leave_at_end, run_script, start_log
-from timm_npu_irv2.cli.shards import Shards, count_images, images_of_shards, open_shards, settings_of, shard_rules
+from timm_npu_irv2.cli.shards import images_of_shards, settings_of, shard_rules, shards_to_write
 from timm_npu_irv2.cli.table import EXTENSIONS, by_key, to_json
 from timm_npu_irv2.cli.tuned import eval_workload, use_tuned
 from timm_npu_irv2.data.classes import class_info
@@ -69,10 +69,11 @@ from timm_npu_irv2.data.image_files import (
 )
 from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions
 from timm_npu_irv2.deploy import is_deployed, open_deployed, to_inference
-from timm_npu_irv2.distributed import World, agree, barrier, initialize
+from timm_npu_irv2.distributed import World, agree, barrier, gather_objects, initialize, together
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.ops.normalize import normalize_images
 from timm_npu_irv2.plots import Prediction, draw_contact_sheet, gradcam
+from timm_npu_irv2.serialization import weights_checksum
 from timm_npu_irv2.training import setup
 
 _logger = logging.getLogger('inference')
@@ -137,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
     with leave_at_end(world, 'inference.py'):
         start_log(world.is_primary)
         devices.configure(world.device, **device_switches(args))
-        network, labels = prepare(args, world.device)
+        network, labels = together(lambda: prepare(args, world.device), world)
         lost_process = setup.translate_lost_process_errors(world, 'Start again with --resume.')
         with translate_compile_errors(args.torchcompile):
             if args.shards:
@@ -155,6 +156,7 @@ def prepare(args: Namespace, device: torch.device) -> tuple['Network', Labels | 
         check_deployed(args, model, args.checkpoint)
     else:
         model = load_model(args)
+    weights = weights_checksum(model.state_dict()) if args.shards and not args.checkpoint else ''
     pipeline = ImagePipeline.for_model(model, vars(args), use_test_size=not args.use_train_size)
     labels, num_classes = label_function(args, model), model.num_classes
     if args.test_pool:
@@ -169,7 +171,7 @@ def prepare(args: Namespace, device: torch.device) -> tuple['Network', Labels | 
     _logger.info(f'{args.checkpoint or args.model}: images of {pipeline.input_size[-1]} px; {device.type}, '
                  f'{describe_precision(dtype, amp_dtype)}')
     return Network(model, num_classes, pipeline, device, dtype, amp_dtype, args.torchcompile,
-                   args.torchcompile_mode), labels
+                   args.torchcompile_mode, weights), labels
 
 
 def infer(args: Namespace, network: 'Network', labels: Labels | None) -> None:
@@ -191,7 +193,9 @@ def infer_in_shards(args: Namespace, world: World, network: 'Network', labels: L
     """Classify this process's share of the images, and write the results of each shard when it is complete."""
     mode = network.pipeline.input_img_mode
     images = IndexedImages(open_images(args, mode)) if args.dataset else ImageList(args.data, mode)
-    shards, missing = agree(lambda: _open_shards(args, network.pipeline, images), world)
+    own = together(lambda: {**settings_of(args, network.weights), 'pipeline': network.pipeline.to_config()}, world)
+    settings = gather_objects(own, world)
+    shards, missing = agree(lambda: shards_to_write(args, settings, map(images.name, images)), world)
     writer = ShardWriter(args, shards, missing[world.rank::world.size], labels, network.num_classes)
     progress = Progress(shards.images, shards.images_in(set(range(len(shards))) - set(missing)))
     chosen = images_of_shards(images, images.name, shards, writer.numbers)
@@ -269,7 +273,9 @@ class Network:
             amp_dtype: torch.dtype | None,
             compile_backend: str | None,
             compile_mode: str | None,
+            weights: str = '',
     ):
+        self.weights = weights  # their checksum, where the options name no file
         self.model, self.num_classes, self.pipeline, self.device = model, num_classes, pipeline, device
         self.dtype, self.amp_dtype = dtype, amp_dtype
         self._run = torch.compile(model, backend=compile_backend, mode=compile_mode) if compile_backend else model
@@ -318,15 +324,6 @@ def _placed_batches(
 
 
 # ------------------------------------------------------------------------------------------------------- shards
-
-
-def _open_shards(args: Namespace, pipeline: ImagePipeline, images: Any) -> tuple[Shards, list[int]]:
-    """Return the shards, and the numbers of those that are missing."""
-    settings = {**settings_of(args), 'pipeline': pipeline.to_config()}
-    count, digest = count_images(map(images.name, images))
-    shards = open_shards(Path(args.results_dir), args.results_format[0], args.results_shards, count, digest, settings,
-                         args.resume)
-    return shards, sorted(set(range(len(shards))) - shards.done())
 
 
 @torch.inference_mode()

@@ -43,13 +43,14 @@ from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.distributed import (
     StopRequest,
     World,
+    agree,
     device_name,
-    from_primary,
     gather_objects,
     initialize,
     is_launched,
     launch,
     may_restart,
+    on_primary,
     restarted,
 )
 from timm_npu_irv2.errors import Stopped, UserError
@@ -243,17 +244,18 @@ def closing(loaders: Sequence[Any]) -> Iterator[None]:
 def train(run: Run, folder: Path) -> None:
     """Resume if asked to, train epoch by epoch, write the report."""
     args, world, trainer = run.args, run.world, run.trainer
-    if args.push_to_hub and world.is_primary:
-        hub.prepare(args.push_to_hub)  # an invalid token is an error now, and not after the training
+    if args.push_to_hub:  # an invalid token is an error now, and not after the training
+        agree(lambda: hub.prepare(args.push_to_hub), world)
     saver = CheckpointSaver(folder, world, run.info, keep=args.checkpoint_hist, decreasing=run.metric == 'loss')
     resume(run, saver)
     setup.compile_and_distribute(
         trainer.task, trainer.optimizer, world, backend=args.torchcompile, mode=args.torchcompile_mode,
         sync_buffers=not args.no_ddp_bb, grad_compress=args.grad_compress)
     report = Report(folder, trainer.position.epoch, run.metric)
-    logs = Logs(args, folder, trainer, run.epochs, run.eval_loader) if world.is_primary else None
-    if world.is_primary:
-        atomic_write(folder / 'args.yaml', as_yaml(args))
+    started: list[Logs] = []
+    on_primary(lambda: started.append(Logs(args, folder, trainer, run.epochs, run.eval_loader)), world)
+    logs = started[0] if started else None  # on rank 0
+    on_primary(lambda: atomic_write(folder / 'args.yaml', as_yaml(args)), world)
     log_summary(run, folder)
     with contextlib.closing(logs) if logs is not None else contextlib.nullcontext():
         trainer.on_log = logs.step if logs is not None else trainer.on_log
@@ -278,8 +280,7 @@ def train_epochs(run: Run, saver: CheckpointSaver, report: Report, logs: Logs | 
                 trainer.task, world, '' if args.sync_bn else args.dist_bn, include_ema=not args.model_ema_force_cpu)
             is_due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.epochs
             validated = validate(run) if is_due else None
-            if logs is not None:
-                logs.epoch(report.add_epoch(epoch, trained, validated))
+            log_epoch(world, report, logs, epoch, trained, validated)
             end_epoch(run, saver, epoch, (validated or trained)[run.metric] if is_due else None)
         saver.wait()
 
@@ -310,9 +311,22 @@ def find_checkpoint(args: Namespace, world: World) -> tuple[Path | None, bool]:
     named = Path(args.resume) if args.resume and args.resume != 'auto' else None
     if args.resume != 'auto' and not restarted():
         return named, False
-    newest = from_primary(find_newest(output_root(args) / args.experiment) if world.is_primary else None, world)
+    newest = agree(lambda: find_newest(output_root(args) / args.experiment), world)
     _logger.info(f'Resuming automatically: {newest or named or "there is no checkpoint, so this is a new run"}.')
     return newest or named, restarted() and newest is not None
+
+
+def log_epoch(
+        world: World, report: Report, logs: Logs | None, epoch: int, trained: dict[str, float],
+        validated: dict[str, float] | None,
+) -> None:
+    """Add an epoch to summary.csv and to the logs. Every process must call this."""
+    def add() -> None:
+        row = report.add_epoch(epoch, trained, validated)
+        if logs is not None:
+            logs.epoch(row)
+
+    on_primary(add, world)
 
 
 def end_epoch(run: Run, saver: CheckpointSaver, epoch: int, metric: float | None) -> None:

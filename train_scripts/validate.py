@@ -22,11 +22,12 @@ if __name__ == '__main__':
     check_command_line(VALIDATE, sys.argv[1:])  # before the imports below, which take seconds
 
 # isort: split
+import contextlib
 import json
 import logging
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ from timm_npu_irv2.cli.tuned import eval_workload, use_tuned
 from timm_npu_irv2.data.classes import class_indices
 from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions, remember_training, trained_channels
 from timm_npu_irv2.deploy import is_deployed, open_deployed, to_inference
-from timm_npu_irv2.distributed import World, gather_objects, initialize
+from timm_npu_irv2.distributed import World, agree, gather_objects, initialize, together
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.hub.client import CONFIG, WEIGHTS, download, split_revision
 from timm_npu_irv2.serialization import atomic_write
@@ -108,6 +109,15 @@ class Loaded(NamedTuple):
     format: str
     size: int | None
     deployed: bool
+
+
+class Job(NamedTuple):
+    """A candidate ready to be evaluated: network and images, entries of its results, context of the forward pass."""
+
+    model: nn.Module
+    loader: Any
+    figures: dict[str, Any]
+    autocast: Callable[[], contextlib.AbstractContextManager]
 
 
 # ------------------------------------------------------------------------------------------------------- options
@@ -193,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
     with leave_at_end(world, 'validate.py'):
         start_log(world.is_primary)
         devices.configure(world.device, **device_switches(args))
-        candidates = find_candidates(args.model, args.checkpoint)
+        candidates = agree(lambda: find_candidates(args.model, args.checkpoint), world)
         lost_process = setup.translate_lost_process_errors(world, 'Start again.')
         with lost_process, translate_compile_errors(args.torchcompile):
             if len(candidates) == 1:
@@ -217,8 +227,9 @@ def validate_several(args: Namespace, world: World, candidates: Sequence[Candida
     for candidate in candidates:
         try:
             results.append(validate(args, world, candidate))
-        except UserError as error:
-            _logger.error(f'Skipped {candidate.place or candidate.model}: {error}')
+        except UserError as error:  # in every process, see together()
+            if world.is_primary:
+                _logger.error(f'Skipped {candidate.place or candidate.model}: {error}')
     if not results:
         raise UserError(f'none of the {len(candidates)} networks could be validated.')
     return sorted(results, key=lambda result: result.get('top1', 0), reverse=True)
@@ -242,8 +253,24 @@ def validate(args: Namespace, world: World, candidate: Candidate) -> Results:
 
 
 def measure(args: Namespace, world: World, candidate: Candidate, batch_size: int) -> Results:
-    """Return the results of one model on rank 0, nothing on the others."""
+    """Return the results of one model on rank 0, nothing on the others. If one process fails, all of them do."""
     random_seed(args.seed)
+    job = together(lambda: build_job(args, world, candidate, batch_size), world)
+    tally = Tally(len(job.loader), args.log_freq)
+    with contextlib.closing(job.loader):
+        metrics = evaluate(job.model, job.loader, world, tta=args.tta, on_batch=tally, autocast=job.autocast)
+        seconds = time.perf_counter() - tally.started
+        answers = gather_objects(tally.answers(job.loader), world)
+        bad_images = sorted(name for names in gather_objects(list(job.loader.bad_images), world) for name in names)
+    results = agree(lambda: collect(args, candidate, metrics, job.figures, seconds, job.loader, answers), world)
+    if bad_images:
+        _logger.warning(f'{len(bad_images)} unreadable image(s) were not counted; the results name them.')
+        results |= {'bad_image_count': len(bad_images), 'bad_images': bad_images}
+    return results if world.is_primary else {}
+
+
+def build_job(args: Namespace, world: World, candidate: Candidate, batch_size: int) -> Job:
+    """Return a candidate ready to be evaluated in this process."""
     model, format, size, deployed = load(args, candidate, world.device)
     num_classes = args.num_classes or model.num_classes
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -261,24 +288,11 @@ def measure(args: Namespace, world: World, candidate: Candidate, batch_size: int
     _logger.info(f'{candidate.model}: {parameters / 1e6:.2f} M parameters, {num_classes} classes, '
                  f'{pipeline.input_size[-1]} px; {world.size} × {world.device.type}, {precision}; '
                  f'weights: {candidate.place or "pretrained"}')
-    model = prepare(args, model, world.device, dtype, num_classes, deployed=deployed)
-    tally = Tally(len(loader), args.log_freq)
-    metrics = evaluate(model, loader, world, tta=args.tta, on_batch=tally,
-                       autocast=partial(devices.autocast, world.device, amp_dtype if args.amp else None))
-    seconds = time.perf_counter() - tally.started
-    answers = gather_objects(tally.answers(loader), world)
-    bad_images = sorted(name for names in gather_objects(list(loader.bad_images), world) for name in names)
-    loader.close()
-    if not world.is_primary:
-        return {}
     figures = {'param_count': round(parameters / 1e6, 2) or None, 'img_size': pipeline.input_size[-1],
                'crop_pct': pipeline.crop_pct, 'interpolation': pipeline.interpolation, 'format': format,
                'file_mb': round(size / 1e6, 1) if size else None}
-    results = collect(args, candidate, metrics, figures, seconds, loader, answers)
-    if bad_images:
-        _logger.warning(f'{len(bad_images)} unreadable image(s) were not counted; the results name them.')
-        results |= {'bad_image_count': len(bad_images), 'bad_images': bad_images}
-    return results
+    return Job(prepare(args, model, world.device, dtype, num_classes, deployed=deployed), loader, figures,
+               partial(devices.autocast, world.device, amp_dtype if args.amp else None))
 
 
 def load(args: Namespace, candidate: Candidate, device: torch.device) -> Loaded:
@@ -322,12 +336,7 @@ def load_model(args: Namespace, candidate: Candidate) -> nn.Module:
 
 
 def prepare(
-        args: Namespace,
-        model: nn.Module,
-        device: torch.device,
-        dtype: torch.dtype,
-        num_classes: int,
-        deployed: bool,
+        args: Namespace, model: nn.Module, device: torch.device, dtype: torch.dtype, num_classes: int, deployed: bool,
 ) -> nn.Module:
     """Return the model on its device, compiled if asked, reduced to the classes of --valid-labels."""
     if deployed:
@@ -346,13 +355,8 @@ def prepare(
 
 
 def collect(
-        args: Namespace,
-        candidate: Candidate,
-        metrics: dict[str, float],
-        figures: dict[str, Any],
-        seconds: float,
-        loader: Any,
-        answers: Sequence[ProcessAnswers],
+        args: Namespace, candidate: Candidate, metrics: dict[str, float], figures: dict[str, Any], seconds: float,
+        loader: Any, answers: Sequence[ProcessAnswers],
 ) -> Results:
     """Return the entries of timm's validate.py, then those of this script."""
     if args.real_labels:

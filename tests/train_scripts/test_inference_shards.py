@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from PIL import Image
 
 from timm_npu_irv2.cli.script import run_script
-from timm_npu_irv2.cli.shards import settings_of
+from timm_npu_irv2.cli.shards import open_shards, settings_of
+from timm_npu_irv2.errors import UserError
 
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 ROOT = SCRIPTS.parent
@@ -276,3 +278,26 @@ def test_another_network_in_the_same_folder_is_another_run(tmp_path):
     assert settings_of(Namespace(checkpoint=str(folder), topk=1, workers=2)) == before
     (folder / 'model.safetensors').write_bytes(b'new')
     assert settings_of(Namespace(checkpoint=str(folder), topk=1, workers=1)) != before
+
+
+def test_a_new_revision_of_a_published_model_is_another_run(images, tmp_path, capfd):
+    folder = tmp_path / 'published'
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps({'architecture': 'test_resnet', 'num_classes': 5}))
+    model = timm.create_model('test_resnet', num_classes=5)
+    words = ['--model', f'local-dir:{folder}', *MODEL[4:], '--results-dir', tmp_path / 'out', '--results-format', 'csv',
+             '--results-shards', 10]
+    safetensors.torch.save_file(model.state_dict(), folder / 'model.safetensors')
+    assert infer(images, *words) == infer(images, *words, '--resume') == 0
+    model.fc.bias.data += 1
+    safetensors.torch.save_file(model.state_dict(), folder / 'model.safetensors')
+    (tmp_path / 'out' / 'part-00000001.csv').unlink()
+    assert infer(images, *words, '--resume') == 2
+    assert 'out was begun with another checkpoint' in capfd.readouterr().err
+    assert len(answers(tmp_path / 'out')) == 15
+
+
+def test_processes_with_different_settings_write_nothing(tmp_path):
+    with pytest.raises(UserError, match='rank 1 has another checkpoint than rank 0'):
+        open_shards(tmp_path / 'out', 'csv', 5, 10, 'digest', [{'checkpoint': 'a'}, {'checkpoint': 'b'}], resume=False)
+    assert not any(path.is_file() for path in tmp_path.rglob('*'))

@@ -127,6 +127,27 @@ def test_the_number_of_processes_changes_nothing(results, images, checkpoint, pr
     assert found['macro_f1_score'] == results('--metrics-avg', 'macro')['macro_f1_score']
 
 
+def test_a_network_that_one_process_cannot_read_is_skipped_by_all(images, checkpoint, tmp_path):
+    """The processes have folders of their own, as on two machines."""
+    for rank, names in enumerate((('a', 'b', 'c'), ('a', 'c'))):
+        (tmp_path / str(rank)).mkdir()
+        for name in names:
+            shutil.copy(checkpoint, tmp_path / str(rank) / f'{name}.pth.tar')
+    words = ['--data-dir', images, *MODEL, '--checkpoint', 'b.pth.tar', 'a.pth.tar', 'c.pth.tar', '-b', '4']
+    path = os.pathsep.join([str(SCRIPTS.parent), os.environ.get('PYTHONPATH', '')])
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--no-python',
+         'bash', '-c', f'cd {tmp_path}/$RANK; exec "$@"', '', sys.executable, SCRIPTS / 'validate.py', *words],
+        capture_output=True, text=True, check=False, timeout=900,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path})
+    assert done.returncode and '--result\n' in done.stdout, done.stderr
+    found = json.loads(done.stdout.split('--result\n')[1])
+    assert {each['checkpoint']: each['count'] for each in found} == {'a.pth.tar': 35, 'c.pth.tar': 35}
+    skipped = [line for line in done.stderr.splitlines() if 'Skipped' in line]
+    assert skipped == ['Skipped b.pth.tar: rank 1: b.pth.tar: no such file.']
+    assert 'validate.py: error: 1 of 3 networks could not be validated.' in done.stderr
+
+
 @pytest.mark.parametrize('words', [['--amp', '--amp-dtype', 'bfloat16'], ['--model-dtype', 'bfloat16'],
                                    ['--torchscript'], ['--tta', '2'], ['--test-pool'], ['--channels-last'],
                                    ['--crop-mode', 'squash', '--crop-pct', '1'], ['--crop-border-pixels', '3'],

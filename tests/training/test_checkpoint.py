@@ -432,6 +432,45 @@ def test_a_recovery_checkpoint_that_was_just_written_stays(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {'recovery-4-3.pth.tar', 'recovery-5-0.pth.tar'}
 
 
+def test_damaged_recovery_files_do_not_push_out_new_ones(tmp_path):
+    for name in 'recovery-7-1', 'recovery-7-2', 'recovery-7-3':
+        (tmp_path / f'{name}.pth.tar').write_bytes(b'torn')
+    told = save_at(tmp_path, trainer_of(options()), (1, 1), (1, 2), (1, 3))
+    assert Path(told).exists() and len(list(tmp_path.iterdir())) == 5
+    assert find_newest(tmp_path) == Path(told)
+
+
+@pytest.mark.parametrize('entry', [
+    {'training': []}, {'training': {'position': {}}}, {'saver': {'resumptions': 'x'}}, {'saver': None},
+    {'epoch': '7'}, {'training': {'position': {'epoch': 'x', 'batch': 'y'}}}])
+def test_a_file_with_odd_entries_is_named_and_the_one_before_is_taken(tmp_path, caplog, entry):
+    save_at(tmp_path, trainer_of(options()), (1, 1))
+    write_checkpoint({'state_dict': {'value': torch.zeros(3)}, **entry}, tmp_path / 'last.pth.tar')
+    assert find_newest(tmp_path) == tmp_path / 'recovery-1-1.pth.tar'
+    assert 'last.pth.tar is refused' in caplog.text
+    saver_in(tmp_path, options()).load_state_dict({}, tmp_path / 'recovery-1-1.pth.tar')
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize('place', ['link to nothing', 'link to itself', 'pipe', 'folder'])
+def test_what_is_no_file_is_named_and_the_one_before_is_taken(tmp_path, place):
+    save_at(tmp_path, trainer_of(options()), (1, 1))
+    path = tmp_path / 'checkpoint-8.pth.tar'
+    {'link to nothing': lambda: path.symlink_to('nowhere'), 'link to itself': lambda: path.symlink_to(path.name),
+     'pipe': lambda: os.mkfifo(path), 'folder': path.mkdir}[place]()
+    assert find_newest(tmp_path) == tmp_path / 'recovery-1-1.pth.tar'
+
+
+def test_a_name_that_cannot_be_removed_is_told_and_the_run_goes_on(tmp_path, caplog):
+    args = options('--checkpoint-hist', '1')
+    trainer, saver = trainer_of(args), saver_in(tmp_path, args)
+    (tmp_path / 'checkpoint-0.pth.tar').mkdir()
+    saver.load_state_dict({'dropped': ['checkpoint-0.pth.tar'], 'epoch': 1}, tmp_path / 'last.pth.tar')
+    assert 'checkpoint-0.pth.tar is no longer needed, but cannot be removed' in caplog.text
+    saver.save_epoch(trainer, 1, 20.0)
+    saver.wait()
+
+
 def test_an_empty_folder_has_no_newest_checkpoint(tmp_path):
     assert find_newest(tmp_path) is None
 

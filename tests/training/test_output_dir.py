@@ -26,8 +26,8 @@ with output_dir(Path(sys.argv[1]), World(), resume='auto'):
 """
 
 
-def enter(folder: Path, resume: str = '', world: World | None = None) -> Path:
-    with output_dir(folder, world or World(), resume=resume):
+def enter(folder: Path, resume: str = '') -> Path:
+    with output_dir(folder, World(), resume=resume):
         return folder
 
 
@@ -83,11 +83,6 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     said = refusal(tmp_path / 'file' / 'run')
     assert said == f"cannot write to the output folder '{tmp_path}/file/run': Not a directory; choose --output."
     assert "cannot write to the output folder '/proc/run'" in refusal(Path('/proc/run'))
-
-
-def test_only_rank_0_touches_the_folder(tmp_path):
-    assert enter(tmp_path / 'run', world=World(rank=1, size=2)) == tmp_path / 'run'
-    assert not (tmp_path / 'run').exists()
 
 
 def test_without_a_name_it_is_the_date_the_model_and_the_image_size():

@@ -59,6 +59,30 @@ def test_a_changed_learning_rate_takes_effect_whatever_the_schedule(tmp_path, sc
     assert resumed.learning_rate == pytest.approx(2 * trainer.learning_rate, rel=0.01) != 0
 
 
+def test_a_changed_learning_rate_is_not_undone_when_the_noise_ends(tmp_path):
+    """Plateau's scheduler keeps the rate from before the noise, and restores it at its next step."""
+    usual = '--sched plateau --lr-noise 0.05 0.9 --warmup-epochs 0 --lr'
+    trainer, resumed = resumed_with(tmp_path, f'{usual} 0.01', f'{usual} 0.02')
+    assert trainer.scheduler.restore_lr == pytest.approx([0.01, 0.01]) and trainer.learning_rate != 0.01
+    for each in trainer, resumed:
+        train_epochs(each, until=3)
+    assert resumed.scheduler.restore_lr == pytest.approx([0.02, 0.02])
+    assert resumed.learning_rate == pytest.approx(2 * trainer.learning_rate)
+
+
+@pytest.mark.parametrize('rates', ['x', [0.1], [0.1, 'x'], {'a': 1}, 3])
+def test_odd_rates_of_the_scheduler_are_refused(tmp_path, rates):
+    words = '--sched plateau --lr-noise 0.05 0.9 --warmup-epochs 0'.split()
+    trainer, info = trainer_by_options(*words, seed=0)
+    train_epochs(trainer, until=2)
+    content = training_state(trainer, info)
+    content['training']['processes'][0]['hidden']['scheduler']['restore_lr'] = rates
+    write_checkpoint(content, tmp_path / 'a.pth.tar')
+    resumed, info = trainer_by_options(*words, seed=0)
+    with pytest.raises(UserError, match=r'a\.pth\.tar is refused: restore_lr'):
+        resume(resumed, tmp_path / 'a.pth.tar', info)
+
+
 def test_the_same_options_change_nothing(tmp_path, caplog):
     caplog.set_level('INFO')
     trainer, resumed = resumed_with(tmp_path, '--lr 0.01', '--lr 0.01 --workers 3 --log-interval 7')
@@ -106,6 +130,23 @@ def test_a_state_that_fails_in_the_first_step_is_one_line(tmp_path, change):
     with pytest.raises(UserError, match=r'a\.pth\.tar: the first step with the state of its optimizer') as caught:
         resumed.train_one_epoch()
     assert '\n' not in str(caught.value) and '--no-resume-opt' in str(caught.value)
+
+
+@pytest.mark.parametrize('error', [RuntimeError('no C++ compiler'), KeyError('backward')])
+def test_an_error_of_the_backward_pass_is_not_blamed_on_the_state_of_the_optimizer(tmp_path, error):
+    trainer, info = trainer_by_options('--opt', 'adamw', seed=0)
+    train_epochs(trainer, until=1)
+    write_checkpoint(training_state(trainer, info), tmp_path / 'a.pth.tar')
+    resumed, info = trainer_by_options('--opt', 'adamw', seed=0)
+    resume(resumed, tmp_path / 'a.pth.tar', info)
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise error
+
+    next(resumed.module.parameters()).register_hook(fail)
+    with pytest.raises(type(error), match=str(error.args[0]).replace('+', r'\+')) as caught:
+        resumed.train_one_epoch()
+    assert not isinstance(caught.value, UserError)
 
 
 def test_parameters_without_a_state_are_counted_in_the_log(tmp_path, caplog):

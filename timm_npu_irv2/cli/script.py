@@ -98,16 +98,19 @@ def leave_at_end(world: 'World', name: str) -> Iterator[None]:
 
 def _report(name: str, error: UserError) -> None:
     """Print the line of an error, once, and from one of several processes."""
-    if not error.is_reported and _is_first_report():
+    if not error.is_reported and _is_first_report(error):
         print(printable(f'{name}: error: {error}'), file=sys.stderr, flush=True)
     error.is_reported = True
 
 
-def _is_first_report() -> bool:
-    """Return True in the first of several processes that asks: most errors occur in all of them."""
+def _is_first_report(error: UserError) -> bool:
+    """Return True in the first of several processes that asks: most errors occur in all of them.
+
+    Without torchrun, it is True in every process that has found the error itself.
+    """
     file = os.environ.get('TORCHELASTIC_ERROR_FILE')  # <a new folder>/attempt_<number>/<rank>/error.json
     if not file:
-        return True
+        return not error.is_echo
     try:
         os.close(os.open(Path(file).parents[1] / 'reported', os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:

@@ -21,7 +21,7 @@ from .flags import DEVICE_SWITCHES
 from .table import EXTENSIONS, to_csv, to_format, utf8_rows
 
 __all__ = ['FORMATS', 'ImagesChanged', 'Shards', 'count_images', 'images_of_shards', 'open_shards',
-           'settings_of', 'shard_rules']
+           'settings_of', 'shard_rules', 'shards_to_write']
 
 FORMATS = ('parquet', 'csv', 'json-record')
 RECORD = '_run.json'  # readers of Parquet folders leave out names that start with an underscore
@@ -121,10 +121,15 @@ def shard_rules(args: Namespace) -> list[tuple[Any, str]]:
     ]
 
 
-def settings_of(args: Namespace) -> dict[str, Any]:
-    """Return the options of inference.py that the results depend on, with the checksum of the checkpoint."""
+def settings_of(args: Namespace, weights: str = '') -> dict[str, Any]:
+    """Return the options of inference.py that the results depend on, with the checksum of the checkpoint.
+
+    Args:
+        args: Options of inference.py.
+        weights: Checksum of the weights, where no checkpoint is named: a published model may have a new revision.
+    """
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    return {**settings, 'checkpoint': _checksum(args.checkpoint)}
+    return {**settings, 'checkpoint': _checksum(args.checkpoint) or weights}
 
 
 def _checksum(place: str) -> str:
@@ -140,13 +145,29 @@ def _checksum(place: str) -> str:
     return digest.hexdigest()
 
 
+def shards_to_write(
+        args: Namespace, settings: Sequence[dict[str, Any]], names: Iterable[str],
+) -> tuple[Shards, list[int]]:
+    """Return the shards of a run of inference.py, and the numbers of those that are missing.
+
+    Args:
+        args: Options of inference.py.
+        settings: What the results depend on, of each process.
+        names: Names of all images.
+    """
+    count, digest = count_images(names)
+    shards = open_shards(Path(args.results_dir), args.results_format[0], args.results_shards, count, digest, settings,
+                         args.resume)
+    return shards, sorted(set(range(len(shards))) - shards.done())
+
+
 def open_shards(
         folder: Path,
         format: str,
         size: int | None,
         images: int,
         digest: str,
-        settings: dict[str, Any],
+        settings: Sequence[dict[str, Any]],
         resume: bool,
 ) -> Shards:
     """Return the shards of a new run, or of one that goes on.
@@ -157,11 +178,12 @@ def open_shards(
         size: Number of images in a shard; None for that of the run that goes on, or 1000.
         images: Number of images.
         digest: Checksum of their names.
-        settings: What the results depend on, as JSON can hold it.
+        settings: What the results depend on, as JSON can hold it, of each process.
         resume: Go on with what is in the folder.
 
     Raises:
-        UserError: The folder has results and ``resume`` is false, or they are of other images or settings.
+        UserError: The folder has results and ``resume`` is false, or they are of other images or settings; or the
+            processes have different settings.
         CannotWrite: The folder cannot be written to.
     """
     make_folder(folder)
@@ -176,8 +198,12 @@ def open_shards(
         raise UserError(f'{folder} has shards, but no {RECORD} that says what they are of: name another folder with '
                         '--results-dir.')
     size = size if isinstance(size, int) and size > 0 else 1000
-    now = {'images': images, 'names': digest, 'shard_size': size, 'format': format,
-           'settings': json.loads(json.dumps(settings, default=str))}
+    every = [{'images': images, 'names': digest, 'shard_size': size, 'format': format,
+              'settings': json.loads(json.dumps(own, default=str))} for own in settings]
+    now = every[0]
+    for rank, own in enumerate(every):
+        if own != now:
+            raise UserError(f'rank {rank} has {_difference(now, own)} than rank 0: give all processes the same.')
     if earlier is None:
         atomic_write(record, json.dumps(now, indent=2) + '\n')
     elif earlier != now:

@@ -316,11 +316,27 @@ def _load_optimizer(trainer: Trainer, checkpoint: _State, path: Path, changed: C
 def _change_learning_rate(group: _State, fresh: _State) -> None:
     """Scale a group's learning rate as the one that the schedule starts from has changed."""
     before, now = (each.get('initial_lr', each['lr']) for each in (group, fresh))
-    if before == now:
-        return
-    group['lr'] = group['lr'] * now / before if before else now
+    group['lr'] = _scale_rate(group['lr'], before, now)
     if 'initial_lr' in group:
         group['initial_lr'] = now
+
+
+def _scale_rate(rate: Any, before: Any, now: Any) -> Any:
+    if before == now:
+        return rate
+    return rate * now / before if before else now
+
+
+def _change_restored_rates(trainer: Trainer, checkpoint: _State) -> None:
+    """Scale the rates from before the noise likewise, which plateau's scheduler restores at its next step."""
+    rates, groups = getattr(trainer.scheduler, 'restore_lr', None), trainer.optimizer.param_groups
+    if rates is None:
+        return
+    rules.many(rules.number(), len(groups), len(groups))(rates, 'restore_lr')
+    found = (checkpoint.get('optimizer') or {}).get('param_groups', groups)
+    trainer.scheduler.restore_lr = [
+        _scale_rate(rate, before['initial_lr'], now['initial_lr']) if 'initial_lr' in before else rate
+        for rate, before, now in zip(rates, found, groups, strict=True)]
 
 
 def _position(trainer: Trainer, checkpoint: _State) -> Position:
@@ -345,6 +361,7 @@ def _load_exactly(trainer: Trainer, checkpoint: _State, is_same_data: bool) -> N
     own, own_scheduler = processes[rank], _scheduler_state(trainer)
     if 'hidden' in own:
         trainer.hidden_state.load_state_dict(own['hidden'], f'training.processes[{rank}].hidden')
+        _change_restored_rates(trainer, checkpoint)
     elif training['scheduler'] is not None and own_scheduler is not None:  # an older checkpoint
         trainer.scheduler.lr_scheduler.load_state_dict(
             rules.known_entries(training['scheduler'], own_scheduler, 'training.scheduler'))

@@ -6,6 +6,7 @@ of the log is due. The clock is read there too, after waiting for the device, so
 
 import contextlib
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +16,10 @@ import torch
 import torchvision.utils
 from timm.task import TrainingTask
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .. import device as devices
 from ..data.samplers import preserve_rng_state
-from ..data.worker import is_lost_worker
 from ..distributed import StopRequest, World, is_lost_peer
 from ..errors import Stopped, UserError, one_line
 from ..precision import Precision
@@ -230,12 +231,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def _naming_checkpoint(self) -> Iterator[None]:
-        """Turn an error of the first step of a resumed run, which a state of the optimizer causes, into one line."""
+        """Turn an error of the optimizer in the first step of a resumed run, which its state causes, into one line."""
         try:
             yield
         except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-            if devices.is_out_of_memory(error) or is_lost_peer(error) or is_lost_worker(error):
-                raise
+            frames = traceback.walk_tb(error.__traceback__)
+            in_optimizer = any(isinstance(frame.f_locals.get('self'), Optimizer) for frame, _ in frames)
+            if not in_optimizer or devices.is_out_of_memory(error) or is_lost_peer(error):
+                raise  # of the backward pass, which may also have to compile it
             raise UserError(f'{self.resumed_from}: the first step with the state of its optimizer failed: '
                             f'{one_line(error)}; --no-resume-opt starts a new optimizer from its weights.') from error
 

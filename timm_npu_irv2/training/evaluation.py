@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..distributed import World, sum_over_ranks
+from ..distributed import World, sum_over_ranks, together
 
 __all__ = ['evaluate']
 
@@ -40,26 +40,33 @@ def evaluate(
     Returns:
         'loss', 'top1' and 'top5' in percent, and 'count'. Hits are counted in integers, so top1 and top5 depend neither
         on the number of processes nor on the batch size.
+
+    Raises:
+        UserError: Another process has failed; no process waits for it.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module  # whose forward would wait for processes that have fewer batches
-    model.eval()
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     hits: list[Tensor] = []
     losses: list[Tensor] = []
     sizes: list[int] = []
-    for index, (images, labels) in enumerate(loader):
-        with autocast():
-            output = model(images.to(dtype))
-        output = output[0] if isinstance(output, tuple | list) else output
-        target = labels
-        if tta > 1:
-            output, target = output.unfold(0, tta, tta).mean(dim=2), labels[::tta]
-        losses.append(loss_fn(output.float(), target))
-        hits.append(_hits(output, target))
-        sizes.append(len(target))
-        if on_batch is not None:
-            on_batch(index, output, target)
+
+    def answer_all() -> None:
+        model.eval()
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        for index, (images, labels) in enumerate(loader):
+            with autocast():
+                output = model(images.to(dtype))
+            output = output[0] if isinstance(output, tuple | list) else output
+            target = labels
+            if tta > 1:
+                output, target = output.unfold(0, tta, tta).mean(dim=2), labels[::tta]
+            losses.append(loss_fn(output.float(), target))
+            hits.append(_hits(output, target))
+            sizes.append(len(target))
+            if on_batch is not None:
+                on_batch(index, output, target)
+
+    together(answer_all, world)
     return _metrics(losses, hits, sizes, world)
 
 

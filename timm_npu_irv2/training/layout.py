@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.loader import DeviceLoader
-from ..distributed import World, from_primary
+from ..distributed import World, agree
 from ..errors import UserError
 from ..rules import Mismatch
 from ..schema import LAYOUT
@@ -122,7 +122,7 @@ def plan_layout(args: Namespace, world: World, checkpoint: Path | None) -> Layou
         UserError: The images of an update cannot be divided evenly among the processes.
     """
     own = Layout(world.size, process_batch_size(args, world), args.grad_accum_steps, lanes=world.size)
-    before = from_primary(_peek_layout(checkpoint) if world.is_primary and checkpoint else None, world)
+    before = agree(lambda: _peek_layout(checkpoint) if checkpoint else None, world)
     if before is None or args.no_resume_opt:
         if args.elastic:
             _check_numbers_of_machines(own)

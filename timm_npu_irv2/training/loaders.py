@@ -114,7 +114,9 @@ def build_eval_loader(
         raise UserError(f'--tta {args.tta}: there are two views of an image, itself and its mirror image; use --tta 2.')
     if train_loader is not None:
         class_to_idx = train_loader.class_to_idx
-    dataset = _open(args, split, pipeline, world=world, class_to_idx=class_to_idx, is_training=False,
+    # Without a training, each process opens network and data on its own: one of several networks may be skipped.
+    together = world if train_loader is not None else None
+    dataset = _open(args, split, pipeline, world=together, class_to_idx=class_to_idx, is_training=False,
                     batch_size=batch_size, num_samples=num_samples, num_classes=num_classes)
     if isinstance(dataset, IterableDataset):
         return create_stream_loader(

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from timm.models import safe_model_name
 
-from ..distributed import World, restarted
+from ..distributed import World, agree, restarted
 from ..errors import UserError
 from .saver import checkpoints_in
 
@@ -42,18 +42,21 @@ def output_dir(folder: Path, world: World, *, resume: str = '') -> Iterator[None
         UserError: It cannot be created or written to, another run has locked it, or it holds the checkpoints of
             another run.
     """
-    if not world.is_primary:
+    with contextlib.ExitStack() as stack:
+        agree(lambda: _enter(folder, resume, stack), world)
         yield
-        return
-    with _locked(folder):
-        continues_here = resume == 'auto' or restarted() or (
-            resume and Path(resume).resolve().parent == folder.resolve())
-        if not continues_here and (found := checkpoints_in(folder)):
-            raise UserError(f"the output folder '{folder}' has the checkpoints of another run ({found[0].name}): "
-                            'continue it with --resume auto, or choose another --experiment.')
-        for leftover in folder.glob('.*.part'):  # of a process that was killed while it wrote
+
+
+def _enter(folder: Path, resume: str, stack: contextlib.ExitStack) -> None:
+    """Lock a folder until the end of ``stack``, check that it is this run's, and remove unfinished files."""
+    stack.enter_context(_locked(folder))
+    continues_here = resume == 'auto' or restarted() or (resume and Path(resume).resolve().parent == folder.resolve())
+    if not continues_here and (found := checkpoints_in(folder)):
+        raise UserError(f"the output folder '{folder}' has the checkpoints of another run ({found[0].name}): "
+                        'continue it with --resume auto, or choose another --experiment.')
+    for leftover in folder.glob('.*.part'):  # of a process that was killed while it wrote
+        with contextlib.suppress(OSError):
             leftover.unlink()
-        yield
 
 
 def _open_lock(path: Path) -> TextIO:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..distributed import World, barrier
+from ..distributed import World, on_primary
 from ..errors import CannotWrite, UserError
 from ..serialization import EXTENSION, atomic_link, peek_checkpoint, read_checkpoint, stage_checkpoint
 from .checkpoint import RunInfo, training_state
@@ -20,6 +20,8 @@ __all__ = ['CheckpointSaver', 'checkpoints_in', 'find_newest']
 
 _logger = logging.getLogger(__name__)
 State = dict[str, Any]
+
+DAMAGED = (math.inf, 0, 0)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -32,12 +34,14 @@ def find_newest(folder: Path) -> Path | None:
     """Return the newest intact checkpoint in ``folder``, or None. Damaged ones are named in the log."""
     seen: set[int] = set()
     for path in sorted(checkpoints_in(folder), key=lambda path: (_progress(path), path.name), reverse=True):
-        if path.stat().st_ino in seen:
-            continue
-        seen.add(path.stat().st_ino)
         try:
+            if (number := path.stat().st_ino) in seen:
+                continue
+            seen.add(number)
             read_checkpoint(path)
             return path
+        except OSError as error:
+            _logger.warning(f'{path}: {error.strerror}. Falling back to the previous checkpoint.')
         except UserError as error:
             _logger.warning(f'{error} Falling back to the previous checkpoint.')
     return None
@@ -51,7 +55,7 @@ def _progress(path: Path) -> tuple[float, int, int]:
     """
     content = peek_checkpoint(path)
     if content is None:
-        return math.inf, 0, 0
+        return DAMAGED
     position = content.get('training', {}).get('position', {'epoch': content.get('epoch', -1) + 1, 'batch': 0})
     return content.get('saver', {}).get('resumptions', 0), position['epoch'], position['batch']
 
@@ -116,16 +120,13 @@ class CheckpointSaver:
             Diverged: The weights are no longer finite. Nothing is saved.
             CannotWrite: The disk is full, now or when the previous checkpoint was put in its place.
         """
-        self.wait()
         if not math.isnan(metric) and (self.best_metric is None or self._better(metric, self.best_metric)):
             self.best_metric, self.best_epoch = metric, epoch
         self._add_to_history(f'checkpoint-{epoch}{EXTENSION}', metric)
         saver = {**self.state_dict(), 'epoch': epoch}
         state = training_state(trainer, self._info, {**(extra or {}), 'metric': metric, 'saver': saver})
-        if state is not None:
-            last = self.folder / f'last{EXTENSION}'
-            self._write(state, last, trainer, lambda: self._publish(last, epoch))
-        barrier(self._world)
+        last = self.folder / f'last{EXTENSION}'
+        on_primary(lambda: self._write(state or {}, last, trainer, lambda: self._publish(last, epoch)), self._world)
 
     def _add_to_history(self, name: str, metric: float) -> None:
         """Add a file to the history of the best ones, and remove those that are no longer among them."""
@@ -141,23 +142,23 @@ class CheckpointSaver:
         if self.best_epoch == epoch:
             atomic_link(last, self.folder / f'model_best{EXTENSION}')
         for dropped in self._dropped:
-            (self.folder / dropped).unlink(missing_ok=True)
+            _remove(self.folder / dropped)
 
     def save_recovery(self, trainer: Trainer, extra: State | None = None) -> None:
         """Save the state in mid-epoch. It raises what :meth:`save_epoch` raises."""
-        self.wait()
         state = training_state(trainer, self._info, {**(extra or {}), 'saver': self.state_dict()})
-        if state is not None:
-            path = self.folder / f'recovery-{trainer.position.epoch}-{trainer.position.batch}{EXTENSION}'
-            self._write(state, path, trainer, self._drop_recoveries)
-        barrier(self._world)
+        path = self.folder / f'recovery-{trainer.position.epoch}-{trainer.position.batch}{EXTENSION}'
+        on_primary(lambda: self._write(state or {}, path, trainer, self._drop_recoveries), self._world)
 
     def _drop_recoveries(self) -> None:
-        recoveries = sorted(self.folder.glob(f'recovery-*{EXTENSION}'), key=_progress)
-        for dropped in recoveries[:-2]:
-            dropped.unlink(missing_ok=True)
+        """Remove all recovery files but the newest two; damaged ones, which have no position, are left alone."""
+        progress = {path: _progress(path) for path in self.folder.glob(f'recovery-*{EXTENSION}')}
+        intact = sorted((path for path in progress if progress[path] != DAMAGED), key=progress.__getitem__)
+        for dropped in intact[:-2]:
+            _remove(dropped)
 
     def _write(self, state: State, path: Path, trainer: Trainer, afterwards: Callable[[], None]) -> None:
+        self.wait()
         if not _is_finite(state['state_dict']):
             raise trainer.diverged('the weights are no longer finite, so they are not saved,')
         put_in_place = stage_checkpoint(state, path)
@@ -204,9 +205,16 @@ class CheckpointSaver:
         self._history = [(Path(name).name, metric) for name, metric in state.get('checkpoint_files', ())
                          if metric is not None]
         self._dropped = [Path(name).name for name in state.get('dropped', ())]
-        if 'epoch' in state and self._world.is_primary and path.resolve().parent == self.folder.resolve():
-            self._publish(path, state['epoch'])
+        if 'epoch' in state and path.resolve().parent == self.folder.resolve():
+            on_primary(lambda: self._publish(path, state['epoch']), self._world)
         self._history = [(name, metric) for name, metric in self._history if (self.folder / name).exists()]
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        _logger.warning(f'{path} is no longer needed, but cannot be removed: {error.strerror}.')
 
 
 def _is_finite(state_dict: State) -> bool:
