@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.failing_server import fail_now_and_then, serve
 from tests.kills import SHARDS, check, random_recipe, write_images, write_shards
 
 
@@ -33,6 +34,26 @@ def shards(images, tmp_path_factory) -> Path:
 def test_so_does_a_run_over_shards_that_is_killed_three_times(shards, tmp_path):
     words = f'{SHARDS} --model test_resnet --model-ema --mixup 0.2 --reprob 0.3 --aa rand-m5-mstd1'
     assert check(shards, tmp_path, words, kills=3, seed=int(time.time())) >= 0
+
+
+def test_so_does_one_over_shards_from_a_server_that_fails(shards, tmp_path, monkeypatch):
+    check_through_failing_server(shards, tmp_path, monkeypatch, kills=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('processes', [1, 2])
+def test_so_does_one_over_shards_from_a_server_that_fails_and_is_killed_ten_times(
+        shards, tmp_path, monkeypatch, processes):
+    check_through_failing_server(shards, tmp_path, monkeypatch, processes=processes, kills=10)
+
+
+def check_through_failing_server(shards: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **options) -> None:
+    monkeypatch.setenv('TIMM_NPU_IRV2_FETCH_TIMEOUT', '5')
+    words = ('--dataset wds/x --train-split train --val-split val --model test_resnet --model-ema --mixup 0.2 '
+             '--reprob 0.3 --aa rand-m5-mstd1')
+    with serve(shards, fail_now_and_then) as server:
+        assert check(f'{server.url}/info', folder, words, seed=int(time.time()), **options) >= 0
+        assert all(server.faults[fault] for fault in ('503', 'break', 'stall'))
 
 
 @pytest.mark.long

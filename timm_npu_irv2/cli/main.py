@@ -43,6 +43,7 @@ COMMANDS = {
     'quantize': Command('onnx_quantize.py', 'turn an ONNX file into int8'),
     'benchmark': Command('benchmark.py', 'measure the network beside its peers'),
     'tune': Command('benchmark.py', 'find the fastest settings on this device, for the other commands', ('tune',)),
+    'shards': Command('timm_npu_irv2.data.shard_writer', 'make WebDataset shards of images: shards DIR OUT'),
     'hub': Command('timm_npu_irv2.hub', 'publish and download models on the Hugging Face Hub'),
     'doctor': Command('timm_npu_irv2.cli.doctor', 'diagnose this machine: versions, devices, what does not fit'),
     'weights': Command('timm_npu_irv2.weights', 'translate weights between dialects'),

@@ -149,7 +149,8 @@ class _Download:
             etag = answer.headers.get('ETag') or ''
             self.version = (etag if not etag.startswith('W/') else '') or answer.headers.get('Last-Modified') or ''
             length = answer.headers.get('Content-Length')
-            shutil.copyfileobj(answer, file, PIECE)
+            while piece := answer.read1(PIECE):  # read would lose what has arrived before a silence
+                file.write(piece)
             if length is not None and file.tell() != start + int(length):
                 raise _Broken(f'the connection broke off after {file.tell()} of {start + int(length)} bytes')
 
