@@ -242,6 +242,19 @@ def test_a_list_of_shards_names_splits_and_is_checked(shards):
         open_loader(shards, split='train')
 
 
+def test_numbers_become_those_of_the_network_where_the_list_has_their_names(shards):
+    info(shards)
+    listed = json.loads((shards / '_info.json').read_text())
+    names = [f'class{number}' for number in range(10)]
+    listed['class_to_idx'] = {name: number for number, name in enumerate(names)}
+    (shards / '_info.json').write_text(json.dumps(listed))
+    assert open_loader(shards, split='train').class_to_idx == listed['class_to_idx']
+    backwards = {name: 9 - number for number, name in enumerate(names)}
+    assert targets(open_loader(shards, split='train', class_to_idx=backwards)) == list(range(9, -1, -1))
+    with pytest.raises(UserError, match=r"classes that the network does not know: 'class9'"):
+        open_loader(shards, split='train', class_to_idx={name: number for name, number in backwards.items() if number})
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match=r"without _info\.json name the shards, such as 'train-\{0000\.\.0003\}\.tar'"):
         open_loader(tmp_path, split='train')

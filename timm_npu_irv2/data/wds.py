@@ -19,7 +19,7 @@ from timm.data.readers.targets import get_field, has_field, parse_target_keys
 
 from ..distributed import World, agree
 from ..errors import UserError
-from .classes import clean_name
+from .classes import clean_name, map_classes
 from .fetch import shorten
 from .folder import ENDINGS
 from .samplers import SHUFFLE_WINDOW
@@ -72,6 +72,7 @@ class ShardReader(Reader):
             raise UserError('--target-key names one field: an image has one class.')
         self.shards, self.lengths = shards, shards.lengths
         self.class_to_idx = dict(class_to_idx or shards.class_to_idx)
+        self._numbers = self._renumber(shards.class_to_idx)
         self.num_classes, self.target_key = num_classes, target_key or shards.label
         self.endings = (input_key or ';'.join(IMAGES)).split(';')
         self._starts = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
@@ -103,6 +104,14 @@ class ShardReader(Reader):
         names = (url.rpartition('/')[2] for url in self.shards.urls)
         lines = '\0'.join(f'{name}|{length}' for name, length in zip(names, self.lengths, strict=True))
         return hashlib.sha256(lines.encode(errors='surrogateescape')).hexdigest()
+
+    def _renumber(self, own: Mapping[str, int]) -> dict[int, int]:
+        """Return the number of the network for each number in the shards, whose names ``own`` tells."""
+        if not own or own == self.class_to_idx:
+            return {}
+        named = {clean_name(name): number for name, number in own.items()}
+        map_classes(named, self.class_to_idx)
+        return {number: self.class_to_idx[name] for name, number in named.items()}
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the number of the shard, and of the sample in it."""
@@ -152,7 +161,7 @@ class ShardReader(Reader):
                 raise UserError(f"image {name} is of class '{label}', which {known}.")
             return index
         try:
-            return int(label)
+            return self._numbers.get(int(label), int(label))
         except (TypeError, ValueError) as error:
             raise UserError(f'image {name} has the class {label!r}, which is no number.') from error
 
