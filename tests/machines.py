@@ -1,11 +1,15 @@
 """Machines for tests: network namespaces of this one, joined by a bridge in a namespace of its own."""
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 SCRIPTS = Path(__file__).parents[1] / 'train_scripts'
 PORT = '29500'  # every test has a network of its own
@@ -24,8 +28,29 @@ def obstacle() -> str:
         return f'no network namespaces: {error.stderr.strip() or error}'
 
 
+def remove(name: str) -> None:
+    """End the processes in a network namespace, and remove it."""
+    # Workers of torchrun have sessions of their own, and do not end with it.
+    found = subprocess.run(['ip', 'netns', 'pids', name], capture_output=True, text=True, check=False)
+    for pid in found.stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    subprocess.run(['ip', 'netns', 'del', name], capture_output=True, check=False)
+
+
+def remove_stale() -> None:
+    """Remove the machines of test runs that were killed: the names tell their process ids."""
+    listed = subprocess.run(['ip', 'netns', 'list'], capture_output=True, text=True, check=False).stdout
+    for name, pid in re.findall(r'^(tn(\d+)x\d+(?:-\d+)?)\b', listed, re.MULTILINE):
+        if not Path(f'/proc/{pid}').exists():
+            remove(name)
+
+
 class Machines:
-    """Machines 0 to ``count`` − 1 with the addresses 10.213.0.1, 10.213.0.2, …, for the time of a block."""
+    """Machines 0 to ``count`` − 1 with the addresses 10.213.0.1, 10.213.0.2, …, for the time of a block.
+
+    SIGTERM ends the block; what a killed process leaves behind, the next one removes.
+    """
 
     made = 0
 
@@ -33,8 +58,12 @@ class Machines:
         Machines.made += 1
         self.count, self.name = count, f'tn{os.getpid()}x{Machines.made}'
         self.started: list[subprocess.Popen] = []
+        self.handler: Any = None
 
     def __enter__(self) -> 'Machines':
+        remove_stale()
+        if threading.current_thread() is threading.main_thread():
+            self.handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             self._ip(f'netns add {self.name}')
             self._ip(f'-n {self.name} link add bridge type bridge')
@@ -50,13 +79,11 @@ class Machines:
         for process in self.started:
             process.poll()
         for name in (self.name, *(f'{self.name}-{index}' for index in range(self.count))):
-            # Workers of torchrun have sessions of their own, and do not end with it.
-            found = subprocess.run(['ip', 'netns', 'pids', name], capture_output=True, text=True, check=False)
-            for pid in found.stdout.split():
-                os.kill(int(pid), signal.SIGKILL)
-            subprocess.run(['ip', 'netns', 'del', name], capture_output=True, check=False)
+            remove(name)
         for process in self.started:
             process.wait()
+        if self.handler is not None:
+            signal.signal(signal.SIGTERM, self.handler)
 
     @staticmethod
     def _ip(words: str) -> None:

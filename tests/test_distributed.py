@@ -259,6 +259,16 @@ def test_an_output_folder_is_locked_by_rank_0_and_refused_in_all_processes(two):
         assert is_echo == (rank > 0)
 
 
+def _compute_slowly(world: World) -> str:
+    return agree(lambda: time.sleep(25) or 'done', world)
+
+
+@pytest.mark.long
+def test_what_rank_0_computes_may_take_longer_than_a_collective(tmp_path, monkeypatch):
+    monkeypatch.setenv('COLLECTIVE_TIMEOUT', '12')
+    assert in_processes(2, {'slow': _compute_slowly}, tmp_path)['slow'] == ['done', 'done']
+
+
 def _stop_at(world: World) -> int:
     """The step after which a process stops if rank 1 is told to at its third."""
     with StopRequest(world) as stop:

@@ -9,6 +9,7 @@
     python train_scripts/benchmark.py tune --amp      # the fastest settings on this device, for the other scripts
     python train_scripts/benchmark.py profile         # operators of ten training steps and their times
     python train_scripts/benchmark.py busy            # train.py and the launcher beside busy loops
+    python train_scripts/benchmark.py growth          # time and memory by images listed, processes, classes
     python train_scripts/benchmark.py table report.json …     # rows for the table in docs/model_zoo.md
 """
 
@@ -23,12 +24,24 @@ from pathlib import Path
 
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as devices
-from timm_npu_irv2.benchmarks import busy, inference, input, operators, profile, report, step, table, training, tune
+from timm_npu_irv2.benchmarks import (
+    busy,
+    growth,
+    inference,
+    input,
+    operators,
+    profile,
+    report,
+    step,
+    table,
+    training,
+    tune,
+)
 from timm_npu_irv2.benchmarks.counting import Journal
 from timm_npu_irv2.plots import draw_bar_chart
 
 COMMANDS = {'step': step, 'train': training, 'infer': inference, 'input': input, 'ops': operators,
-            'busy': busy, 'tune': tune, 'profile': profile, 'table': table}
+            'busy': busy, 'growth': growth, 'tune': tune, 'profile': profile, 'table': table}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

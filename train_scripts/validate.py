@@ -256,11 +256,11 @@ def measure(args: Namespace, world: World, candidate: Candidate, batch_size: int
     """Return the results of one model on rank 0, nothing on the others. If one process fails, all of them do."""
     random_seed(args.seed)
     job = together(lambda: build_job(args, world, candidate, batch_size), world)
-    tally = Tally(len(job.loader), args.log_freq)
+    tally = Tally(len(job.loader), args.log_freq, keep=bool(args.real_labels or args.metrics_avg or args.picture))
     with contextlib.closing(job.loader):
         metrics = evaluate(job.model, job.loader, world, tta=args.tta, on_batch=tally, autocast=job.autocast)
         seconds = time.perf_counter() - tally.started
-        answers = gather_objects(tally.answers(job.loader), world)
+        answers = gather_objects(tally.answers(job.loader), world) if tally.keep else []
         bad_images = sorted(name for names in gather_objects(list(job.loader.bad_images), world) for name in names)
     results = agree(lambda: collect(args, candidate, metrics, job.figures, seconds, job.loader, answers), world)
     if bad_images:

@@ -1,6 +1,7 @@
 """Splits of a data set in a folder: subfolders or tar files named train, val, test and so on."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import UserError
@@ -35,15 +36,16 @@ def find_split(root: str | os.PathLike, split: str) -> Path:
         return root
     wanted = (split.lower(), *_synonyms(split))
     for folder in (root, root / 'data'):
-        splits = _splits_in(folder)
+        splits = _splits_in(folder, _KNOWN.union(wanted))
         for name in wanted:
             if name in splits:
                 return splits[name]
         named = folder / split
-        if named.is_dir() and (splits or not any(named.iterdir())):  # no class folders in it, nor a class itself
+        # It holds no class folders, nor is it a class itself.
+        if named.is_dir() and (_splits_in(folder) or not any(named.iterdir())):
             return named
         if _KNOWN.intersection(splits):
-            there = ', '.join(sorted(path.name for path in splits.values()))
+            there = ', '.join(sorted(path.name for path in _splits_in(folder).values()))
             raise UserError(f"there is no split '{split}' in '{folder}', only {there}: name another split, or make the "
                             f'folder {split}/.')
     if set(wanted) <= _KNOWN - set(_SYNONYMS[2]) or root.resolve().name.lower() in wanted:
@@ -61,13 +63,19 @@ def _synonyms(split: str) -> tuple[str, ...]:
     return next((names for names in _SYNONYMS if split.lower() in names), ())
 
 
-def _splits_in(folder: Path) -> dict[str, Path]:
-    """Return the tar files and the folders of folders by their lower-case names; a class folder holds images alone."""
+def _splits_in(folder: Path, names: Collection[str] | None = None) -> dict[str, Path]:
+    """Return the tar files and the folders of folders by their lower-case names; a class folder holds images alone.
+
+    Args:
+        folder: Folder, which may be missing.
+        names: Names to look at; None for all, which takes long where class folders hold millions of images.
+    """
     if not folder.is_dir():
         return {}
     tars = {path.stem.lower(): path for path in folder.glob('*.tar')}
     folders = {path.name.lower(): path for path in folder.iterdir()
-               if path.is_dir() and not path.name.startswith('.') and _holds_folders(path)}
+               if (names is None or path.name.lower() in names)
+               and path.is_dir() and not path.name.startswith('.') and _holds_folders(path)}
     return tars | folders
 
 

@@ -25,18 +25,26 @@ ProcessAnswers = tuple[list[int] | None, list[list[int]], list[int]]
 
 @dataclass
 class Tally:
-    """The five most likely classes of each image of this process; it also logs the progress."""
+    """The five most likely classes of each image of this process; it also logs the progress.
+
+    Attributes:
+        batches: Number of batches.
+        log_freq: Batches between two lines of the log.
+        keep: True to keep the classes and the targets, which takes 50 bytes an image.
+    """
 
     batches: int
     log_freq: int
+    keep: bool = True
     started: float = field(default_factory=time.perf_counter)
     answered: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
 
     def __call__(self, index: int, output: Tensor, target: Tensor) -> None:
         """Record a batch: its index, logits and targets."""
-        self.answered.append(output.topk(min(5, output.shape[1]), dim=1).indices)
-        self.targets.append(target)
+        if self.keep:
+            self.answered.append(output.topk(min(5, output.shape[1]), dim=1).indices)
+            self.targets.append(target)
         if index % self.log_freq == 0:
             _logger.info(f'Validate [{index + 1:>{len(str(self.batches))}}/{self.batches}]')
 
