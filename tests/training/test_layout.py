@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,7 +88,9 @@ def plan(folder: Path, before: Layout | None, processes: int, *words: str) -> La
     path = None
     if before is not None:
         path = folder / 'a.pth.tar'
-        torch.save({'args': {}, 'training': {'layout': before.state_dict()}}, path)
+        content = training_state(*trainer_by_options(seed=0))
+        content['training']['layout'] = before.state_dict()
+        write_checkpoint(content, path)
     return plan_layout(args, World(size=processes) if processes == 1 else Alone(size=processes), path)
 
 
