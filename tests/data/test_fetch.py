@@ -3,17 +3,21 @@
 import hashlib
 import http.client
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.data.test_wds import PIPELINE, encoded, open_loader, targets, write
 from tests.failing_server import fail_now_and_then, serve
 from timm_npu_irv2.data import fetch as fetching
+from timm_npu_irv2.data import wds
 from timm_npu_irv2.data.dataset import open_dataset
 from timm_npu_irv2.data.fetch import Missing, fetch
 from timm_npu_irv2.data.loader import create_eval_loader
+from timm_npu_irv2.data.samplers import order_shards
 from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
 
@@ -119,6 +123,24 @@ def test_several_processes_fetch_different_shards(shards):
                 for rank in range(2)]
         assert sorted(seen[0] + seen[1]) == list(range(36))
         assert all(server.requests[f'{shard}.tar'] == 1 for shard in range(12))
+
+
+def test_one_process_that_takes_over_from_four_keeps_the_shards_of_all(shards, monkeypatch):
+    monkeypatch.setattr(wds, 'SHUFFLE_WINDOW', 0)
+    with serve(shards) as server:
+        dataset = open_dataset('wds/x', server.url, 'train')
+        dataset.reader.keep_for_lanes(4)
+        seen = [dataset[index][1] for index in order_shards([3] * 12, 4).tolist()]
+        assert sorted(seen) == list(range(36)) and seen != sorted(seen)
+        assert all(server.requests[f'{shard}.tar'] == 1 for shard in range(12))
+
+
+def test_threads_read_what_they_ask_for(shards, monkeypatch):
+    monkeypatch.setattr(wds, 'SHUFFLE_WINDOW', 0)  # so that they close each other's files
+    dataset = open_dataset('wds/x', str(shards), 'train')
+    indices = np.random.default_rng(0).integers(0, 36, 400).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert [target for _, target in pool.map(dataset.__getitem__, indices)] == indices
 
 
 def test_without_a_list_each_shard_is_counted(shards):

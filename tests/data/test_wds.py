@@ -260,6 +260,8 @@ def test_what_is_missing_is_named(tmp_path):
         open_loader(tmp_path, split='train')
     with pytest.raises(UserError, match=r'0\.tar cannot be read: No such file or directory'):
         open_loader(tmp_path, split='0.tar')
+    with pytest.raises(UserError, match=r"data folder '\S+/none' does not exist: check --data-dir"):
+        open_loader(tmp_path / 'none', split='train')
 
 
 @pytest.mark.parametrize('opener', [gzip.open, bz2.open, lzma.open])

@@ -320,7 +320,7 @@ def create_eval_loader(
 ) -> DeviceLoader:
     """Return the loader of evaluation images in their order; rank r yields samples r, r + world.size, …, each once.
 
-    Of shards each process has its own, as far as they are of equal length.
+    Of shards each process has its own, see :func:`.samplers.order_shards`.
 
     Args:
         dataset: Data set with an index.

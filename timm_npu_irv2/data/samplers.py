@@ -71,8 +71,9 @@ def preserve_rng_state(device: torch.device | None = None) -> Iterator[None]:
 def order_shards(lengths: Sequence[int], lanes: int = 1, seed: int | None = None) -> np.ndarray:
     """Return a global order of the samples in shards, which reads each shard from its beginning to its end.
 
-    The shards are dealt to ``lanes``, which take turns, sample by sample. So as many processes, of which each takes
-    every ``lanes``-th sample, read different shards; only behind the end of the shortest lane they may meet in one.
+    The shards are laid in a row, which is cut into ``lanes`` of equal length; the lanes take turns, sample by sample.
+    So as many processes, of which each takes every ``lanes``-th sample, read different shards, but for those that are
+    cut.
 
     Args:
         lengths: Number of samples in each shard.
@@ -85,20 +86,16 @@ def order_shards(lengths: Sequence[int], lanes: int = 1, seed: int | None = None
     """
     counts = torch.as_tensor(lengths, dtype=torch.int64)
     starts = counts.cumsum(0) - counts
-    lanes = max(1, min(lanes, len(counts)))
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     shards = torch.arange(len(counts)) if generator is None else torch.randperm(len(counts), generator=generator)
-    order, turns = [], []
-    for lane in range(lanes):
-        own = shards[lane::lanes]
-        samples = torch.cat([torch.arange(int(starts[shard]), int(starts[shard] + counts[shard])) for shard in own])
-        places = torch.arange(len(samples))
+    row = torch.cat([torch.arange(int(starts[shard]), int(starts[shard] + counts[shard])) for shard in shards])
+    order = torch.empty_like(row)
+    for lane, samples in enumerate(row.tensor_split(lanes)):
         if generator is not None:
             delays = SHUFFLE_WINDOW * torch.rand(len(samples), generator=generator, dtype=torch.float64)
-            samples = samples[(places + delays).argsort(stable=True)]
-        order.append(samples)
-        turns.append(places * lanes + lane)
-    return torch.cat(order)[torch.cat(turns).argsort(stable=True)].numpy()
+            samples = samples[(torch.arange(len(samples)) + delays).argsort(stable=True)]  # noqa: PLW2901 - in another order
+        order[lane::lanes] = samples
+    return order.numpy()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from .tar_index import DAMAGE, TarIndex, index_tar, read_sample
 __all__ = ['ShardFiles']
 
 PREFIX = 'timm_npu_irv2-shards-'
-MOST_OPEN = 64  # files of a process
+MOST_OPEN = 256  # files of a process
 
 
 class ShardFiles:
@@ -40,16 +41,18 @@ class ShardFiles:
         self.urls, self.hashes, self.capacity = urls, hashes, capacity
         self._folder, self._lock = _make_folder()
         self._open: collections.OrderedDict[int, tuple[BinaryIO, TarIndex]] = collections.OrderedDict()
-        self._owner = os.getpid()
+        self._owner, self._mutex = os.getpid(), threading.RLock()
         weakref.finalize(self, _remove, self._folder, os.getpid())
 
-    def index(self, number: int) -> TarIndex:
-        """Return the places of the samples in a shard.
+    def count(self, number: int) -> tuple[int, str]:
+        """Return the number of samples in a shard, and the reason why it cannot be read behind them; '' for none.
 
         Raises:
             UserError: The shard cannot be fetched.
         """
-        return self._opened(number)[1]
+        with self._in_this_process():
+            index = self._opened(number)[1]
+        return len(index), index.error
 
     def read(self, number: int, sample: int) -> tuple[str, dict[str, bytes]]:
         """Return the key of a sample and the contents of its files by ending.
@@ -62,22 +65,27 @@ class ShardFiles:
             UserError: The shard cannot be fetched.
             ValueError: The shard is damaged, or has fewer samples.
         """
-        file, index = self._opened(number)
-        if sample >= len(index):
-            raise ValueError(index.error or f'the shard has only {len(index)} samples')
-        start, end = (int(place) for place in index.bounds[sample:sample + 2])
-        content = os.pread(file.fileno(), end - start, start)
+        with self._in_this_process():
+            file, index = self._opened(number)
+            if sample >= len(index):
+                raise ValueError(index.error or f'the shard has only {len(index)} samples')
+            start, end = (int(place) for place in index.bounds[sample:sample + 2])
+            content = os.pread(file.fileno(), end - start, start)
         try:
             return read_sample(content)
         except DAMAGE as error:
             raise ValueError(str(error)) from error
 
     def __getstate__(self) -> dict[str, Any]:  # for a worker that is not forked
-        return {**self.__dict__, '_lock': None, '_open': collections.OrderedDict()}
+        return {**self.__dict__, '_lock': None, '_mutex': None, '_owner': 0}
+
+    def _in_this_process(self) -> contextlib.AbstractContextManager:
+        """Return the lock of the open files, which another thread could close; a worker must open its own."""
+        if os.getpid() != self._owner:
+            self._owner, self._mutex, self._open = os.getpid(), threading.RLock(), collections.OrderedDict()
+        return self._mutex
 
     def _opened(self, number: int) -> tuple[BinaryIO, TarIndex]:
-        if os.getpid() != self._owner:  # a worker must not share what it opens
-            self._owner, self._open = os.getpid(), collections.OrderedDict()
         if number not in self._open:
             file = self._file(number)
             self._open[number] = file, self._index(number, file)

@@ -56,6 +56,8 @@ def find_shards(root: str, split: str, on_bad_image: str = 'stop') -> ShardList:
     Raises:
         UserError: No such folder, split or shard, or a damaged shard.
     """
+    if root and not is_remote(root) and not local_path(root).is_dir():
+        raise UserError(f"data folder '{root}' does not exist: check --data-dir.")
     info = _read_info(root)
     splits = info.get('splits', {})
     if 'tar' not in split and '..' not in split:
@@ -160,10 +162,10 @@ def _count(shards: ShardList, on_bad_image: str) -> ShardList:
     """Count the samples of shards, each of which is read once for it."""
     files, lengths, damaged = ShardFiles(shards.urls), [], {}
     for number, url in enumerate(shards.urls):
-        index = files.index(number)
-        if index.error and on_bad_image == 'stop':
-            raise UserError(f'shard {shorten(url)} cannot be read: {index.error}')
-        if index.error:
-            damaged[shorten(url)] = index.error
-        lengths.append(len(index))
+        length, error = files.count(number)
+        if error and on_bad_image == 'stop':
+            raise UserError(f'shard {shorten(url)} cannot be read: {error}')
+        if error:
+            damaged[shorten(url)] = error
+        lengths.append(length)
     return replace(shards, lengths=tuple(lengths), damaged=damaged)

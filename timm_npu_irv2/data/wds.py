@@ -87,7 +87,7 @@ class ShardReader(Reader):
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         shard, sample = self._place(index)
-        found, expected = len(self._files.index(shard)), self.lengths[shard]
+        (found, _), expected = self._files.count(shard), self.lengths[shard]
         if found > expected:
             raise UserError(f'shard {self._url(shard)} has {found} samples, not {expected} as _info.json says: write '
                             'that file again.')
@@ -112,6 +112,10 @@ class ShardReader(Reader):
         named = {clean_name(name): number for name, number in own.items()}
         map_classes(named, self.class_to_idx)
         return {number: self.class_to_idx[name] for name, number in named.items()}
+
+    def keep_for_lanes(self, number: int) -> None:
+        """Keep the fetched shards of some lanes, where fewer processes than at the beginning read those of others."""
+        self._files.capacity = min(len(self.lengths), self._spread() * number)
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the number of the shard, and of the sample in it."""

@@ -183,7 +183,9 @@ def _train_sampler(
         raise UserError('--train-batch-sizes must have as many values as --train-img-sizes.')
     if mixup_active(args) and any(each % 2 for each in batch_sizes):
         raise UserError('Mixup and CutMix pair the images of a batch: use an even --batch-size.')
-    reader = getattr(dataset, 'reader', None)
+    reader: Any = getattr(dataset, 'reader', None)
+    if hasattr(reader, 'keep_for_lanes'):
+        reader.keep_for_lanes(lanes if lanes % world.size else lanes // world.size)
     if not args.train_batches_per_epoch:
         epoch_samples = epoch_samples or getattr(reader, 'epoch_samples', None)
     return create_train_sampler(
