@@ -56,6 +56,15 @@ def test_a_broken_torch_npu_is_diagnosed_though_it_breaks_import_torch(tmp_path)
     assert 'Traceback' not in process.stdout + process.stderr
 
 
+def test_a_torchvision_that_does_not_fit_torch_is_a_problem(tmp_path):
+    (tmp_path / 'torchvision.py').write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    process = doctor(PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep))
+    assert process.returncode == 1
+    assert '✓ import torch' in process.stdout
+    assert '✗ import timm' in process.stdout and 'operator torchvision::nms does not exist' in process.stdout
+    assert 'install torch and torchvision together' in process.stdout
+
+
 @pytest.mark.parametrize('cann, status', [('9.0.0', 'problem'), ('8.1.RC1', 'ok'), ('99.0', 'info')])
 def test_cann_is_compared_with_the_published_table(tmp_path, monkeypatch, cann, status):
     (tmp_path / 'site').mkdir()

@@ -165,16 +165,31 @@ def _torch(environ: Mapping[str, str], vendors: str | None) -> tuple[dict[str, l
     """Return the accelerators that torch sees, by kind, and what importing it shows."""
     whole = _run(_SURVEY, environ)
     if whole.returncode == 0:
-        return json.loads(whole.stdout.splitlines()[-1]), [Finding('import torch', 'ok', 'works')]
-    # The first error of a chain is the cause; those after it say that something failed.
-    errors = re.findall(r'^\w*Error: .+', whole.stderr, re.MULTILINE) or whole.stderr.strip().splitlines()[-1:]
-    reason = errors[0] if errors else 'it ends without a message'
+        return json.loads(whole.stdout.splitlines()[-1]), [Finding('import torch', 'ok', 'works'), _timm(environ)]
+    reason = _reason(whole)
     alone = _run('import torch', {**environ, 'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'})
     if alone.returncode == 0 and vendors:
         return {}, [Finding('import torch', 'problem', reason, f'torch itself works; {vendors} does not load',
                             "load CANN's set_env.sh and check the versions above; until then "
                             'TORCH_DEVICE_BACKEND_AUTOLOAD=0 gives torch without NPUs')]
     return {}, [Finding('import torch', 'problem', reason, 'torch does not load', 'install torch again')]
+
+
+def _timm(environ: Mapping[str, str]) -> Finding:
+    """Return what importing timm shows, which imports torchvision."""
+    process = _run('import timm', environ)
+    if process.returncode == 0:
+        return Finding('import timm', 'ok', 'works')
+    if 'torchvision' in process.stderr:
+        return Finding('import timm', 'problem', _reason(process), 'torchvision does not fit this build of torch',
+                       'install torch and torchvision together, from the same index')
+    return Finding('import timm', 'problem', _reason(process), 'timm does not load', 'pip install --force-reinstall timm')
+
+
+def _reason(process: subprocess.CompletedProcess[str]) -> str:
+    """Return the cause of a failure: the first error of a chain; those after it say that something failed."""
+    errors = re.findall(r'^\w*Error: .+', process.stderr, re.MULTILINE) or process.stderr.strip().splitlines()[-1:]
+    return errors[0] if errors else 'it ends without a message'
 
 
 def _run(code: str, environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
