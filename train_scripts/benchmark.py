@@ -38,6 +38,7 @@ from timm_npu_irv2.benchmarks import (
     tune,
 )
 from timm_npu_irv2.benchmarks.counting import Journal
+from timm_npu_irv2.cli.checks import check_installed, check_output_file
 from timm_npu_irv2.plots import draw_bar_chart
 
 COMMANDS = {'step': step, 'train': training, 'infer': inference, 'input': input, 'ops': operators,
@@ -76,6 +77,10 @@ def main() -> int:
     """Run the benchmark, write its figures, and return the exit code."""
     args = parse_args()
     try:
+        check_output_file('--json', str(args.json or ''))
+        check_output_file('--chart', str(args.chart or ''))
+        if args.chart:
+            check_installed('--chart', 'matplotlib')
         result = step.run(args, find_journal()) if args.command == 'step' else COMMANDS[args.command].run(args)
         if args.json:
             report.write_json(args.json, result)

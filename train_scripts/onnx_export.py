@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_npu_irv2 import hub
-from timm_npu_irv2.cli.checks import check_image_size, check_rules
+from timm_npu_irv2.cli.checks import check_image_size, check_output_file, check_rules
 from timm_npu_irv2.cli.flags import OUR_MODEL
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.deploy import InferenceNetwork, onnx, to_inference
@@ -44,11 +44,11 @@ def parse(argv: Sequence[str]) -> Namespace:
         UserError: Unknown option, value out of range, or contradiction.
     """
     args = ONNX_EXPORT.parse(argv)
+    check_output_file('FILE.onnx', args.output)
     args.output = Path(args.output)
     check_image_size(OUR_MODEL, (args.input_size or [])[1:])
     check_rules([
         (args.input_size and args.img_size, '--img-size and --input-size mean the same: leave one out.'),
-        (not args.output.parent.is_dir(), f'cannot write {args.output}: there is no folder {args.output.parent}.'),
         (args.checkpoint and not Path(args.checkpoint).is_file(), f'--checkpoint {args.checkpoint}: no such file.'),
         (args.dynamo and args.opset < 18, f'--dynamo does not support opset {args.opset}: leave it out, or use '
          '--opset 18, which ATC may not support.'),

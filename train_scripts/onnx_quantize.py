@@ -28,6 +28,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm_npu_irv2.cli.checks import check_output_file
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.deploy import onnx, quantization
 from timm_npu_irv2.errors import UserError
@@ -43,11 +44,11 @@ def parse(argv: Sequence[str]) -> Namespace:
         UserError: An unknown option, a value out of range, a missing file or folder.
     """
     args = ONNX_QUANTIZE.parse(argv)
+    check_output_file('INT8.onnx', args.output)
     args.model, args.output = Path(args.model), Path(args.output)
     wrong = [
         (not args.model.is_file(), f'{args.model}: no such file.'),
         (not args.calibration, '--calibration DIR is missing: name a folder of images like those the model will see.'),
-        (not args.output.parent.is_dir(), f'cannot write {args.output}: there is no folder {args.output.parent}.'),
         (args.model.resolve() == args.output.resolve(), 'the int8 file would overwrite the float32 one.'),
     ]
     for is_wrong, text in wrong:

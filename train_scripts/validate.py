@@ -27,7 +27,7 @@ import json
 import logging
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +69,15 @@ from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.hub.client import CONFIG, WEIGHTS, download, split_revision
 from timm_npu_irv2.serialization import atomic_write
 from timm_npu_irv2.training import setup
-from timm_npu_irv2.training.answers import ProcessAnswers, Tally, averaged_metrics, draw_answers, real_accuracy
+from timm_npu_irv2.training.answers import (
+    ProcessAnswers,
+    Tally,
+    averaged_metrics,
+    check_index,
+    draw_answers,
+    read_real_labels,
+    real_accuracy,
+)
 from timm_npu_irv2.training.evaluation import evaluate
 from timm_npu_irv2.training.loaders import build_eval_loader
 
@@ -112,12 +120,21 @@ class Loaded(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A candidate ready to be evaluated: network and images, entries of its results, context of the forward pass."""
+    """A candidate ready to be evaluated.
+
+    Attributes:
+        model: Network on its device.
+        loader: Batches of images.
+        figures: Entries of the results.
+        autocast: Context of the forward pass.
+        real_labels: Classes by the stem of the file name, in place of those of the data set; None for the latter.
+    """
 
     model: nn.Module
     loader: Any
     figures: dict[str, Any]
     autocast: Callable[[], contextlib.AbstractContextManager]
+    real_labels: Mapping[str, Sequence[int]] | None = None
 
 
 # ------------------------------------------------------------------------------------------------------- options
@@ -262,7 +279,7 @@ def measure(args: Namespace, world: World, candidate: Candidate, batch_size: int
         seconds = time.perf_counter() - tally.started
         answers = gather_objects(tally.answers(job.loader), world) if tally.keep else []
         bad_images = sorted(name for names in gather_objects(list(job.loader.bad_images), world) for name in names)
-    results = agree(lambda: collect(args, candidate, metrics, job.figures, seconds, job.loader, answers), world)
+    results = agree(lambda: collect(args, candidate, metrics, job, seconds, answers), world)
     if bad_images:
         _logger.warning(f'{len(bad_images)} unreadable image(s) were not counted; the results name them.')
         results |= {'bad_image_count': len(bad_images), 'bad_images': bad_images}
@@ -284,6 +301,9 @@ def build_job(args: Namespace, world: World, candidate: Candidate, batch_size: i
     loader = build_eval_loader(
         args, pipeline, world, split=args.split, batch_size=batch_size, num_samples=args.num_samples,
         num_classes=None if args.valid_labels else num_classes, class_to_idx=class_to_idx, dtype=dtype)
+    real_labels = read_real_labels(args.real_labels, loader) if args.real_labels else None
+    if args.picture:
+        check_index('--picture', loader)
     precision = format if deployed else describe_precision(dtype, amp_dtype if args.amp else None)
     _logger.info(f'{candidate.model}: {parameters / 1e6:.2f} M parameters, {num_classes} classes, '
                  f'{pipeline.input_size[-1]} px; {world.size} × {world.device.type}, {precision}; '
@@ -292,7 +312,7 @@ def build_job(args: Namespace, world: World, candidate: Candidate, batch_size: i
                'crop_pct': pipeline.crop_pct, 'interpolation': pipeline.interpolation, 'format': format,
                'file_mb': round(size / 1e6, 1) if size else None}
     return Job(prepare(args, model, world.device, dtype, num_classes, deployed=deployed), loader, figures,
-               partial(devices.autocast, world.device, amp_dtype if args.amp else None))
+               partial(devices.autocast, world.device, amp_dtype if args.amp else None), real_labels)
 
 
 def load(args: Namespace, candidate: Candidate, device: torch.device) -> Loaded:
@@ -355,23 +375,23 @@ def prepare(
 
 
 def collect(
-        args: Namespace, candidate: Candidate, metrics: dict[str, float], figures: dict[str, Any], seconds: float,
-        loader: Any, answers: Sequence[ProcessAnswers],
+        args: Namespace, candidate: Candidate, metrics: dict[str, float], job: Job, seconds: float,
+        answers: Sequence[ProcessAnswers],
 ) -> Results:
     """Return the entries of timm's validate.py, then those of this script."""
-    if args.real_labels:
-        metrics = {**metrics, **real_accuracy(args.real_labels, loader, answers)}
+    if job.real_labels is not None:
+        metrics = {**metrics, **real_accuracy(job.real_labels, job.loader, answers)}
     results: Results = {'model': candidate.model}
     for key in 'top1', 'top5':
         results |= {key: round(metrics[key], 4), f'{key}_err': round(100 - metrics[key], 4)}
     if args.metrics_avg:
         results |= averaged_metrics(args.metrics_avg, answers)
-    results |= {**figures, 'loss': metrics['loss'], 'count': metrics['count'],
+    results |= {**job.figures, 'loss': metrics['loss'], 'count': metrics['count'],
                 'images_per_second': round(metrics['count'] / seconds, 2)}
     if candidate.place:
         results['checkpoint'] = candidate.place
     if args.picture:
-        draw_answers(Path(args.picture), loader, answers)
+        draw_answers(Path(args.picture), job.loader, answers)
     _logger.info(f' * Acc@1 {results["top1"]:.3f} ({results["top1_err"]:.3f}) '
                  f'Acc@5 {results["top5"]:.3f} ({results["top5_err"]:.3f}) of {metrics["count"]} images')
     return results

@@ -62,6 +62,8 @@ def test_train_and_ops_print_a_ratio_with_its_spread(tmp_path):
     (['step', '--zoo'], 'needs apex, which is not on PyPI'),
     (['step', '--zoo', '--float32'], 'leave --float32 out'),
     (['fly'], 'invalid choice'),
+    (['step', '--json', 'no/folder/step.json'], '--json: cannot write no/folder/step.json: there is no folder'),
+    (['step', '--chart', 'no/folder/step.png'], '--chart: cannot write no/folder/step.png: there is no folder'),
 ])
 def test_nonsense_is_refused_in_a_line(arguments, words):
     result = benchmark(*arguments)

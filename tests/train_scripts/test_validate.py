@@ -294,8 +294,10 @@ def test_errors_are_one_line(images, checkpoint, tmp_path, capfd, words, message
     file = tmp_path / 'small.pth' if '--num-classes' in words else checkpoint
     arguments = ['--data-dir', str(images), *MODEL, '--checkpoint', str(file), *words]
     assert run_script('validate.py', validate.main, arguments) == 2
-    (line,) = (line for line in capfd.readouterr().err.splitlines() if 'error:' in line)
+    lines = capfd.readouterr().err.splitlines()
+    (line,) = (line for line in lines if 'error:' in line)
     assert line.startswith('validate.py: error: ') and message in line
+    assert not [line for line in lines if line.startswith('Validate [')]  # found before the evaluation
 
 
 def test_out_of_memory_is_one_line_and_retried_if_asked(results, monkeypatch):

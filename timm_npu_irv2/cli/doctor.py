@@ -183,7 +183,8 @@ def _timm(environ: Mapping[str, str]) -> Finding:
     if 'torchvision' in process.stderr:
         return Finding('import timm', 'problem', _reason(process), 'torchvision does not fit this build of torch',
                        'install torch and torchvision together, from the same index')
-    return Finding('import timm', 'problem', _reason(process), 'timm does not load', 'pip install --force-reinstall timm')
+    return Finding('import timm', 'problem', _reason(process), 'timm does not load',
+                   'pip install --force-reinstall timm')
 
 
 def _reason(process: subprocess.CompletedProcess[str]) -> str:

@@ -209,6 +209,8 @@ def _naming(name: str, split: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except ModuleNotFoundError as error:
+        raise UserError(f"data set '{name}': {error.name} is not installed: pip install {error.name}.") from error
     except Exception as error:  # the readers of timm and torchvision check arguments by whatever fails first
         raise UserError(f"data set '{name}', split '{split}': {first_line(error)}") from error
 

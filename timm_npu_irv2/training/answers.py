@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from ..data.loader import DeviceLoader
 from ..errors import UserError
 from ..plots import Prediction, draw_prediction_grid, select_predictions
 
-__all__ = ['ProcessAnswers', 'Tally', 'averaged_metrics', 'draw_answers', 'real_accuracy']
+__all__ = ['ProcessAnswers', 'Tally', 'averaged_metrics', 'check_index', 'draw_answers', 'read_real_labels',
+           'real_accuracy']
 
 _logger = logging.getLogger(__name__)
 
@@ -55,24 +56,47 @@ class Tally:
         return loader.indices, torch.cat(self.answered).tolist(), torch.cat(self.targets).tolist()
 
 
-def real_accuracy(path: str, loader: Any, answers: Sequence[ProcessAnswers]) -> dict[str, float]:
-    """Return top-1 and top-5 in percent by the reassessed labels, over the images that have any."""
+def check_index(option: str, loader: Any) -> None:
+    """Raise UserError if an option needs images by their numbers, which a stream does not have."""
     if not isinstance(loader, DeviceLoader):
-        raise UserError('--real-labels needs a data set with file names.')
+        raise UserError(f'{option} needs a data set with an index: a stream has none.')
+
+
+def read_real_labels(path: str, loader: Any) -> Mapping[str, Sequence[int]]:
+    """Return the reassessed labels of ImageNet by the stems of the file names: shards have other endings.
+
+    Raises:
+        UserError: The file cannot be read, or the data set is not that of the labels.
+    """
+    check_index('--real-labels', loader)
     try:
         samples: Any = loader.samples
-        every = RealLabelsImagenet(samples.filenames(basename=True), path).real_labels
-        labels = {name.partition('.')[0]: right for name, right in every.items()}  # shards have other endings
+        names = samples.filenames(basename=True)
+        every = RealLabelsImagenet(names, path).real_labels
     except (AssertionError, AttributeError, OSError, ValueError) as error:
         reason = str(error) or 'the data set is not the 50000 images of ImageNet'
         raise UserError(f'--real-labels {path}: {reason}') from error
+    labels = {_stem(name): classes for name, classes in every.items()}
+    if unknown := next((name for name in names if _stem(name) not in labels), None):
+        raise UserError(f'--real-labels {path}: {unknown} is no validation image of ImageNet.')
+    return labels
+
+
+def _stem(name: str) -> str:
+    return name.partition('.')[0]
+
+
+def real_accuracy(
+        labels: Mapping[str, Sequence[int]],
+        loader: Any,
+        answers: Sequence[ProcessAnswers],
+) -> dict[str, float]:
+    """Return top-1 and top-5 in percent by the reassessed labels, over the images that have any."""
+    samples: Any = loader.samples
     hits: dict[str, list[bool]] = {'top1': [], 'top5': []}
     for indices, answered, _ in answers:
         for index, guesses in zip(indices or (), answered, strict=True):
-            name = samples.filename(index, basename=True)
-            right = labels.get(name.partition('.')[0])
-            if right is None:
-                raise UserError(f'--real-labels {path}: {name} is no validation image of ImageNet.')
+            right = labels[_stem(samples.filename(index, basename=True))]
             if right:
                 hits['top1'].append(guesses[0] in right)
                 hits['top5'].append(any(guess in right for guess in guesses))
@@ -81,8 +105,6 @@ def real_accuracy(path: str, loader: Any, answers: Sequence[ProcessAnswers]) -> 
 
 def draw_answers(path: Path, loader: Any, answers: Sequence[ProcessAnswers]) -> None:
     """Draw some images with their predictions, the wrong ones first."""
-    if not isinstance(loader, DeviceLoader):
-        raise UserError('--picture needs a data set with an index.')
     names = {index: name for name, index in (loader.class_to_idx or {}).items()}
     every = sorted((index, answered[0], target) for indices, ranked, targets in answers
                    for index, answered, target in zip(indices or (), ranked, targets, strict=True))
