@@ -3,7 +3,7 @@
 # on the best device available, evaluates on the digits held out, and draws some of them with their predictions.
 #     bash train_scripts/quickstart.sh [options of train.py, for example --epochs 2]
 # VENV is the environment's folder (.venv-quickstart here), OUT that of the results (output/quickstart here).
-# TORCH_CPU_INDEX is the address of an index with PyTorch's CPU builds, for machines without a GPU: they take 1 GB instead of 6.
+# TORCH_CPU_INDEX is the address of an index with PyTorch's CPU builds, for machines without a GPU: they take 1.3 GB instead of 6.
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 

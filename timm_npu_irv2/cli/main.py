@@ -65,6 +65,10 @@ def scripts_dir() -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit code: 2 for one that does not exist."""
+    if '_ARGCOMPLETE' in os.environ:  # the shell asks for completions
+        from .completion import complete  # noqa: PLC0415 - the tables of options take a moment
+
+        complete({name: command.target for name, command in COMMANDS.items()})
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ('-h', '--help'):
         print(_help())

@@ -93,13 +93,17 @@ class CommandLine:
     groups: tuple[Group, ...]
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    def parser(self) -> argparse.ArgumentParser:
+        """Return the parser of the table, without the rules of :meth:`parse`."""
+        return _build_parser(self.groups, self.prog, self.description)
+
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse the words after the script's name, over the YAML file that ``-c`` names.
 
         Raises:
             UserError: The command line or the file has a mistake.
         """
-        parser = _build_parser(self.groups, self.prog, self.description)
+        parser = self.parser()
         arguments = [_hyphens(word) for word in argv]
         for word in arguments:
             if (name := word.split('=')[0]) in self.refused:
@@ -195,7 +199,7 @@ def config_file(arguments: Sequence[str]) -> Path | None:
     return finder.parse_known_args(arguments)[0].config
 
 
-def _config_words(parser: _Parser, path: Path, refused: Mapping[str, str]) -> list[str]:
+def _config_words(parser: argparse.ArgumentParser, path: Path, refused: Mapping[str, str]) -> list[str]:
     """Return the YAML file as a command line, so that the same rules apply to both."""
     try:
         options = yaml.load(path.read_text(encoding='utf-8'), _ConfigLoader) or {}
