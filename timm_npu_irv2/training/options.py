@@ -160,7 +160,8 @@ def _schedule_rules(args: argparse.Namespace) -> _Rules:
     epochs = args.epochs + args.cooldown_epochs + (args.warmup_epochs if args.warmup_prefix else 0)
     return [
         (args.epochs and not args.warmup_prefix and args.warmup_epochs > args.epochs and args.sched != 'none',
-         f'--warmup-epochs {args.warmup_epochs} must not exceed --epochs {args.epochs}, without --warmup-prefix.'),
+         f'--warmup-epochs {args.warmup_epochs} must not exceed --epochs {args.epochs}: add a smaller '
+         '--warmup-epochs, or --warmup-prefix.'),
         (args.epochs and (args.start_epoch or 0) >= epochs,
          f'--start-epoch {args.start_epoch}: the training ends after {epochs} epoch(s).'),
         (args.sched == 'plateau' and args.sched_on_updates, '--sched plateau does not work with --sched-on-updates.'),
