@@ -27,8 +27,8 @@ __all__ = [
     'Backend', 'apex_amp', 'autocast', 'backend', 'backend_of', 'configure', 'default_device', 'describe',
     'device_count', 'fast_dtype', 'fused_optimizer_class', 'get_rng_state', 'grad_scaler', 'half_dtype',
     'is_out_of_memory', 'lack_of_fused_sgd', 'load_backends', 'memory_format', 'peak_memory', 'pointwise_form',
-    'prefetch', 'profiler', 'reset_peak_memory', 'resolve_device', 'set_rng_state', 'survey', 'synchronize',
-    'use_memory_format', 'versions',
+    'prefetch', 'preserve_switches', 'profiler', 'reset_peak_memory', 'resolve_device', 'set_rng_state', 'survey',
+    'synchronize', 'use_memory_format', 'versions',
 ]
 
 T = TypeVar('T')
@@ -159,15 +159,12 @@ def resolve_device(name: str | None = None, local_rank: int | None = None) -> to
     kind = backend(device).type
     if kind == 'cpu':
         return torch.device('cpu')
-    count = device_count(kind)
-    if count == 0:
+    if (count := device_count(kind)) == 0:
         raise DeviceUnavailable(_why_unavailable(kind))
     index = device.index if device.index is not None else (local_rank or 0)
     if index >= count:
-        raise DeviceUnavailable(
-            f"{kind}:{index} does not exist: this process sees {count} {kind} device(s). "
-            f"Start at most {count} processes here, or check {_BACKENDS[kind].visible}."
-        )
+        raise DeviceUnavailable(f'{kind}:{index} does not exist: this process sees {count} {kind} device(s). Start at '
+                                f'most {count} processes here, or check {_BACKENDS[kind].visible}.')
     _runtime(kind).set_device(index)
     return torch.device(kind, index)
 
@@ -225,6 +222,23 @@ def configure(
             npu.conv.allow_hf32 = npu.matmul.allow_hf32 = allow_hf32
 
 
+@contextlib.contextmanager
+def preserve_switches(device: torch.device) -> Iterator[None]:
+    """Restore at the end of the block the layout and the switches that :func:`configure` may have set in it."""
+    layout, options = memory_format(device), importlib.import_module('torch_npu._C') if device.type == 'npu' else None
+    unset = dict(jitCompile='disable', ALLOW_INTERNAL_FORMAT='enable', ALLOW_CONV_HF32='enable',
+                 ALLOW_MATMUL_HF32='disable') if options else {}  # torch_npu says '' for these
+    before = {name: options._npu_getOption(name).decode() or value for name, value in unset.items()}
+    tf32, benchmark = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        use_memory_format(device, layout)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = tf32, benchmark
+        if options:
+            options._npu_setOption(before)
+
+
 def memory_format(device: torch.device | str) -> torch.memory_format:
     """Return the layout of images and convolution weights on ``device``."""
     return backend(device).memory_format
@@ -271,15 +285,13 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 
 def synchronize(device: torch.device) -> None:
     """Wait until ``device`` has finished its queue. For clocks; never called inside a training step."""
-    runtime = _runtime(device.type)
-    if runtime is not None:
+    if (runtime := _runtime(device.type)) is not None:
         runtime.synchronize(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new measurement of :func:`peak_memory`."""
-    runtime = _runtime(device.type)
-    if runtime is not None:
+    if (runtime := _runtime(device.type)) is not None:
         runtime.reset_peak_memory_stats(device)
 
 
@@ -298,15 +310,14 @@ def get_rng_state(device: torch.device) -> torch.Tensor | None:
 
 def set_rng_state(device: torch.device, state: torch.Tensor | None) -> None:
     """Restore the state that :func:`get_rng_state` returned."""
-    runtime = _runtime(device.type)
-    if runtime is not None and state is not None:
+    if (runtime := _runtime(device.type)) is not None and state is not None:
         runtime.set_rng_state(state, device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True for the errors that torch and the vendors raise when the device's memory is exhausted."""
-    known = isinstance(error, torch.OutOfMemoryError)
-    return known or (isinstance(error, RuntimeError) and 'out of memory' in str(error))
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and 'out of memory' in str(error))
 
 
 def apex_amp() -> ModuleType:
@@ -316,25 +327,19 @@ def apex_amp() -> ModuleType:
         UserError: apex is missing, or PyPI's unrelated package of that name is installed.
     """
     if importlib.util.find_spec('apex') is None:
-        raise UserError(
-            '--amp-impl apex needs apex, which is not on PyPI: build it from https://github.com/Ascend/apex, '
-            'or use --amp-impl native, which needs nothing.'
-        )
+        raise UserError('--amp-impl apex needs apex, which is not on PyPI: build it from '
+                        'https://github.com/Ascend/apex, or use --amp-impl native, which needs nothing.')
     try:
         return importlib.import_module('apex.amp')
     except ImportError as error:
         reason = str(error).partition('\n')[0]
         raise UserError(
             f"the installed package 'apex' has no mixed precision ({reason}). PyPI's apex is an unrelated web toolkit, "
-            "NVIDIA's has dropped it: build https://github.com/Ascend/apex, or use --amp-impl native."
-        ) from error
+            "NVIDIA's has dropped it: build https://github.com/Ascend/apex, or use --amp-impl native.") from error
 
 
 def fused_optimizer_class(
-        name: str,
-        device: torch.device | str,
-        use_apex: bool = False,
-) -> Callable[..., torch.optim.Optimizer] | None:
+        name: str, device: torch.device | str, use_apex: bool = False) -> Callable[..., torch.optim.Optimizer] | None:
     """Return the vendor's fused optimizer for ``device``, or None where there is none.
 
     Args:
@@ -370,9 +375,8 @@ def lack_of_fused_sgd(device: torch.device, momentum: float) -> str:
 def _cann_has(function: str) -> bool:
     """Return True if one of CANN's libraries of operators exports a function."""
     for library in ('libopapi_nn.so', 'libopapi.so'):  # from CANN 8.5 on the operators are in several libraries
-        with contextlib.suppress(OSError):
-            if hasattr(ctypes.CDLL(library), function):
-                return True
+        with contextlib.suppress(OSError, AttributeError):
+            return bool(getattr(ctypes.CDLL(library), function))
     return False
 
 
@@ -394,10 +398,8 @@ def versions() -> dict[str, str]:
     for package in ('timm-npu-irv2', 'torch', 'torchvision', 'timm', 'torch_npu', 'apex', 'huggingface_hub'):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    for name, value in (('cuda', torch.version.cuda), ('cann', os.environ.get('ASCEND_TOOLKIT_HOME'))):
-        if value:
-            found[name] = Path(value).name
-    return found
+    others = {'cuda': torch.version.cuda, 'cann': os.environ.get('ASCEND_TOOLKIT_HOME')}
+    return found | {name: Path(value).name for name, value in others.items() if value}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -414,8 +416,7 @@ def prefetch(items: Iterable[T], place: Callable[[T], R], device: torch.device) 
     current when the iterator is advanced. The side stream waits for the consumer before each item, since the memory
     it allocates may still be read by the consumer's queued work.
     """
-    runtime = _runtime(device.type)
-    if runtime is None:
+    if (runtime := _runtime(device.type)) is None:
         yield from map(place, items)
         return
     stream = runtime.Stream(device=device)
@@ -440,8 +441,7 @@ def survey() -> dict[str, list[dict[str, Any]]]:
     load_backends()
     found: dict[str, list[dict[str, Any]]] = {}
     for kind in _BACKENDS:
-        runtime = _runtime(kind)
-        if runtime is not None:
+        if (runtime := _runtime(kind)) is not None:
             found[kind] = []
             for index in range(device_count(kind)):
                 runtime.set_device(index)  # an NPU answers only where it is current

@@ -4,12 +4,14 @@ A result is a JSON file in the user's cache folder, and is valid for exactly the
 that it names. :func:`find_tuned` looks for one.
 """
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ import torch
 
 from . import device as devices
 from . import rules, schema
+from .chips import cpu_name
 from .errors import UserError, one_line
-from .ops import set_variants
-from .ops.variants import CHOICES
+from .ops import set_variants, use_variants
+from .ops.variants import CHOICES, is_in_environment
 from .serialization import atomic_write, cache_folder, make_folder
 
-__all__ = ['Tuned', 'Workload', 'apply_settings', 'environment_of', 'find_tuned', 'load_tuned', 'resolve_tuned',
-           'save_tuned']
+__all__ = ['Tuned', 'Workload', 'apply_settings', 'describe_missing', 'describe_outdated', 'environment_of',
+           'find_tuned', 'load_tuned', 'preserve_settings', 'resolve_tuned', 'save_tuned']
 
 # Settings that torch_npu reads from the environment when it is loaded: {setting: (variable, {value: text})}.
 _ENVIRONMENT: dict[str, tuple[str, dict[Any, str]]] = {
@@ -31,7 +34,12 @@ _ENVIRONMENT: dict[str, tuple[str, dict[Any, str]]] = {
     'task_queue': ('TASK_QUEUE_ENABLE', {0: '0', 1: '1', 2: '2'}),
 }
 _LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+_ENGINES = ('onnxruntime', 'openvino')  # packages that decide which engine is the fastest
 _SWITCHES = ('allow_internal_format', 'jit_compile', 'allow_hf32', 'allow_tf32', 'cudnn_benchmark')
+
+
+_LABELS = {'task': 'task', 'device': 'device', 'name': 'device', 'threads': 'threads', 'batch_size': 'batch',
+           'img_size': 'image size', 'precision': 'precision'}
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,28 @@ class Workload:
     @classmethod
     def on(cls, device: torch.device, *, task: str, batch_size: int, img_size: int, precision: str) -> 'Workload':
         """Return the workload on ``device`` with the versions of this process."""
-        threads = torch.get_num_threads() if device.type == 'cpu' else 0
-        about = devices.describe(device)
-        return cls(task, device.type, about['name'], threads, batch_size, img_size, precision, devices.versions())
+        name, threads, versions = devices.describe(device)['name'], 0, devices.versions()
+        if device.type == 'cpu':
+            name, threads = f'{cpu_name()}, {name}', torch.get_num_threads()
+        for package in _ENGINES if task == 'eval' else ():
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[package] = importlib.metadata.version(package)
+        return cls(task, device.type, name, threads, batch_size, img_size, precision, versions)
 
     @property
     def path(self) -> Path:
         """File of a result in the package's cache folder."""
         words = f'{self.task}-{self.name}-{self.precision}-b{self.batch_size}-{self.img_size}px'
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-        return cache_folder() / 'tuned' / f'{re.sub(r"[^A-Za-z0-9.]+", "-", words)}-{digest[:10]}.json'
+        return cache_folder() / 'tuned' / f'{re.sub(r"[^A-Za-z0-9.]+", "-", words)[:150]}-{digest[:10]}.json'
+
+    def differences(self, other: 'Workload') -> str:
+        """Return what another workload has else, as in 'batch 8, not 4; torch 2.13.0, not 2.14.1'; '' for nothing."""
+        pairs = [(f'{label} ', getattr(self, name), getattr(other, name)) for name, label in _LABELS.items()]
+        versions = {name: (self.versions.get(name), other.versions.get(name))
+                    for name in {**self.versions, **other.versions}}
+        pairs += [(f'{name} ', *(each or 'missing' for each in pair)) for name, pair in versions.items()]
+        return '; '.join(f'{label}{theirs}, not {own}' for label, own, theirs in pairs if own != theirs)
 
 
 @dataclass(frozen=True)
@@ -88,6 +108,11 @@ class Tuned:
     chosen: Mapping[str, Any]
     path: Path
     report: Mapping[str, Any]
+
+    def describe(self, settings: Mapping[str, Any]) -> str:
+        """Return the line of a script that uses some of the result's settings."""
+        words = ', '.join(f'{name}={value}' for name, value in settings.items()) or 'the default ones'
+        return f'Tuned settings: {words} (from {self.path}; --tuned off ignores it).{describe_missing(settings)}'
 
 
 def find_tuned(
@@ -118,6 +143,23 @@ def find_tuned(
     return tuned if tuned.workload == workload else None
 
 
+def describe_outdated(device: torch.device, **workload: Any) -> str:
+    """Return the line about a result for the same batches on another device or with other versions; '' for none.
+
+    Args:
+        device: Device of the workload.
+        **workload: Arguments of :func:`find_tuned`.
+    """
+    here = Workload.on(device, **workload)
+    for path in sorted(here.path.parent.glob(f'{here.task}-*.json')):
+        with contextlib.suppress(UserError):
+            other = load_tuned(path).workload
+            if replace(other, name=here.name, threads=here.threads, versions=here.versions) == here:
+                return (f'Tuned settings: {path} is not used, since it was measured on {here.differences(other)}. '
+                        'Run `benchmark.py tune` again.')
+    return ''
+
+
 def load_tuned(path: str | Path) -> Tuned:
     """Return the result in a file.
 
@@ -143,15 +185,20 @@ def resolve_tuned(choice: str, device: torch.device, **workload: Any) -> Tuned |
         **workload: Arguments of :func:`find_tuned`.
 
     Raises:
-        UserError: The file is not a result, or is one for another kind of device or task.
+        UserError: The file is not a result, or is one for another device, other versions or another task.
     """
     if choice in ('auto', 'off'):
         return find_tuned(device, **workload) if choice == 'auto' else None
-    tuned = load_tuned(choice)
+    tuned, here = load_tuned(choice), Workload.on(device, **workload)
     measured = tuned.workload
-    if (measured.device, measured.task) != (device.type, workload['task']):
+    if (measured.device, measured.task) != (device.type, here.task):
         raise UserError(f'--tuned {choice}: it is for {measured.task} on {measured.device}, not for '
-                        f'{workload["task"]} on {device.type}.')
+                        f'{here.task} on {device.type}.')
+    # Other batches may well run best with the same settings.
+    same_batches = replace(measured, threads=here.threads, batch_size=here.batch_size, img_size=here.img_size,
+                           precision=here.precision)
+    if different := here.differences(same_batches):
+        raise UserError(f'--tuned {choice}: it was measured on {different}. Run `benchmark.py tune` again.')
     return tuned
 
 
@@ -172,14 +219,31 @@ def save_tuned(workload: Workload, report: Mapping[str, Any], output: Path | Non
     return path
 
 
+def describe_missing(settings: Mapping[str, Any]) -> str:
+    """Return the sentence that tells how to start a process with all of these settings; '' if it has them."""
+    missing = {name: value for name, value in environment_of(settings).items() if os.environ.get(name) != value}
+    words = ' '.join(f'{name}={value}' for name, value in missing.items())
+    return f' Start with {words} for all of them: torch_npu reads that when it is loaded.' if missing else ''
+
+
 def environment_of(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the variables that the environment of a process with these settings must have when it starts."""
     return {variable: texts[settings[name]] for name, (variable, texts) in _ENVIRONMENT.items() if name in settings}
 
 
+@contextlib.contextmanager
+def preserve_settings(device: torch.device) -> Iterator[None]:
+    """Restore at the end of the block what :func:`apply_settings` has made in it."""
+    with use_variants(), devices.preserve_switches(device):
+        yield
+
+
 def apply_settings(settings: Mapping[str, Any], device: torch.device) -> None:
-    """Make the settings that hold for a whole process: forms of operations, layout, switches of the backend."""
-    set_variants(**{name: settings[name] for name in CHOICES if name in settings})
+    """Make the settings that hold for a whole process: forms of operations, layout, switches of the backend.
+
+    Forms that a variable of the environment names stay as they are.
+    """
+    set_variants(**{name: settings[name] for name in CHOICES if name in settings and not is_in_environment(name)})
     if 'memory_format' in settings:
         devices.use_memory_format(device, _LAYOUTS[settings['memory_format']])
     if switches := {name: settings[name] for name in _SWITCHES if name in settings}:

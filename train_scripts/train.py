@@ -38,7 +38,7 @@ from timm_npu_irv2.cli.checks import translate_compile_errors
 from timm_npu_irv2.cli.flags import OUR_MODEL, device_switches
 from timm_npu_irv2.cli.parser import as_yaml
 from timm_npu_irv2.cli.script import leave_at_end, run_script, start_log
-from timm_npu_irv2.cli.tuned import train_workload, use_tuned
+from timm_npu_irv2.cli.tuned import choose_settings, settings_in, train_workload, with_settings
 from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.distributed import (
     StopRequest,
@@ -78,7 +78,7 @@ class Run:
     """Everything that the functions below share.
 
     Attributes:
-        args: Options as they were given.
+        args: Options, with those that --tuned chose; ``info`` has them as they were given.
         info: Facts about the run that go into each checkpoint.
         world: This process among all.
         trainer: Everything that a training step needs.
@@ -90,6 +90,7 @@ class Run:
         metric: Metric that chooses the best checkpoint.
         started: Time on the monotonic clock at which this process began.
         checkpoint: Checkpoint that the run goes on from; None for a new run.
+        settings: Settings that --tuned chose.
         is_restart: True if torchrun has started the processes again.
         seconds_before: Duration of the run before it was interrupted.
         bad_images_before: Unreadable images met before it was interrupted, with the reasons.
@@ -107,6 +108,7 @@ class Run:
     metric: str
     started: float
     checkpoint: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     is_restart: bool = False
     seconds_before: float = 0.0
     bad_images_before: dict[str, str] = field(default_factory=dict)
@@ -135,7 +137,8 @@ class Run:
 
     def checkpoint_entries(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides the trainer's state. Every process must call this."""
-        return {'seconds': self.seconds, 'bad_images': self.bad_images()}
+        return {'seconds': self.seconds, 'bad_images': self.bad_images(),
+                'tuned': {'device': self.world.device.type, 'settings': self.settings}}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -163,18 +166,27 @@ def run_in(world: World, args: Namespace, started: float) -> None:
     """Run this process's part of the training. At the end nothing of it is left but its files."""
     start_log(world.is_primary)
     devices.configure(world.device, **device_switches(args))
-    batch_size = process_batch_size(args, world)
-    args = use_tuned(args, world.device, **train_workload(args, world.device, batch_size))
+    checkpoint, is_restart = find_checkpoint(args, world)
+    settings = tuned_settings(args, world, checkpoint if is_restart or not args.no_resume_opt else None)
+    given, args = args, with_settings(args, world.device, settings)
     stop_request = StopRequest(world) if args.epochs else contextlib.nullcontext()  # an evaluation has nothing to save
     out_of_memory = setup.translate_out_of_memory(
         world, args.batch_size, args.grad_accum_steps, shared=args.multiprocessing_distributed)
     lost_process = setup.translate_lost_process_errors(world, '--resume auto continues from the newest checkpoint.')
     compiling, small_batch = translate_compile_errors(args.torchcompile), setup.translate_small_batch(args.batch_size)
     with out_of_memory, lost_process, compiling, small_batch, stop_request as stop:
-        run = build_run(args, world, stop, started)
+        run = build_run(args, world, stop, started, checkpoint, given)
+        run.settings, run.is_restart = settings, is_restart
         folder = output_root(args) / (args.experiment or default_name(args.model, run.image_size))
         with output_dir(folder, world, resume=args.resume), closing(run.loaders):
             train(run, folder)
+
+
+def tuned_settings(args: Namespace, world: World, checkpoint: Path | None) -> dict[str, Any]:
+    """Return the settings of --tuned: those of the checkpoint that the run goes on from, as rank 0 sees it."""
+    before = from_primary(settings_in(checkpoint, world.device) if world.is_primary else None, world)
+    workload = train_workload(args, world.device, process_batch_size(args, world))
+    return choose_settings(args, world.device, **workload, before=before)
 
 
 def output_root(args: Namespace) -> Path:
@@ -182,9 +194,15 @@ def output_root(args: Namespace) -> Path:
     return Path(args.output or './output/train')
 
 
-def build_run(args: Namespace, world: World, stop: StopRequest | None, started: float) -> Run:
+def build_run(
+        args: Namespace,
+        world: World,
+        stop: StopRequest | None,
+        started: float,
+        checkpoint: Path | None,
+        given: Namespace,
+) -> Run:
     """Build everything that training needs, in the only order that works."""
-    checkpoint, is_restart = find_checkpoint(args, world)
     layout = plan_layout(args, world, checkpoint)
     if (args.pretrained and not args.pretrained_path) or ':' in args.model:
         hub.check_published(args.model)
@@ -226,9 +244,9 @@ def build_run(args: Namespace, world: World, stop: StopRequest | None, started: 
     trainer = Trainer(task, train_loader, optimizer, precision, world, scheduler, settings, stop)
     loaders = {'training': train_loader, **({'validation': eval_loader} if eval_loader is not None else {})}
     data = {split: describe_data(loader.samples, loader.class_to_idx) for split, loader in loaders.items()}
-    info = RunInfo(args.model, num_classes, vars(args), data)
+    info = RunInfo(args.model, num_classes, vars(given), data)
     return Run(args, info, world, trainer, eval_loader, epochs, pipeline.input_size[-1], parameters, lr, metric,
-               started, checkpoint, is_restart)
+               started, checkpoint)
 
 
 @contextlib.contextmanager
@@ -255,7 +273,7 @@ def train(run: Run, folder: Path) -> None:
     started: list[Logs] = []
     on_primary(lambda: started.append(Logs(args, folder, trainer, run.epochs, run.eval_loader)), world)
     logs = started[0] if started else None  # on rank 0
-    on_primary(lambda: atomic_write(folder / 'args.yaml', as_yaml(args)), world)
+    on_primary(lambda: atomic_write(folder / 'args.yaml', as_yaml(Namespace(**run.info.options))), world)
     log_summary(run, folder)
     with contextlib.closing(logs) if logs is not None else contextlib.nullcontext():
         trainer.on_log = logs.step if logs is not None else trainer.on_log

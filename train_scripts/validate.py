@@ -80,6 +80,7 @@ from timm_npu_irv2.training.answers import (
 )
 from timm_npu_irv2.training.evaluation import evaluate
 from timm_npu_irv2.training.loaders import build_eval_loader
+from timm_npu_irv2.tuning import preserve_settings
 
 _logger = logging.getLogger('validate')
 
@@ -257,7 +258,8 @@ def validate(args: Namespace, world: World, candidate: Candidate) -> Results:
     batch_size = args.batch_size
     while True:
         try:
-            return measure(args, world, candidate, batch_size)
+            with preserve_settings(world.device):  # those of --tuned are for this network and batch size
+                return measure(args, world, candidate, batch_size)
         except RuntimeError as error:
             if not devices.is_out_of_memory(error):
                 raise

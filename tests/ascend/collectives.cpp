@@ -445,7 +445,18 @@ HcclResult HcclGetCommAsyncError(HcclComm comm, HcclResult* error) {
   return HCCL_SUCCESS;
 }
 
-HcclResult HcclSetConfig(HcclConfig, HcclConfigValue) { return HCCL_SUCCESS; }
+static std::atomic<int32_t> deterministic;
+
+HcclResult HcclSetConfig(HcclConfig config, HcclConfigValue value) {
+  if (config == HCCL_DETERMINISTIC) deterministic = value.value;
+  return HCCL_SUCCESS;
+}
+
+HcclResult HcclGetConfig(HcclConfig, HcclConfigValue* value) {
+  value->value = deterministic;
+  return HCCL_SUCCESS;
+}
+
 uint32_t HcclGetCommConfigCapability() { return HCCL_COMM_CONFIG_RESERVED; }
 
 HcclResult HcclGetCommName(HcclComm comm, char* name) {

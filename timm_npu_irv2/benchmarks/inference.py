@@ -1,7 +1,7 @@
 """``benchmark.py infer``: images/s, latency and memory of inference, alternated with the ways others run the network.
 
 Memory is that of a process of its own, which has loaded the network and computed a few batches. The figures of this
-package's engines on a CPU are recorded for ``engine='auto'``.
+package's engines on a CPU choose the one that ``engine='auto'`` stands for.
 """
 
 import argparse
@@ -23,10 +23,11 @@ from torch import Tensor
 
 from .. import device as devices
 from ..deploy import Predictor, load, onnx, save, to_inference, trace
-from ..deploy.engines import fastest_engine, record_engines
+from ..deploy.engines import record_engine
 from ..errors import CannotWrite
 from . import report
 from .timing import ratio, times_in_turn
+from .tuned import add_tuned_argument, tuned_settings
 
 __all__ = ['CANDIDATES', 'COLUMNS', 'add_arguments', 'run']
 
@@ -58,12 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f'measure only these candidates: {", ".join(CANDIDATES)} (default: all installed)')
     parser.add_argument('--predictor', action='store_true',
                         help=f'also measure Predictor on each engine, with {CLIENTS} threads that send single images')
+    add_tuned_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print and return all figures."""
     device = devices.resolve_device(args.device)
     devices.configure(device)
+    if args.dtype != INT8:
+        tuned_settings(args.tuned, device, task='eval', batch_size=args.batch_size, img_size=args.img_size,
+                       precision=args.dtype)
     names = [name for name in args.only or CANDIDATES if args.only or _available(name, device, args.dtype)]
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), names, args.img_size, args.dtype)
@@ -307,16 +312,20 @@ def _record(
         device: torch.device,
         dtype: str,
 ) -> None:
-    """Record the engines for ``engine='auto'`` if there was a choice."""
+    """Record the engine for ``engine='auto'`` if there was a choice.
+
+    The best has the greatest geometric mean of the rate of batches and that of single images.
+    """
     engines = {OURS: 'torch', **ENGINES}
     speeds = {engines[name]: {'images_per_second': statistics.median(rates[name]),
                               'latency_ms': statistics.median(latencies[name])} for name in rates if name in engines}
     if device.type == 'cpu' and (len(speeds) > 1 or (dtype == INT8 and speeds)):
+        best = max(speeds, key=lambda name: speeds[name]['images_per_second'] / speeds[name]['latency_ms'])
         try:
-            path = record_engines(dtype, speeds)
+            path = record_engine(dtype, best, speeds)
         except CannotWrite as error:  # the figures are still wanted
             print(f"  not recorded for engine='auto': {error}")
             return
-        print(f"  engine='auto' is {fastest_engine(dtype)} from now on, for {dtype} with {torch.get_num_threads()} "
+        print(f"  engine='auto' is {best} from now on, for {dtype} with {torch.get_num_threads()} "
               f'thread(s): {path}')
 

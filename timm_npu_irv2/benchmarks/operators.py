@@ -12,6 +12,7 @@ from .. import device as devices
 from ..ops import activation, batch_norm_relu, normalize, residual
 from . import report
 from .timing import Work, ratio, times_in_turn
+from .tuned import add_tuned_argument, train_precision, tuned_settings
 
 __all__ = ['add_arguments', 'run']
 
@@ -25,12 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--amp', action='store_true', help='tensors in the 16-bit type of the device')
     parser.add_argument('-b', '--batch-size', type=int, default=8, help='images in a batch (default: 8)')
     parser.add_argument('--rounds', type=int, default=30, help='turns of each operator (default: 30)')
+    add_tuned_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print and return all figures. The kernels are those of TIMM_NPU_IRV2_KERNELS."""
+    """Measure, print and return all figures.
+
+    The kernels and the layout are those of --tuned, unless TIMM_NPU_IRV2_KERNELS names the kernels.
+    """
     device = devices.resolve_device(args.device)
     devices.configure(device)
+    tuned_settings(args.tuned, device, task='train', batch_size=args.batch_size, img_size=args.img_size,
+                   precision=train_precision(device, args.amp))
     dtype = devices.half_dtype(device) if args.amp else torch.float32
     rows: dict[str, list[float]] = {}
     for shape in _SHAPES:

@@ -13,7 +13,7 @@ from ..cli.table import to_csv
 from ..errors import UserError, first_line
 from ..serialization import atomic_write, make_folder
 from .candidates import Workload, candidates
-from .training import tuned_settings
+from .tuned import add_tuned_argument, train_precision, tuned_settings
 
 __all__ = ['add_arguments', 'run']
 
@@ -23,9 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--amp', action='store_true', help='train in the 16-bit type of the device')
     parser.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images in a batch (default: 8)')
     parser.add_argument('--steps', type=int, default=10, metavar='N', help='steps to profile (default: 10)')
-    parser.add_argument('--tuned', default='auto', metavar='auto|off|FILE',
-                        help='settings of `benchmark.py tune` (default: auto)')
     parser.add_argument('--output', default='profile', metavar='DIR', help='folder of the tables (default: profile)')
+    add_tuned_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -40,8 +39,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = Path(args.output)
     make_folder(folder)
     devices.configure(device)
-    step = candidates(args.amp, settings=tuned_settings(args, device))['ours'].create(
-        Workload(device, args.batch_size, args.img_size))
+    settings = tuned_settings(args.tuned, device, task='train', batch_size=args.batch_size, img_size=args.img_size,
+                              precision=train_precision(device, args.amp))
+    step = candidates(args.amp, settings=settings)['ours'].create(Workload(device, args.batch_size, args.img_size))
     for _ in range(3):
         step()
     profiler = devices.profiler(device)

@@ -15,6 +15,7 @@ from . import report
 from .candidates import Candidate, Workload, candidates
 from .counting import Journal, cost_of
 from .timing import ratio, times_in_turn
+from .tuned import add_tuned_argument, train_precision, tuned_settings
 
 __all__ = ['COLUMNS', 'add_arguments', 'run']
 
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--host-rounds', type=int, default=0, metavar='N',
                         help="also time the host, N times alternately; only where operators take no time: on the "
                              'stand-in with --skip-operators')
+    add_tuned_argument(parser, default='off')  # else the counts would depend on a file that nobody sees
 
 
 def run(args: argparse.Namespace, journal: Journal | None = None) -> dict[str, Any]:
@@ -65,7 +67,9 @@ def run(args: argparse.Namespace, journal: Journal | None = None) -> dict[str, A
         if args.float32:
             raise UserError("--zoo: the model zoo's recipe is one of 16 bits, so leave --float32 out.")
         devices.apex_amp()  # fails now, not after the others have been counted
-    found = candidates(not args.float32, args.recompute, args.zoo, best='best' in args.variants)
+    settings = tuned_settings(args.tuned, device, task='train', batch_size=max(args.batch_sizes),
+                              img_size=args.img_size, precision=train_precision(device, not args.float32))
+    found = candidates(not args.float32, args.recompute, args.zoo, best='best' in args.variants, settings=settings)
     host = _host_time(found, device, args) if args.host_rounds else {}
     rows: dict[str, list[Any]] = {}
     for name, candidate in found.items():

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from .. import device as devices
-from ..tuning import apply_settings, resolve_tuned
 from . import report
 from .candidates import Workload, candidates
 from .timing import in_turn, ratio
+from .tuned import add_tuned_argument, train_precision, tuned_settings
 
 __all__ = ['add_arguments', 'run']
 
@@ -23,9 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('-b', '--batch-size', type=int, default=8, help='images in a batch (default: 8)')
     parser.add_argument('--rounds', type=int, default=7, help='turns of each network (default: 7)')
     parser.add_argument('--steps', type=int, default=3, help='steps in a turn (default: 3)')
-    parser.add_argument('--tuned', default='auto', metavar='auto|off|FILE',
-                        help='settings of `benchmark.py tune` for this network (default: auto)')
     parser.add_argument('--warmup', type=int, default=2, help='steps before the first turn (default: 2)')
+    add_tuned_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -35,7 +34,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     device = devices.resolve_device(args.device)
     devices.configure(device)
-    settings = tuned_settings(args, device)
+    settings = tuned_settings(args.tuned, device, task='train', batch_size=args.batch_size, img_size=args.img_size,
+                              precision=train_precision(device, args.amp))
     found = candidates(args.amp, settings=settings)
     workload = Workload(device, args.batch_size, args.img_size)
     steps = {name: each.create(workload) for name, each in found.items()}
@@ -49,18 +49,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f'round {index + 1}/{args.rounds}: ' + ', '.join(f'{name} {rates[name][-1]:.2f}' for name in steps)
               + f" images/s, ratio {rates['ours'][-1] / rates['timm'][-1]:.3f}", flush=True)
     return _summary(args, device, {found[name].name: own for name, own in rates.items()})
-
-
-def tuned_settings(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Apply the settings of --tuned that hold for the process, say so in one line, and return all of them."""
-    half = str(devices.half_dtype(device)).removeprefix('torch.')
-    tuned = resolve_tuned(args.tuned, device, task='train', batch_size=args.batch_size, img_size=args.img_size,
-                          precision=f'O2 {half}' if args.amp else 'float32')
-    if tuned is None:
-        return {}
-    apply_settings(tuned.chosen, device)
-    print(f'Tuned settings of {tuned.path}: {dict(tuned.chosen) or "the default ones"}')
-    return dict(tuned.chosen)
 
 
 def _several(step: Callable[[], None], count: int) -> None:

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from .. import device as devices
 from ..cli.checks import check_output_file
+from ..deploy.engines import record_engine
 from ..errors import UserError
-from ..tuning import Workload, save_tuned
+from ..tuning import Workload, describe_missing, environment_of, save_tuned
 from . import report
 from .timing import Ratio, ratio
 from .tune_plan import Alternative, plan
@@ -74,6 +75,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     path = None
     if args.output or tuner.chosen or not interrupted:  # else an earlier result would be lost
         path = save_tuned(workload, tuner.report(interrupted), Path(args.output) if args.output else None)
+    if not interrupted and not args.output and device.type == 'cpu' and any(
+            row['name'].startswith('engine=') for row in tuner.rows):
+        record_engine(workload.precision, tuner.chosen.get('engine', 'torch'), {'measured': tuner.rows})
     return _conclude(workload, tuner, path, interrupted)
 
 
@@ -96,10 +100,12 @@ def _conclude(workload: Workload, tuner: 'Tuner', path: Path | None, interrupted
     if rows:
         report.print_table(title, COLUMNS, rows)
     chosen = ', '.join(Alternative('', {name: value}).name for name, value in tuner.chosen.items())
-    print(f'  chosen: {chosen or "the default settings"}; {f"written to {path}" if path else "nothing was written"}')
+    print(f'  chosen: {chosen or "the default settings"}; {f"written to {path}" if path else "nothing was written"}.'
+          f'{describe_missing(tuner.chosen)}')
     if interrupted:
         raise KeyboardInterrupt
-    return {'title': title, 'columns': COLUMNS, 'rows': rows, 'chosen': tuner.chosen, 'file': str(path)}
+    return {'title': title, 'columns': COLUMNS, 'rows': rows, 'chosen': tuner.chosen, 'file': str(path),
+            'environment': environment_of(tuner.chosen)}
 
 
 def _scientific(value: float | None) -> str | None:
@@ -123,7 +129,6 @@ class Tuner:
         self._started = time.monotonic()
         self._deadline = self._started + budget
         self._longest = 0.0  # seconds that an alternative took
-        self._limit = 0.0  # of the error
         self._verified: Ratio | None = None
 
     def run(self) -> bool:
@@ -159,10 +164,10 @@ class Tuner:
             best.close()
 
     def _start(self, settings: Mapping[str, Any]) -> Worker:
-        """Return the worker of the default settings, whose error is the measure for all others."""
+        """Return the worker of the default settings, whose errors are the measure for all others."""
         worker = Worker(replace(self._job, settings=settings, writes_reference=True))
         try:
-            error = worker.start(self._deadline)
+            error, _ = worker.start(self._deadline)
             step = worker.time(1, self._deadline)
         except WorkerFailed as failure:
             worker.close()
@@ -170,7 +175,6 @@ class Tuner:
         except BaseException:
             worker.close()
             raise
-        self._limit = 1.5 * error if self._job.half else max(4 * error, 1e-4)
         self._steps = max(1, min(50, round(TURN / step)))
         self.rows.append({'name': 'default', 'images_per_second': self._job.batch_size / step, 'error': error,
                           'result': 'the default settings'})
@@ -201,9 +205,9 @@ class Tuner:
     def _compare(self, worker: Worker, best: Worker, row: Row) -> bool:
         """Fill in the row of an alternative's worker, and return True if it is right and faster."""
         deadline = self._deadline - self._longest
-        row['error'] = worker.start(deadline)
-        if not row['error'] <= self._limit:
-            row['result'] = f'wrong: an error of {row["error"]:.2g}, where {self._limit:.2g} is allowed'
+        row['error'], wrong = worker.start(deadline)
+        if wrong:
+            row['result'] = f'wrong: {wrong}'
             return False
         found = self._in_turn(worker, best, deadline, row)
         faster = found.median < MARGIN

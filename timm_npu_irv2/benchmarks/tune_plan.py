@@ -67,6 +67,7 @@ def _tunable(name: str, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
     """Return the default of a setting, and all its values. None: the default is the vendor's choice for the chip."""
     return {
         'memory_format': (_layout_name(device), ('contiguous', 'channels_last')),
+        'lazy_fusion': (os.environ.get('TORCH_NPU_LAZY_FUSION') == 'True', (True, False)),
         'task_queue': (os.environ.get('TASK_QUEUE_ENABLE', '1'), (1, 2)),
         'cudnn_benchmark': (True, (True, False)),
         'allow_tf32': (True, (True, False)),

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from .tune_worker import Job
 
 __all__ = ['Worker', 'WorkerFailed']
 
+_ERROR = re.compile(r'[\w.]*(Error|Exception|Exhausted|Unavailable|Interrupt)\b')  # at the end of a traceback
 _OWN_VARIABLES = ('TIMM_NPU_IRV2_VARIANTS', 'TIMM_NPU_IRV2_KERNELS')  # the job chooses instead
 
 
@@ -44,9 +46,10 @@ class Worker:
         self._received = b''
         self._send(job.to_json())
 
-    def start(self, deadline: float) -> float:
-        """Return the error of the first step against the reference, when the worker has computed it."""
-        return float(self._answer(deadline)['error'])
+    def start(self, deadline: float) -> tuple[float, str]:
+        """Return the median error against the reference, and what is wrong, when the worker has computed it."""
+        answer = self._answer(deadline)
+        return float(answer['error']), str(answer['wrong'])
 
     def time(self, steps: int, deadline: float) -> float:
         """Return the seconds of a number of steps."""
@@ -88,8 +91,9 @@ class Worker:
         return json.loads(line)
 
     def _reason(self) -> str:
-        """Return the last line that the process wrote to stderr, or the code with which it ended."""
+        """Return the line of the error that the process wrote, else its last line or the code with which it ended."""
         code = self._process.wait()
         self._errors.seek(0)
-        lines = [line.strip() for line in self._errors.read()[-10000:].splitlines() if line.strip()]
-        return lines[-1][:300] if lines else f'it ended with exit code {code}'
+        lines = [line.rstrip() for line in self._errors.read()[-10000:].splitlines() if line.strip()]
+        errors = [line for line in lines if _ERROR.match(line)]  # the message of torch_npu has further lines
+        return [f'it ended with exit code {code}', *lines[-1:], *errors[-1:]][-1].strip()[:300]

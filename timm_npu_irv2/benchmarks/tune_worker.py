@@ -8,9 +8,11 @@ seconds. A process of its own lets a choice set variables of the environment, an
 import functools
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import timm
@@ -20,17 +22,23 @@ from torch import Tensor, nn
 from .. import device as devices
 from .. import weights
 from ..deploy import to_inference
-from ..precision import create_precision
+from ..precision import Precision, create_precision
 from ..tuning import apply_settings
 from .candidates import Workload
 from .timing import times_in_turn
+from .tune_check import block_errors, find_wrong, relative_error
 
 __all__ = ['Job', 'main']
 
 OURS, TIMM = 'inception_resnet_v2_npu', 'inception_resnet_v2'
 SAMPLES = 64  # elements of each tensor that are compared
 MOST_CHECKED = 16  # images in the step that is compared
+BLOCKS = (2, 149)  # images, and pixels at most, from which each block is computed
 CHECKED_LR, LR = 0.1, 1e-4  # an update that float32 resolves; one that leaves a network with random labels finite
+
+
+# The step to time, figures of the first one, and errors of blocks.
+_Checked = tuple[Callable[[], Any], dict[str, Tensor], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,11 @@ class Job:
     settings: Mapping[str, Any]
     reference: str
     writes_reference: bool = False
+
+    @property
+    def default_errors(self) -> str:
+        """File of the errors of the default settings."""
+        return f'{self.reference}.json'
 
     def to_json(self) -> str:
         """Return the job as a line."""
@@ -93,8 +106,12 @@ def prepare(job: Job, device: torch.device, answer: Callable[..., None]) -> Call
     if job.writes_reference:
         reference = _evaluate(timm_network(checked), checked) if job.task == 'eval' else _reference_step(checked)
         torch.save(reference, job.reference)
-    step, figures = _evaluation(job, checked, timed) if job.task == 'eval' else _training(job, checked, timed)
-    answer(error=error_of(figures, torch.load(job.reference, weights_only=True)))
+    step, figures, errors = (_evaluation if job.task == 'eval' else _training)(job, checked, timed)
+    errors |= errors_of(figures, torch.load(job.reference, weights_only=True))
+    if job.writes_reference:
+        Path(job.default_errors).write_text(json.dumps(errors))
+    default = json.loads(Path(job.default_errors).read_text())
+    answer(error=statistics.median(errors.values()), wrong=find_wrong(errors, default, _dtype(job)))
     step()
     step()  # the first one with this batch size allocates, and may compile
     return step
@@ -105,13 +122,15 @@ def timm_network(workload: Workload) -> nn.Module:
     return workload.network(TIMM)
 
 
-def error_of(figures: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """Return the median over the tensors of |figure − reference| / |reference|; infinite if one is not finite."""
-    errors = []
-    for name, expected in reference.items():
-        error = (figures[name] - expected).norm() / expected.norm().clamp_min(1e-30)
-        errors.append(error.nan_to_num(float('inf'), float('inf')))
-    return max(torch.stack(errors).median().item(), errors[0].item())  # the first is that of the outputs
+def errors_of(figures: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the relative error of the network's output and, in training, the median of those of the update."""
+    errors = {name: relative_error(figures[name], expected) for name, expected in reference.items()}
+    output = {'the output of the network': errors.pop('outputs')}
+    return output | ({'the update of the weights': statistics.median(errors.values())} if errors else {})
+
+
+def _dtype(job: Job) -> torch.dtype:
+    return getattr(torch, job.half or 'float32')
 
 
 def _sampled(tensor: Tensor) -> Tensor:
@@ -152,14 +171,15 @@ def _changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[
     return {name: value - before[name] for name, value in after.items()}
 
 
-def _training(job: Job, checked: Workload, timed: Workload) -> tuple[Callable[[], Any], dict[str, Tensor]]:
-    """Return the step, and the outputs and changes of the weights in the first one."""
+def _training(job: Job, checked: Workload, timed: Workload) -> _Checked:
+    """Return the step, the outputs and changes of the weights in the first one, and the errors of the blocks."""
     half = getattr(torch, job.half) if job.half else None
     scale = 128.0 if half == torch.float16 else None
     precision = create_precision(
         timed.device, amp=half is not None, amp_dtype=half, opt_level=job.opt_level or None, loss_scale=scale)
     model: Any = timed.network(OURS)
     model.load_state_dict(timm_network(checked).state_dict())
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
     model.set_grad_checkpointing(job.settings.get('recompute', False))
     model, optimizer = precision.prepare(model, _optimizer(model, job.settings.get('fused_optimizer')))
     network = torch.compile(model, backend=job.settings['torchcompile']) if 'torchcompile' in job.settings else model
@@ -171,12 +191,21 @@ def _training(job: Job, checked: Workload, timed: Workload) -> tuple[Callable[[]
         precision.step(loss, optimizer)
         return outputs
 
+    errors = _block_errors(job, model, precision, timed.device)
+    precision.load_model_state_dict(model, initial)
     before = _state(precision.model_state_dict(model))
     outputs = step(*_cast(checked, precision.input_dtype))
     changes = _changes(before, _state(precision.model_state_dict(model)))
     for group in optimizer.param_groups:
         group['lr'] = LR
-    return functools.partial(step, *_cast(timed, precision.input_dtype)), {'outputs': _sampled(outputs), **changes}
+    figures = {'outputs': _sampled(outputs), **changes}
+    return functools.partial(step, *_cast(timed, precision.input_dtype)), figures, errors
+
+
+def _block_errors(job: Job, model: Any, precision: Precision, device: torch.device) -> dict[str, float]:
+    small = Workload(torch.device('cpu'), BLOCKS[0], min(BLOCKS[1], job.img_size))
+    reference = timm_network(small)  # with the weights of `model`, which are the same in every call
+    return block_errors(model, reference, small.batch()[0], device, precision.input_dtype, precision.autocast)
 
 
 def _cast(workload: Workload, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -193,8 +222,8 @@ def _evaluate(model: nn.Module, workload: Workload) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def _evaluation(job: Job, checked: Workload, timed: Workload) -> tuple[Callable[[], Any], dict[str, Tensor]]:
-    """Return the step, and the outputs of the first one."""
+def _evaluation(job: Job, checked: Workload, timed: Workload) -> _Checked:
+    """Return the step, the outputs of the first one, and no errors of blocks."""
     dtype = getattr(torch, job.half or 'float32')
     network = timed.network(OURS)
     network.load_state_dict(timm_network(checked).state_dict())
@@ -209,7 +238,7 @@ def _evaluation(job: Job, checked: Workload, timed: Workload) -> tuple[Callable[
     kind = dtype if engine in (None, 'torch') else torch.float32
     outputs = model(_cast(checked, kind)[0])
     images = _cast(timed, kind)[0]
-    return torch.inference_mode()(functools.partial(model, images)), {'outputs': _sampled(outputs.float())}
+    return torch.inference_mode()(functools.partial(model, images)), {'outputs': _sampled(outputs.float())}, {}
 
 
 if __name__ == '__main__':

@@ -1,20 +1,23 @@
 """``--tuned``: the scripts run with the settings that ``benchmark.py tune`` found to be fastest."""
 
 import logging
-import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models import get_pretrained_cfg
 
 from .. import device as devices
-from ..ops.variants import CHOICES
-from ..tuning import Tuned, apply_settings, environment_of, resolve_tuned
+from ..ops.variants import CHOICES, is_in_environment
+from ..rules import Mismatch
+from ..schema import check_tuned_entry
+from ..serialization import peek_checkpoint
+from ..tuning import Tuned, apply_settings, describe_missing, describe_outdated, resolve_tuned
 from .flags import OUR_MODEL
 
-__all__ = ['eval_workload', 'train_workload', 'use_tuned']
+__all__ = ['choose_settings', 'eval_workload', 'settings_in', 'train_workload', 'use_tuned', 'with_settings']
 
 _logger = logging.getLogger(__name__)
 
@@ -72,7 +75,21 @@ def _half(device: torch.device) -> str:
     return str(devices.half_dtype(device)).removeprefix('torch.')
 
 
-def use_tuned(
+def use_tuned(args: Namespace, device: torch.device, **workload: Any) -> Namespace:
+    """Apply the settings of --tuned, and return the options with those that are options.
+
+    Args:
+        args: Options of the script; they are not changed.
+        device: Device of the run.
+        **workload: What :func:`train_workload` or :func:`eval_workload` returns.
+
+    Raises:
+        UserError: The file is not a result, or is one for another device, other versions or another task.
+    """
+    return with_settings(args, device, choose_settings(args, device, **workload))
+
+
+def choose_settings(
         args: Namespace,
         device: torch.device,
         *,
@@ -80,43 +97,91 @@ def use_tuned(
         batch_size: int,
         img_size: int,
         precision: str | None,
-) -> Namespace:
-    """Apply the settings of --tuned, and return the options with those that are options.
+        before: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the settings of --tuned, and say in the log where they come from.
 
     An option, or a variable of the environment, that the user has set takes precedence. With --deterministic,
-    only a file that --tuned names is used.
+    only a file that --tuned names is used. A run that goes on keeps its settings unless --tuned is a file or off.
 
     Args:
-        args: Options of the script; they are not changed.
+        args: Options of the script.
         device: Device of the run.
         task: 'train' or 'eval'.
         batch_size: Images in a batch.
         img_size: Height and width of an image in pixels.
         precision: Precision in words; None if no result can fit.
+        before: Settings of the run that goes on; None for a new one.
 
     Raises:
-        UserError: The file is not a result, or is one for another kind of device or task.
+        UserError: The file is not a result, or is one for another device, other versions or another task.
     """
     if args.model.partition('.')[0] != OUR_MODEL or precision is None:
-        return args
+        return {}
     if args.deterministic and args.tuned == 'auto':  # a result that comes or goes would change the bits
-        return args
-    tuned = resolve_tuned(
-        args.tuned, device, task=task, batch_size=batch_size, img_size=img_size, precision=precision)
+        return {}
+    workload: dict[str, Any] = dict(task=task, batch_size=batch_size, img_size=img_size, precision=precision)
+    tuned = resolve_tuned(args.tuned, device, **workload)
+    if args.tuned == 'auto' and before is not None:
+        return _keep(_undecided(before, args), tuned)
     if tuned is None:
-        return args
-    kept = {name: value for name, value in tuned.chosen.items() if not _is_set(name, args)}
-    apply_settings(kept, device)
-    missing = {name: value for name, value in environment_of(kept).items() if os.environ.get(name) != value}
-    _logger.info(_line(tuned, kept, missing))
-    return Namespace(**{**vars(args), **_options(kept, args)})
+        if args.tuned == 'auto' and (line := describe_outdated(device, **workload)):
+            _logger.info(line)
+        return {}
+    settings = _undecided(tuned.chosen, args)
+    _logger.info(tuned.describe(settings))
+    return settings
+
+
+def with_settings(args: Namespace, device: torch.device, settings: Mapping[str, Any]) -> Namespace:
+    """Apply settings, and return the options with those that are options.
+
+    Args:
+        args: Options of the script; they are not changed.
+        device: Device of the run.
+        settings: {setting: value}.
+    """
+    apply_settings(settings, device)
+    options = {name: settings[name] for name in ('recompute', 'torchcompile', 'engine') if name in settings}
+    if 'fused_optimizer' in settings:
+        options['opt_kwargs'] = {**args.opt_kwargs, 'fused': settings['fused_optimizer']}
+    return Namespace(**{**vars(args), **options})
+
+
+def settings_in(checkpoint: Path | None, device: torch.device) -> dict[str, Any] | None:
+    """Return the settings of the run that wrote a checkpoint; None if it ran on another kind of device, or is not told.
+
+    Args:
+        checkpoint: Checkpoint; None for no run.
+        device: Device of the run that goes on.
+    """
+    entry = ((checkpoint and peek_checkpoint(checkpoint)) or {}).get('tuned')
+    try:
+        check_tuned_entry(entry, 'tuned')
+    except Mismatch:  # the reader of the whole file will name what is wrong
+        return None
+    return dict(entry['settings']) if entry['device'] == device.type else None
+
+
+def _keep(settings: dict[str, Any], tuned: Tuned | None) -> dict[str, Any]:
+    """Return the settings of the run that goes on, and say so where another run would have others."""
+    if settings or (tuned is not None and tuned.chosen):
+        words = ', '.join(f'{name}={value}' for name, value in settings.items()) or 'the default ones'
+        _logger.info(f'Tuned settings: {words}, as before (from the checkpoint; --tuned FILE or off changes them).'
+                     f'{describe_missing(settings)}')
+    return settings
+
+
+def _undecided(settings: Mapping[str, Any], args: Namespace) -> dict[str, Any]:
+    """Return the settings that the user has not decided about."""
+    return {name: value for name, value in settings.items() if not _is_set(name, args)}
 
 
 def _is_set(name: str, args: Namespace) -> bool:
     """Return True if the user has decided about a setting."""
-    variables, given = os.environ.get('TIMM_NPU_IRV2_VARIANTS', ''), vars(args)
+    given = vars(args)
     if name in CHOICES:
-        return f'{name}=' in variables or (name == 'kernels' and 'TIMM_NPU_IRV2_KERNELS' in os.environ)
+        return is_in_environment(name)
     if name == 'fused_optimizer':
         return given['opt'] != 'sgd' or bool({'fused', 'foreach'} & given['opt_kwargs'].keys())
     if name in _CONFLICTS:
@@ -131,17 +196,3 @@ _CONFLICTS = {
     'torchcompile': ('torchcompile', 'torchscript', 'engine', 'gradcam'),
     'engine': ('engine', 'torchscript', 'torchcompile', 'test_pool', 'gradcam', 'calibration', 'deterministic'),
 }
-
-
-def _options(kept: Mapping[str, Any], args: Namespace) -> dict[str, Any]:
-    """Return the options, by their attributes, that settings are."""
-    options = {name: kept[name] for name in ('recompute', 'torchcompile', 'engine') if name in kept}
-    if 'fused_optimizer' in kept:
-        options['opt_kwargs'] = {**args.opt_kwargs, 'fused': kept['fused_optimizer']}
-    return options
-
-
-def _line(tuned: Tuned, kept: Mapping[str, Any], missing: Mapping[str, str]) -> str:
-    words = ', '.join(f'{name}={value}' for name, value in kept.items()) or 'the default ones'
-    start = f' Start with {" ".join(f"{name}={value}" for name, value in missing.items())} for all of them.'
-    return f'Tuned settings: {words} (from {tuned.path}; --tuned off ignores it).{start if missing else ""}'

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import device as devices
 from ..errors import UserError
 
-__all__ = ['CHOICES', 'Variants', 'pointwise_form', 'set_variants', 'use_variants', 'variants']
+__all__ = ['CHOICES', 'Variants', 'is_in_environment', 'pointwise_form', 'set_variants', 'use_variants', 'variants']
 
 _VARIABLE, _KERNELS = 'TIMM_NPU_IRV2_VARIANTS', 'TIMM_NPU_IRV2_KERNELS'
 CHOICES = {
@@ -57,6 +57,12 @@ def variants() -> Variants:
     if _current is None:
         _current = _parse(os.environ.get(_VARIABLE, ''))
     return _current
+
+
+def is_in_environment(name: str) -> bool:
+    """Return True if the user has chosen the form of an operation by a variable of the environment."""
+    words = (part.partition('=')[0].strip() for part in os.environ.get(_VARIABLE, '').split(','))
+    return name in words or (name == 'kernels' and os.environ.get(_KERNELS, 'auto') != 'auto')
 
 
 def set_variants(**chosen: str) -> None:

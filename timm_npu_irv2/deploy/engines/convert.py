@@ -110,7 +110,8 @@ def to_inference(
         mean: Mean of the normalisation of uint8 images; None for that of the model's ``pretrained_cfg``.
         std: Standard deviation, likewise.
         engine: Runtime: 'torch'; 'openvino' or 'onnxruntime', on CPUs; 'om', CANN's, on Ascend's inference cards; or
-            'auto' for the fastest one on a CPU as ``benchmark.py infer`` measured it on this machine, else torch.
+            'auto' for the one that ``benchmark.py tune --task eval`` or ``benchmark.py infer`` last measured to be the
+            fastest on this machine's CPU for the dtype, else torch.
         calibration: Images for the ranges of int8: a folder of files, or a tensor (N, C, H, W), uint8 or normalised.
 
     Raises:

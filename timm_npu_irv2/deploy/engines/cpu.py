@@ -8,21 +8,11 @@ import torch
 
 from ..onnx import optional
 
-__all__ = ['cpu_name', 'saturates_int8', 'warn_of_overflow']
+__all__ = ['saturates_int8', 'warn_of_overflow']
 
 _logger = logging.getLogger(__name__)
 
 SEVEN_BITS = 64  # largest weight of ONNX Runtime's reduce_range
-
-
-def cpu_name() -> str:
-    """Return the name of the CPU as Linux shows it, and its vector instructions as torch uses them."""
-    name = platform.processor() or platform.machine()
-    info = Path('/proc/cpuinfo')
-    if info.exists():
-        lines = info.read_text(encoding='utf-8', errors='replace').splitlines()
-        name = next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), name)
-    return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
 
 
 def saturates_int8() -> bool:

@@ -1,7 +1,8 @@
-"""Speeds of the engines as they were measured on this machine, which ``engine='auto'`` chooses by.
+"""The engine that ``engine='auto'`` stands for on this machine's CPU.
 
-``benchmark.py infer`` records them: one file in the user's cache folder for each dtype, number of threads, CPU and set
-of versions. A record is valid for exactly these.
+``benchmark.py tune --task eval`` and ``benchmark.py infer`` record the fastest one that they measured: a file in the
+user's cache folder for each dtype, number of threads, CPU and set of versions, for which alone it is valid. A later
+measurement takes the place of an earlier one.
 """
 
 import hashlib
@@ -14,19 +15,17 @@ from typing import Any
 
 import torch
 
+from ...chips import cpu_name
 from ...errors import UserError, first_line
 from ...serialization import atomic_write, cache_folder, make_folder
-from .cpu import cpu_name
 
-__all__ = ['fastest_engine', 'record_engines', 'record_path']
+__all__ = ['fastest_engine', 'record_engine', 'record_path']
 
 _PACKAGES = ('timm-npu-irv2', 'torch', 'onnxruntime', 'openvino')
 
 
 def fastest_engine(dtype: str) -> str | None:
-    """Return the engine with the best record for a dtype on this machine's CPU; None without a record.
-
-    Best is the geometric mean of the rate of batches and that of single images.
+    """Return the engine that was measured to be the fastest for a dtype on this machine's CPU; None without a record.
 
     Raises:
         UserError: The record is damaged.
@@ -35,25 +34,25 @@ def fastest_engine(dtype: str) -> str | None:
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file may raise PermissionError
         return None
     try:
-        speeds = json.loads(path.read_text(encoding='utf-8'))['engines']
-        return max(speeds, key=lambda name: speeds[name]['images_per_second'] / speeds[name]['latency_ms'])
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        return str(json.loads(path.read_text(encoding='utf-8'))['engine'])
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f'{path} is damaged ({first_line(error)}): run `benchmark.py infer` again.') from error
 
 
-def record_engines(dtype: str, speeds: Mapping[str, Mapping[str, float]]) -> Path:
-    """Write the speeds of engines for a dtype and return the file.
+def record_engine(dtype: str, engine: str, figures: Mapping[str, Any]) -> Path:
+    """Write the name of the fastest engine for a dtype and return the file.
 
     Args:
         dtype: Name of the dtype.
-        speeds: {engine: {'images_per_second': rate of batches, 'latency_ms': time of a single image}}.
+        engine: Name of the engine.
+        figures: What was measured, for people.
 
     Raises:
         CannotWrite: The cache folder cannot be written to.
     """
     path = record_path(dtype)
     make_folder(path.parent)
-    atomic_write(path, json.dumps({**_machine(dtype), 'engines': speeds}, indent=2) + '\n')
+    atomic_write(path, json.dumps({**_machine(dtype), 'engine': engine, 'figures': figures}, indent=2) + '\n')
     return path
 
 
@@ -70,4 +69,5 @@ def _machine(dtype: str) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return {'dtype': dtype, 'cpu': cpu_name(), 'threads': torch.get_num_threads(), 'versions': versions}
+    cpu = f'{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}'
+    return {'dtype': dtype, 'cpu': cpu, 'threads': torch.get_num_threads(), 'versions': versions}
