@@ -10,10 +10,18 @@ import torch
 
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as devices
-from timm_npu_irv2.cli.tuned import use_tuned
+from timm_npu_irv2.cli.tuned import choose_settings, settings_in, use_tuned
 from timm_npu_irv2.deploy.engines import fastest_engine
 from timm_npu_irv2.ops import use_variants, variants
-from timm_npu_irv2.tuning import Workload, apply_settings, find_tuned, load_tuned, save_tuned
+from timm_npu_irv2.tuning import (
+    Workload,
+    apply_settings,
+    describe_outdated,
+    find_tuned,
+    load_tuned,
+    preserve_settings,
+    save_tuned,
+)
 
 CPU = torch.device('cpu')
 WORKLOAD = {'task': 'train', 'batch_size': 2, 'img_size': 75, 'precision': 'float32'}
@@ -98,7 +106,7 @@ def test_what_the_user_has_set_takes_precedence(monkeypatch):
     args = options(opt_kwargs={'fused': False}, grad_checkpointing=True, torchscript=True)
     assert use_tuned(args, CPU, **WORKLOAD) == args and variants().pointwise is None
     for off in options(tuned='off'), options(model='resnet50'), options(deterministic=True):
-        assert use_tuned(off, CPU, **WORKLOAD) is off
+        assert use_tuned(off, CPU, **WORKLOAD) == off
 
 
 def test_a_result_leaves_deterministic_algorithms_deterministic(monkeypatch):
@@ -120,9 +128,72 @@ def test_a_file_for_another_device_or_task_is_one_line():
         use_tuned(options(tuned=str(path)), CPU, **WORKLOAD)
 
 
+@pytest.mark.parametrize('change, words', [
+    ({'versions': {**Workload.on(CPU, **WORKLOAD).versions, 'torch': '1.0'}}, f'torch 1.0, not {torch.__version__}'),
+    ({'name': 'Ascend910B3'}, 'device Ascend910B3, not '),
+])
+def test_a_result_of_another_device_or_version_is_one_line_or_refused(caplog, change, words):
+    path = save({'pointwise': 'product'})
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps({**report, 'workload': {**report['workload'], **change}}))
+    other = path.rename(path.with_name('train-other.json'))
+    assert words in describe_outdated(CPU, **WORKLOAD)
+    with caplog.at_level(logging.INFO):
+        assert use_tuned(options(), CPU, **WORKLOAD) == options()
+    (line,) = caplog.messages
+    assert f'{other} is not used, since it was measured on {words}' in line
+    with pytest.raises(UserError, match=r'Run .benchmark\.py tune. again') as caught:
+        use_tuned(options(tuned=str(other)), CPU, **WORKLOAD)
+    assert words in str(caught.value)
+    assert use_tuned(options(tuned='off'), CPU, **WORKLOAD) == options(tuned='off') and len(caplog.messages) == 1
+
+
+def test_a_result_for_other_batches_is_used_where_it_is_named():
+    path = save({'pointwise': 'product'}, batch_size=16)
+    use_tuned(options(tuned=str(path)), CPU, **WORKLOAD)
+    assert variants().pointwise == 'product'
+
+
+def test_settings_end_with_their_block_also_after_an_error():
+    layout = devices.memory_format(CPU)
+    with pytest.raises(ZeroDivisionError), preserve_settings(CPU):
+        apply_settings({'pointwise': 'product', 'memory_format': 'contiguous'}, CPU)
+        assert variants().pointwise == 'product' and devices.memory_format(CPU) == torch.contiguous_format
+        raise ZeroDivisionError
+    assert variants().pointwise is None and devices.memory_format(CPU) == layout
+
+
+def test_a_run_that_goes_on_keeps_its_settings_unless_told_otherwise(caplog):
+    save({'pointwise': 'large'})
+    before = {'pointwise': 'product', 'recompute': 'cheap'}
+    with caplog.at_level(logging.INFO):
+        kept = choose_settings(options(grad_checkpointing=True), CPU, **WORKLOAD, before=before)
+    assert kept == {'pointwise': 'product'} and 'pointwise=product, as before (from the checkpoint' in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):  # it began before the result was there
+        assert choose_settings(options(), CPU, **WORKLOAD, before={}) == {}
+    assert 'the default ones, as before' in caplog.text
+    assert choose_settings(options(tuned='off'), CPU, **WORKLOAD, before=before) == {}
+    path = save({'pointwise': 'large'})
+    assert choose_settings(options(tuned=str(path)), CPU, **WORKLOAD, before=before) == {'pointwise': 'large'}
+
+
+@pytest.mark.parametrize('entry, expected', [
+    ({'device': 'cpu', 'settings': {'pointwise': 'product'}}, {'pointwise': 'product'}),
+    ({'device': 'npu', 'settings': {'pointwise': 'product'}}, None),
+    ({'device': 'cpu', 'settings': {'pointwise': 'sum'}}, None),
+    ({'device': 'cpu', 'settings': {'command': 'rm'}}, None),
+    (3, None),
+])
+def test_the_settings_of_a_checkpoint_are_checked(tmp_path, entry, expected):
+    torch.save({'tuned': entry, 'state_dict': {}}, tmp_path / 'checkpoint.pth.tar')
+    assert settings_in(tmp_path / 'checkpoint.pth.tar', CPU) == expected
+    assert settings_in(None, CPU) is None
+
+
 def test_variables_that_torch_npu_reads_at_its_start_are_named(caplog, monkeypatch):
     monkeypatch.delenv('TORCH_NPU_LAZY_FUSION', raising=False)
     save({'lazy_fusion': True})
     with caplog.at_level(logging.INFO):
         use_tuned(options(), CPU, **WORKLOAD)
-    assert 'Start with TORCH_NPU_LAZY_FUSION=True for all of them.' in caplog.messages[0]
+    assert 'Start with TORCH_NPU_LAZY_FUSION=True for all of them: torch_npu reads' in caplog.messages[0]

@@ -33,8 +33,9 @@ def test_a_run_gives_a_table_a_json_and_a_chart(tmp_path):
     assert 'of the best peer, timm-channels-last' in done.stdout
     assert done.stdout.count('of the rate of whole batches') == 2
     (record,) = (tmp_path / 'cache' / 'engines').iterdir()
-    speeds = json.loads(record.read_text())['engines']
-    assert {'torch', 'onnxruntime'} == speeds.keys() and "engine='auto' is" in done.stdout
+    report = json.loads(record.read_text())
+    assert {'torch', 'onnxruntime'} == report['figures'].keys()
+    assert f"engine='auto' is {report['engine']} from now on" in done.stdout
     assert (tmp_path / 'infer.png').stat().st_size > 1000
 
 

@@ -410,3 +410,38 @@ def test_two_processes_have_the_gradients_of_one_that_averages_their_half_batche
             assert all('python' in names and 'gloo' not in names for names in threads)
             assert json.loads((tmp_path / 'listening-1.json').read_text()) == ['127.0.0.1']
     assert (moved['2'] - moved['1']).norm() < 1e-5 * moved['1'].norm()
+
+
+def test_measure_npu_tunes_trains_on_each_number_of_cards_and_measures(recorded, tmp_path):
+    calls = [short(call) for call in recorded(
+        'measure_npu.sh', '--data_path=a b', CARDS='1 2', BATCH='4', IMG_SIZE='75', OUTPUT='out', DEVICE='npu:1')]
+    scripts = [call[:2] if call[0] == 'benchmark.py' else call[:1] for call in calls]
+    assert scripts == [
+        ['benchmark.py', 'tune'], ['train.py'], ['preflight.py'], ['torchrun.py'], ['benchmark.py', 'train'],
+        ['benchmark.py', 'ops'], ['benchmark.py', 'ops'], ['benchmark.py', 'profile'], ['benchmark.py', 'table']]
+    for call in calls[:-1]:
+        words = dict(itertools.pairwise(call))
+        assert (words['--img-size'], words['--batch-size']) == ('75', '4'), call
+        assert words.get('--device') == ('npu:1' if call[0] == 'benchmark.py' else None)
+    for call in calls[1], calls[3]:
+        assert call[-1] == '--data_path=a b' and '--epochs' in call
+    runs = [dict(itertools.pairwise(call))['--experiment'] for call in (calls[1], calls[3])]
+    assert calls[-1][2:] == [f'out/{run}/report.json' for run in runs]  # the folders that train.py writes to
+
+
+def test_measure_npu_exports_the_variables_that_tune_chose(tmp_path):
+    """torch_npu reads them when it is loaded, so no script can apply them."""
+    python, log = tmp_path / 'python', tmp_path / 'calls'
+    python.write_text(f'''#!/usr/bin/env bash
+case "$1 $2" in
+    *"benchmark.py tune") echo '{{"environment": {{"TORCH_NPU_LAZY_FUSION": "True"}}}}' > out/tune.json ;;
+    "-c import json"*) exec "{sys.executable}" "$@" ;;
+    *) echo "${{TORCH_NPU_LAZY_FUSION:-}}" >> "{log}" ;;
+esac
+''')
+    python.chmod(0o755)
+    clean = {name: value for name, value in os.environ.items() if name != 'TORCH_NPU_LAZY_FUSION'}
+    subprocess.run(['bash', SCRIPTS / 'measure_npu.sh', '--data_path=x'], check=True, cwd=tmp_path,
+                   env={**clean, 'PYTHON': str(python), 'CARDS': '1', 'OUTPUT': 'out'})
+    seen = log.read_text().split('\n')[:-1]
+    assert seen[0] == '' and len(seen) > 6 and set(seen[1:]) == {'True'}  # check_python comes before tune

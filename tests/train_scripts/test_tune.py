@@ -1,6 +1,7 @@
 """benchmark.py tune: alternatives are measured and written, wrong and failing ones are named, Ctrl-C loses nothing, and
 the other scripts run with the result."""
 
+import functools
 import json
 import os
 import signal
@@ -11,30 +12,48 @@ from pathlib import Path
 
 import pytest
 
+from ..npu.pictures import write_pictures
+
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 SMALL = ['--device', 'cpu', '--img-size', '75', '-b', '2', '--rounds', '1']
 
 
+def start_in(folder: Path, name: str, *options: str) -> subprocess.Popen:
+    environment = {**os.environ, 'TIMM_NPU_IRV2_CACHE': str(folder / 'cache')}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPTS / name), *options], env=environment, cwd=folder, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True)
+
+
 @pytest.fixture
 def start(tmp_path):
-    def start_script(name: str, *options: str, **variables: str) -> subprocess.Popen:
-        environment = {**os.environ, 'TIMM_NPU_IRV2_CACHE': str(tmp_path / 'cache'), **variables}
-        return subprocess.Popen(
-            [sys.executable, str(SCRIPTS / name), *options], env=environment, cwd=tmp_path, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True)
+    return functools.partial(start_in, tmp_path)
 
-    return start_script
+
+@pytest.fixture(scope='module')
+def tuned(tmp_path_factory) -> tuple[Path, str]:
+    """The file of a result, and what was printed."""
+    folder = tmp_path_factory.mktemp('tuned')
+    process = start_in(folder, 'benchmark.py', 'tune', *SMALL, '--only', 'pointwise', 'fused_optimizer')
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    (path,) = (folder / 'cache' / 'tuned').iterdir()
+    return path, output
+
+
+def write_result(tuned: tuple[Path, str], path: Path, task: str = 'train', **chosen) -> None:
+    """Write the result with other settings, which may not have been the fastest here."""
+    report = json.loads(tuned[0].read_text())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**report, 'chosen': chosen, 'workload': {**report['workload'], 'task': task}}))
 
 
 def rows(path: Path) -> dict[str, dict]:
     return {row['name']: row for row in json.loads(path.read_text())['measured']}
 
 
-def test_what_was_measured_is_written_beside_the_default(start, tmp_path):
-    process = start('benchmark.py', 'tune', *SMALL, '--only', 'pointwise', 'fused_optimizer')
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    (path,) = (tmp_path / 'cache' / 'tuned').iterdir()
+def test_what_was_measured_is_written_beside_the_default(tuned):
+    path, output = tuned
     assert str(path) in output
     report, found = json.loads(path.read_text()), rows(path)
     assert list(found)[:3] == ['default', 'pointwise=large', 'pointwise=product']
@@ -86,3 +105,66 @@ def test_a_group_that_does_not_exist_is_one_line(start):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert errors.splitlines()[-1].startswith('benchmark.py: error: --only jit_compile: no such group here; there are ')
+
+
+def test_the_engine_that_tune_finds_is_what_auto_stands_for(start, tmp_path, monkeypatch):
+    pytest.importorskip('onnxruntime')
+    process = start('benchmark.py', 'tune', *SMALL, '--task', 'eval', '--only', 'engine')
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    (path,) = (tmp_path / 'cache' / 'tuned').iterdir()
+    monkeypatch.setenv('TIMM_NPU_IRV2_CACHE', str(tmp_path / 'cache'))
+    (record,) = (tmp_path / 'cache' / 'engines').iterdir()
+    chosen = json.loads(path.read_text())['chosen'].get('engine', 'torch')
+    assert json.loads(record.read_text())['engine'] == chosen
+    assert 'engine=onnxruntime' in rows(path)
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp('pictures'))
+
+
+def test_train_runs_with_the_result_and_goes_on_with_it(start, tuned, tmp_path, pictures):
+    """What tune has written is found and said in a line, and a resumed run keeps its settings without the file."""
+    path = tmp_path / 'cache' / 'tuned' / tuned[0].name
+    write_result(tuned, path, residual='addition', recompute='cheap')
+
+    def train(*words: str) -> str:
+        process = start(
+            'train.py', '--data-dir', str(pictures), '--device', 'cpu', '--img-size', '75', '-b', '2', '-j', '0',
+            '--num-classes', '3', '--train-batches-per-epoch', '1', '--val-split', '', '--output', str(tmp_path),
+            '--experiment', 'run', *words)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return errors
+
+    log = train('--epochs', '1')
+    assert f'Tuned settings: residual=addition, recompute=cheap (from {path}; --tuned off ignores it).' in log
+    assert 'recompute: null' in (tmp_path / 'run' / 'args.yaml').read_text()  # the options, as they were given
+    path.unlink()
+    log = train('--epochs', '2', '--resume', 'auto')
+    assert 'Tuned settings: residual=addition, recompute=cheap, as before (from the checkpoint' in log
+    assert 'Changed since the checkpoint: --epochs 2 (before: 1).' in log
+
+
+@pytest.mark.parametrize('task, chosen, words', [
+    ('train', {'residual': 'addition'}, ['step', '--float32', '--batch-sizes', '1', '2']),
+    ('train', {'memory_format': 'contiguous'}, ['ops', '-b', '2', '--rounds', '1']),
+    ('eval', {'siblings': 'separate'}, ['infer', '-b', '2', '--rounds', '1', '--latencies', '1', '--only', 'ours']),
+])
+def test_the_benchmarks_take_a_result(start, tuned, tmp_path, task, chosen, words):
+    write_result(tuned, tmp_path / 'result.json', task, **chosen)
+    process = start('benchmark.py', *words, '--device', 'cpu', '--img-size', '75', '--tuned', 'result.json')
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    (name, value), = chosen.items()
+    assert f'Tuned settings: {name}={value} (from result.json; --tuned off ignores it).' in output
+
+
+def test_a_result_for_another_task_is_refused_in_a_line(start, tuned, tmp_path):
+    write_result(tuned, tmp_path / 'result.json', 'eval')
+    process = start('benchmark.py', 'train', '--device', 'cpu', '--img-size', '75', '--tuned', 'result.json')
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 2
+    assert '--tuned result.json: it is for eval on cpu, not for train on cpu.' in errors.splitlines()[-1]
