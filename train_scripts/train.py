@@ -183,10 +183,10 @@ def run_in(world: World, args: Namespace, started: float) -> None:
 
 
 def tuned_settings(args: Namespace, world: World, checkpoint: Path | None) -> dict[str, Any]:
-    """Return the settings of --tuned: those of the checkpoint that the run goes on from, as rank 0 sees it."""
-    before = from_primary(settings_in(checkpoint, world.device) if world.is_primary else None, world)
+    """Return the settings of --tuned, as rank 0 sees them: those of the checkpoint that the run goes on from, if any."""
     workload = train_workload(args, world.device, process_batch_size(args, world))
-    return choose_settings(args, world.device, **workload, before=before)
+    return agree(lambda: choose_settings(
+        args, world.device, **workload, before=settings_in(checkpoint, world.device)), world)
 
 
 def output_root(args: Namespace) -> Path:
