@@ -129,7 +129,7 @@ def test_a_file_for_another_device_or_task_is_one_line():
 
 
 @pytest.mark.parametrize('change, words', [
-    ({'versions': {**Workload.on(CPU, **WORKLOAD).versions, 'torch': '1.0'}}, f'torch 1.0, not {torch.__version__}'),
+    ({'versions': {**Workload.on(CPU, **WORKLOAD).versions, 'torch': '1.0'}}, 'torch 1.0, not '),
     ({'name': 'Ascend910B3'}, 'device Ascend910B3, not '),
 ])
 def test_a_result_of_another_device_or_version_is_one_line_or_refused(caplog, change, words):
@@ -186,7 +186,7 @@ def test_a_run_that_goes_on_keeps_its_settings_unless_told_otherwise(caplog):
     (3, None),
 ])
 def test_the_settings_of_a_checkpoint_are_checked(tmp_path, entry, expected):
-    torch.save({'tuned': entry, 'state_dict': {}}, tmp_path / 'checkpoint.pth.tar')
+    torch.save({'tuned': entry, 'state_dict': {'weight': torch.zeros(1)}}, tmp_path / 'checkpoint.pth.tar')
     assert settings_in(tmp_path / 'checkpoint.pth.tar', CPU) == expected
     assert settings_in(None, CPU) is None
 

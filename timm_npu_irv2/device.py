@@ -225,16 +225,17 @@ def configure(
 @contextlib.contextmanager
 def preserve_switches(device: torch.device) -> Iterator[None]:
     """Restore at the end of the block the layout and the switches that :func:`configure` may have set in it."""
-    layout, options = memory_format(device), importlib.import_module('torch_npu._C') if device.type == 'npu' else None
-    unset = dict(jitCompile='disable', ALLOW_INTERNAL_FORMAT='enable', ALLOW_CONV_HF32='enable',
-                 ALLOW_MATMUL_HF32='disable') if options else {}  # torch_npu says '' for these
+    options: Any = importlib.import_module('torch_npu._C') if device.type == 'npu' else None
+    unset = {'jitCompile': 'disable', 'ALLOW_INTERNAL_FORMAT': 'enable', 'ALLOW_CONV_HF32': 'enable',
+             'ALLOW_MATMUL_HF32': 'disable'} if options else {}  # torch_npu says '' for these
     before = {name: options._npu_getOption(name).decode() or value for name, value in unset.items()}
-    tf32, benchmark = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    layout, products, cudnn = memory_format(device), torch.backends.cuda.matmul, torch.backends.cudnn
+    tf32, benchmark = products.allow_tf32, cudnn.benchmark
     try:
         yield
     finally:
         use_memory_format(device, layout)
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = tf32, benchmark
+        products.allow_tf32, cudnn.benchmark = tf32, benchmark
         if options:
             options._npu_setOption(before)
 
@@ -348,9 +349,8 @@ def fused_optimizer_class(
         use_apex: Choice of apex's class, whose combined tensors apex's own loss scaling can unscale.
     """
     package, module = ('apex', 'apex.optimizers') if use_apex else ('torch_npu', 'torch_npu.optim')
-    if torch.device(device).type != 'npu' or importlib.util.find_spec(package) is None:
-        return None
-    return getattr(importlib.import_module(module), name, None)
+    has_class = torch.device(device).type == 'npu' and importlib.util.find_spec(package) is not None
+    return getattr(importlib.import_module(module), name, None) if has_class else None
 
 
 def lack_of_fused_sgd(device: torch.device, momentum: float) -> str:

@@ -34,7 +34,7 @@ from .rules import (
 )
 
 __all__ = ['check_checkpoint', 'check_config', 'check_engine_config', 'check_inference_config', 'check_model_arguments',
-           'check_report', 'check_tuned', 'check_tuned_entry', 'restored_optimizer']
+           'check_report', 'check_tuned', 'restored_optimizer']
 
 MOST_EPOCHS, MOST_CLASSES, MOST_CHANNELS, LARGEST_IMAGE = 10**6, 10**6, 1024, 2**14
 
@@ -272,7 +272,7 @@ def check_checkpoint(content: dict[str, Any]) -> None:
     """Raise :class:`Mismatch` unless a checkpoint, under the names of ``serialization``, is one that can be used."""
     _CHECKPOINT(content, '')
     if 'tuned' in content:
-        check_tuned_entry(content['tuned'], 'tuned')
+        _check_tuned_entry(content['tuned'], 'tuned')
     plain(content.get('args') or {}, 'args')
     if 'training' not in content:  # another program's
         return
@@ -337,7 +337,7 @@ def check_tuned(report: dict[str, Any]) -> None:
             raise Mismatch(f'{where} has the unknown entry {show(min(unknown, key=str))}')
 
 
-def check_tuned_entry(entry: Any, where: str) -> None:
+def _check_tuned_entry(entry: Any, where: str) -> None:
     """Raise :class:`Mismatch` unless this may be a checkpoint's entry about the settings of its run."""
     record({'device': text(100), 'settings': record({}, _SETTINGS)})(entry, where)
     if unknown := entry['settings'].keys() - _SETTINGS.keys():

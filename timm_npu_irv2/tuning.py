@@ -87,9 +87,8 @@ class Workload:
     def differences(self, other: 'Workload') -> str:
         """Return what another workload has else, as in 'batch 8, not 4; torch 2.13.0, not 2.14.1'; '' for nothing."""
         pairs = [(f'{label} ', getattr(self, name), getattr(other, name)) for name, label in _LABELS.items()]
-        versions = {name: (self.versions.get(name), other.versions.get(name))
-                    for name in {**self.versions, **other.versions}}
-        pairs += [(f'{name} ', *(each or 'missing' for each in pair)) for name, pair in versions.items()]
+        pairs += [(f'{name} ', self.versions.get(name, 'missing'), other.versions.get(name, 'missing'))
+                  for name in {**self.versions, **other.versions}]
         return '; '.join(f'{label}{theirs}, not {own}' for label, own, theirs in pairs if own != theirs)
 
 

@@ -183,7 +183,7 @@ def run_in(world: World, args: Namespace, started: float) -> None:
 
 
 def tuned_settings(args: Namespace, world: World, checkpoint: Path | None) -> dict[str, Any]:
-    """Return the settings of --tuned, as rank 0 sees them: those of the checkpoint that the run goes on from, if any."""
+    """Return the settings of --tuned, as rank 0 sees them; a run that goes on has those of its checkpoint."""
     workload = train_workload(args, world.device, process_batch_size(args, world))
     return agree(lambda: choose_settings(
         args, world.device, **workload, before=settings_in(checkpoint, world.device)), world)

@@ -11,8 +11,6 @@ from timm.models import get_pretrained_cfg
 
 from .. import device as devices
 from ..ops.variants import CHOICES, is_in_environment
-from ..rules import Mismatch
-from ..schema import check_tuned_entry
 from ..serialization import peek_checkpoint
 from ..tuning import Tuned, apply_settings, describe_missing, describe_outdated, resolve_tuned
 from .flags import OUR_MODEL
@@ -156,11 +154,7 @@ def settings_in(checkpoint: Path | None, device: torch.device) -> dict[str, Any]
         device: Device of the run that goes on.
     """
     entry = ((checkpoint and peek_checkpoint(checkpoint)) or {}).get('tuned')
-    try:
-        check_tuned_entry(entry, 'tuned')
-    except Mismatch:  # the reader of the whole file will name what is wrong
-        return None
-    return dict(entry['settings']) if entry['device'] == device.type else None
+    return dict(entry['settings']) if entry and entry['device'] == device.type else None
 
 
 def _keep(settings: dict[str, Any], tuned: Tuned | None) -> dict[str, Any]:
