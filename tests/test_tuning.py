@@ -1,11 +1,14 @@
 """Results of tune: found for exactly their workload, refused if damaged, and applied where the user has not decided."""
 
+import importlib
 import json
 import logging
 import os
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from timm_npu_irv2 import UserError
@@ -23,6 +26,9 @@ from timm_npu_irv2.tuning import (
     save_tuned,
 )
 
+from .npu.pictures import write_pictures
+
+SCRIPTS = Path(__file__).parents[1] / 'train_scripts'
 CPU = torch.device('cpu')
 WORKLOAD = {'task': 'train', 'batch_size': 2, 'img_size': 75, 'precision': 'float32'}
 
@@ -197,3 +203,17 @@ def test_variables_that_torch_npu_reads_at_its_start_are_named(caplog, monkeypat
     with caplog.at_level(logging.INFO):
         use_tuned(options(), CPU, **WORKLOAD)
     assert 'Start with TORCH_NPU_LAZY_FUSION=True for all of them: torch_npu reads' in caplog.messages[0]
+
+
+def test_validate_leaves_no_setting_to_the_next_network(monkeypatch, capsys, tmp_path):
+    images = write_pictures(tmp_path / 'images', train=1, val=1)
+    settings = {'pointwise': 'product', 'memory_format': 'contiguous'}
+    save_tuned(Workload.on(CPU, task='eval', batch_size=3, img_size=75, precision='float32'), {'chosen': settings})
+    network = timm.create_model('inception_resnet_v2_npu', num_classes=3)
+    torch.save({'state_dict': network.state_dict()}, tmp_path / 'weights.pth')
+    words = ['--data-dir', images, '--checkpoint', tmp_path / 'weights.pth', '--img-size', 75, '-b', 3, '-j', 0]
+    layout = devices.memory_format(CPU)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    assert importlib.import_module('validate').main([*map(str, words), '--device', 'cpu', '--num-classes', '3']) == 0
+    assert 'Tuned settings: pointwise=product, memory_format=contiguous (from ' in capsys.readouterr().err
+    assert variants().pointwise is None and devices.memory_format(CPU) == layout
