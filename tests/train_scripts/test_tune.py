@@ -149,7 +149,7 @@ def test_train_runs_with_the_result_and_goes_on_with_it(start, tuned, tmp_path, 
 
 
 @pytest.mark.parametrize('task, chosen, words', [
-    ('train', {'residual': 'addition'}, ['step', '--float32', '--batch-sizes', '1', '2']),
+    ('train', {'residual': 'addition'}, ['step', '--float32', '--batch-sizes', '2', '3']),
     ('train', {'memory_format': 'contiguous'}, ['ops', '-b', '2', '--rounds', '1']),
     ('eval', {'siblings': 'separate'}, ['infer', '-b', '2', '--rounds', '1', '--latencies', '1', '--only', 'ours']),
 ])
