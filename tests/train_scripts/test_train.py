@@ -306,6 +306,7 @@ MISTAKES = [
     ('--lr 1e30 --log-interval 1', 'last good checkpoint: none was saved'),
     ('--lr 1e30 --train-batches-per-epoch 1', 'the validation loss is nan'),
     ('--amp-impl apex --amp', 'apex'),
+    ('--recompute cheap', '--recompute is for inception_resnet_v2_npu, not test_resnet'),
     ('--split-bn --resplit --img-size 32 -b 2', '--batch-size 2: batch normalisation needs more than one value'),
 ]
 

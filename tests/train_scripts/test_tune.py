@@ -145,7 +145,7 @@ def test_train_runs_with_the_result_and_goes_on_with_it(start, tuned, tmp_path, 
     path.unlink()
     log = train('--epochs', '2', '--resume', 'auto')
     assert 'Tuned settings: residual=addition, recompute=cheap, as before (from the checkpoint' in log
-    assert 'Changed since the checkpoint: --epochs 2 (before: 1).' in log
+    assert 'Changed since the checkpoint: --epochs 2 (before: 1), --warmup-epochs 1 (before: 0).' in log
 
 
 @pytest.mark.parametrize('task, chosen, words', [

@@ -100,8 +100,9 @@ def _conclude(workload: Workload, tuner: 'Tuner', path: Path | None, interrupted
     if rows:
         report.print_table(title, COLUMNS, rows)
     chosen = ', '.join(Alternative('', {name: value}).name for name, value in tuner.chosen.items())
-    print(f'  chosen: {chosen or "the default settings"}; {f"written to {path}" if path else "nothing was written"}.'
-          f'{describe_missing(tuner.chosen)}')
+    print(f'  chosen: {chosen or "the default settings"}; {f"written to {path}" if path else "nothing was written"}')
+    if missing := describe_missing(tuner.chosen):
+        print(f' {missing}')
     if interrupted:
         raise KeyboardInterrupt
     return {'title': title, 'columns': COLUMNS, 'rows': rows, 'chosen': tuner.chosen, 'file': str(path),

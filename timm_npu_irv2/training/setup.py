@@ -107,7 +107,7 @@ def build_model(args: Namespace, num_classes: int | None = None) -> nn.Module:
 
 
 def _recompute(model: Any, args: Namespace) -> None:
-    if args.recompute and not hasattr(model, 'recompute'):
+    if args.recompute and not hasattr(model, 'recompute_cheap'):
         raise UserError(f'--recompute is for inception_resnet_v2_npu, not {args.model}: use --grad-checkpointing.')
     with name_option('--recompute' if args.recompute else '--grad-checkpointing'):
         model.set_grad_checkpointing(args.recompute or True)
