@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from timm_npu_irv2.tuning import Workload
 
 from ..npu.pictures import write_pictures
 
@@ -45,7 +48,9 @@ def write_result(tuned: tuple[Path, str], path: Path, task: str = 'train', **cho
     """Write the result with other settings, which may not have been the fastest here."""
     report = json.loads(tuned[0].read_text())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**report, 'chosen': chosen, 'workload': {**report['workload'], 'task': task}}))
+    here = Workload.on(torch.device('cpu'), task=task, batch_size=2, img_size=75, precision='float32')
+    report['workload'] |= {'task': task, 'versions': here.versions}
+    path.write_text(json.dumps({**report, 'chosen': chosen}))
 
 
 def rows(path: Path) -> dict[str, dict]:
