@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_npu_irv2.tuning import Workload
+from timm_npu_irv2.tuning import Workload, save_tuned
 
 from ..npu.pictures import write_pictures
 
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
+CPU, WORKLOAD = torch.device('cpu'), {'batch_size': 2, 'img_size': 75, 'precision': 'float32'}
 SMALL = ['--device', 'cpu', '--img-size', '75', '-b', '2', '--rounds', '1']
 
 
@@ -42,15 +43,6 @@ def tuned(tmp_path_factory) -> tuple[Path, str]:
     assert process.returncode == 0, errors
     (path,) = (folder / 'cache' / 'tuned').iterdir()
     return path, output
-
-
-def write_result(tuned: tuple[Path, str], path: Path, task: str = 'train', **chosen) -> None:
-    """Write the result with other settings, which may not have been the fastest here."""
-    report = json.loads(tuned[0].read_text())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    here = Workload.on(torch.device('cpu'), task=task, batch_size=2, img_size=75, precision='float32')
-    report['workload'] |= {'task': task, 'versions': here.versions}
-    path.write_text(json.dumps({**report, 'chosen': chosen}))
 
 
 def rows(path: Path) -> dict[str, dict]:
@@ -133,7 +125,9 @@ def pictures(tmp_path_factory) -> Path:
 def test_train_runs_with_the_result_and_goes_on_with_it(start, tuned, tmp_path, pictures):
     """What tune has written is found and said in a line, and a resumed run keeps its settings without the file."""
     path = tmp_path / 'cache' / 'tuned' / tuned[0].name
-    write_result(tuned, path, residual='addition', recompute='cheap')
+    path.parent.mkdir(parents=True)
+    chosen = {'residual': 'addition', 'recompute': 'cheap'}  # others may have been faster
+    path.write_text(json.dumps({**json.loads(tuned[0].read_text()), 'chosen': chosen}))
 
     def train(*words: str) -> str:
         process = start(
@@ -158,8 +152,8 @@ def test_train_runs_with_the_result_and_goes_on_with_it(start, tuned, tmp_path, 
     ('train', {'memory_format': 'contiguous'}, ['ops', '-b', '2', '--rounds', '1']),
     ('eval', {'siblings': 'separate'}, ['infer', '-b', '2', '--rounds', '1', '--latencies', '1', '--only', 'ours']),
 ])
-def test_the_benchmarks_take_a_result(start, tuned, tmp_path, task, chosen, words):
-    write_result(tuned, tmp_path / 'result.json', task, **chosen)
+def test_the_benchmarks_take_a_result(start, tmp_path, task, chosen, words):
+    save_tuned(Workload.on(CPU, task=task, **WORKLOAD), {'chosen': chosen}, tmp_path / 'result.json')
     process = start('benchmark.py', *words, '--device', 'cpu', '--img-size', '75', '--tuned', 'result.json')
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
@@ -167,8 +161,8 @@ def test_the_benchmarks_take_a_result(start, tuned, tmp_path, task, chosen, word
     assert f'Tuned settings: {name}={value} (from result.json; --tuned off ignores it).' in output
 
 
-def test_a_result_for_another_task_is_refused_in_a_line(start, tuned, tmp_path):
-    write_result(tuned, tmp_path / 'result.json', 'eval')
+def test_a_result_for_another_task_is_refused_in_a_line(start, tmp_path):
+    save_tuned(Workload.on(CPU, task='eval', **WORKLOAD), {'chosen': {}}, tmp_path / 'result.json')
     process = start('benchmark.py', 'train', '--device', 'cpu', '--img-size', '75', '--tuned', 'result.json')
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 2
