@@ -1,4 +1,4 @@
-"""What a file may contain: types, names and ranges of everything that is read from a checkpoint or a config.json.
+"""What a file may contain: types, names and ranges of all that is read from a checkpoint, a config.json or a list.
 
 Such a file may come from anybody. It is checked once, when it is read, and a file that is not as described here is
 refused in one line. Unknown entries of a checkpoint are ignored; unknown arguments of a model are refused, since what
@@ -34,7 +34,7 @@ from .rules import (
 )
 
 __all__ = ['check_checkpoint', 'check_config', 'check_engine_config', 'check_inference_config', 'check_model_arguments',
-           'check_report', 'check_tuned', 'restored_optimizer']
+           'check_report', 'check_shards', 'check_tuned', 'restored_optimizer']
 
 MOST_EPOCHS, MOST_CLASSES, MOST_CHANNELS, LARGEST_IMAGE = 10**6, 10**6, 1024, 2**14
 
@@ -342,6 +342,24 @@ def _check_tuned_entry(entry: Any, where: str) -> None:
     record({'device': text(100), 'settings': record({}, _SETTINGS)})(entry, where)
     if unknown := entry['settings'].keys() - _SETTINGS.keys():
         raise Mismatch(f'{where}.settings has the unknown entry {show(min(unknown, key=str))}')
+
+
+_SHARDS: dict[str, Rule] = {
+    # Within the folder of the list: a name that is a path, a URL or a pipe would open what the list's author chooses.
+    'filenames': many(text(1000, r'(?!(?:.*/)?\.\.(?:/|$))[^/:\x00-\x1f][^:\x00-\x1f]*'), 1),
+    'shard_lengths': many(number(0, 2**40, integer=True), 1),
+}
+
+
+def check_shards(info: dict[str, Any]) -> None:
+    """Raise :class:`Mismatch` unless this may be the _info.json of WebDataset shards."""
+    split = record(_SHARDS, {
+        'alt_label': optional(text(1000)), 'sha256': optional(many(text(64, r'[0-9a-f]{64}')))})
+    record({}, {'splits': mapping(split), 'class_to_idx': mapping(number(0, MOST_CLASSES, integer=True))})(info, '')
+    for name, content in info.get('splits', {}).items():
+        for entry in ('shard_lengths', 'sha256'):
+            if len(content.get(entry) or content['filenames']) != len(content['filenames']):
+                raise Mismatch(f'splits.{name} has {len(content[entry])} {entry} for {len(content["filenames"])} files')
 
 
 def restored_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

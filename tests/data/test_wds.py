@@ -238,8 +238,18 @@ def test_a_list_of_shards_names_splits_and_is_checked(shards):
     with pytest.raises(UserError, match=r'0\.tar/#5 cannot be read: the shard has only 5 samples'):
         list(open_loader(shards, split='train'))
     info(shards, shard_lengths=[5])
-    with pytest.raises(UserError, match=r'_info\.json is no list of shards: each split needs filenames'):
+    with pytest.raises(UserError, match=r'_info\.json is refused: splits\.train has 1 shard_lengths for 2 files'):
         open_loader(shards, split='train')
+
+
+@pytest.mark.parametrize('name', [
+    'pipe:touch acted', '/0.tar', '../0.tar', 'inside/../../0.tar', '..', 'file:0.tar', 'http://127.0.0.1:9/0.tar', ''])
+def test_a_list_of_shards_names_files_beside_it_alone(shards, monkeypatch, name):
+    monkeypatch.chdir(shards)
+    info(shards, filenames=[name, '1.tar'])
+    with pytest.raises(UserError, match=r'_info\.json is refused: splits\[\'train\'\]\.filenames\[0\] is'):
+        open_loader(shards, split='train')
+    assert not (shards / 'acted').exists()
 
 
 def test_numbers_become_those_of_the_network_where_the_list_has_their_names(shards):

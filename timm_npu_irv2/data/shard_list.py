@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .. import rules, schema
 from ..errors import UserError, one_line
 from .fetch import Missing, fetch, is_remote, local_path, shorten
 from .shard_files import ShardFiles
@@ -81,12 +82,10 @@ def _read_info(root: str) -> dict[str, Any]:
             continue
         try:
             info = json.loads(content)
-            if not isinstance(info, dict) or not isinstance(info.get('splits', {}), dict):
-                raise ValueError('expected an object with an object named splits')
-            for split in info.get('splits', {}).values():
-                _check_split(split)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f'{shorten(url)} is no list of shards: {one_line(error)}.') from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'{shorten(url)} cannot be read as JSON: {one_line(error)}.') from error
+        with rules.naming(shorten(url)):
+            schema.check_shards(info)
         return info
     return {}
 
@@ -107,28 +106,10 @@ def _read(url: str) -> bytes:
             raise UserError(f'{path} cannot be read: {error.strerror}.') from error
 
 
-def _check_split(split: Any) -> None:
-    names, lengths = split['filenames'], split['shard_lengths']
-    hashes = split.get('sha256', [])
-    right = (
-        all(isinstance(name, str) for name in names),
-        all(isinstance(length, int) and 0 <= length < 2**40 for length in lengths),
-        all(isinstance(each, str) for each in hashes),
-        len(names) == len(lengths) > 0 and len(hashes) in (0, len(names)),
-    )
-    if not all(right):
-        raise ValueError('each split needs filenames and shard_lengths, one number for each file')
-
-
 def _from_info(root: str, split: dict[str, Any], info: dict[str, Any]) -> ShardList:
     return ShardList(
         tuple(_join(root, name) for name in split['filenames']), tuple(split['shard_lengths']),
-        tuple(split.get('sha256', ())), split.get('alt_label') or '', _classes(info))
-
-
-def _classes(info: dict[str, Any]) -> dict[str, int]:
-    classes = info.get('class_to_idx')
-    return classes if isinstance(classes, dict) and all(isinstance(each, int) for each in classes.values()) else {}
+        tuple(split.get('sha256') or ()), split.get('alt_label') or '', info.get('class_to_idx', {}))
 
 
 def _named(root: str, names: Sequence[str], splits: dict[str, Any], info: dict[str, Any]) -> ShardList:

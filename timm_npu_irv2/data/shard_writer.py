@@ -23,6 +23,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from .. import rules, schema
 from ..errors import CannotWrite, UserError
 from ..escaping import printable
 from ..serialization import atomic_file, atomic_write, make_folder, read_json
@@ -108,12 +109,15 @@ def check_shards(out: Path) -> int:
     Raises:
         UserError: A shard is damaged or missing, or there are no checksums.
     """
-    splits = read_json(out / '_info.json').get('splits', {})
-    try:
-        hashes = {name: sha256 for split in splits.values()
-                  for name, sha256 in zip(split['filenames'], split['sha256'], strict=True)}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{out / "_info.json"} has no checksums: make the shards with timm-npu-irv2 shards.') from error
+    path = out / '_info.json'
+    info = read_json(path)
+    with rules.naming(path):
+        schema.check_shards(info)
+    splits = info.get('splits', {}).values()
+    if not splits or not all(split.get('sha256') for split in splits):
+        raise UserError(f'{path} has no checksums: make the shards with timm-npu-irv2 shards.')
+    hashes = {name: sha256 for split in splits
+              for name, sha256 in zip(split['filenames'], split['sha256'], strict=True)}
     damaged = [name for name, sha256 in tqdm(hashes.items(), unit='shard', disable=None)
                if not _is_whole(out, Shard(name, 0, sha256))]
     if damaged:
