@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from timm_npu_irv2 import serialization
+from timm_npu_irv2.data.decode import read_image
+from timm_npu_irv2.data.folder import ImageFile
 from timm_npu_irv2.errors import CannotWrite, UserError
 from timm_npu_irv2.serialization import atomic_file, atomic_link, atomic_write
 
@@ -183,3 +185,21 @@ def test_permissions_are_those_of_an_ordinary_file(tmp_path):
     finally:
         os.umask(old)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize('kind', ['pipe', 'device', 'folder', 'link to a pipe'])
+def test_what_would_be_waited_for_is_refused(tmp_path, kind):
+    """An image, a config.json or a checkpoint of somebody else may be a pipe, whose writer never comes."""
+    path = tmp_path / 'a.png'
+    os.mkfifo(tmp_path / 'pipe')
+    {'pipe': lambda: os.mkfifo(path), 'device': lambda: path.symlink_to('/dev/zero'), 'folder': path.mkdir,
+     'link to a pipe': lambda: path.symlink_to('pipe')}[kind]()
+    for read in (serialization.open_regular, lambda path: ImageFile(str(tmp_path), path.name).open(),
+                 lambda path: read_image(path, 'RGB')):
+        with pytest.raises(OSError, match='a pipe or a device'):
+            read(path)
+    for read in serialization.read_json, serialization.read_checkpoint:
+        with pytest.raises(UserError, match=r'a\.png'):
+            read(path)
+    assert serialization.peek_checkpoint(path) is None

@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,8 +28,8 @@ from . import rules, schema
 from .errors import CannotWrite, UserError, first_line
 
 __all__ = ['EXTENSION', 'atomic_file', 'atomic_link', 'atomic_write', 'cache_folder', 'load_weights', 'make_folder',
-           'peek_checkpoint', 'read_checkpoint', 'read_json', 'save_weights', 'stage_checkpoint', 'weights_checksum',
-           'write_checkpoint']
+           'open_regular', 'peek_checkpoint', 'read_checkpoint', 'read_json', 'save_weights', 'stage_checkpoint',
+           'weights_checksum', 'write_checkpoint']
 
 EXTENSION = '.pth.tar'
 MOST_INFLATED = 20  # times the size of the file: torch stores without compression, and random numbers do not compress
@@ -240,6 +241,15 @@ def save_weights(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> N
 # Reading
 
 
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a file for reading. A pipe or a device, which would be waited for, is refused with an OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, 'it is a folder, a pipe or a device', os.fspath(path))
+    return os.fdopen(descriptor, 'rb')
+
+
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Return what a file of weights or a checkpoint holds, on the CPU; nothing in it is executed.
 
@@ -314,7 +324,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: The file is missing, too large, or not an object in JSON.
     """
     try:
-        with path.open('rb') as file:
+        with open_regular(path) as file:
             content = json.loads(file.read(LONGEST_JSON))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, 'strerror', None) or first_line(error)

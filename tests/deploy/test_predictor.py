@@ -173,14 +173,16 @@ class Slow(Echo):
     torch.zeros(3, SIZE, SIZE), torch.zeros(3, SIZE + 1, SIZE, dtype=torch.uint8),
     None, 3, b'', b'no image', 'nowhere.png',
     np.zeros((3, 4, 5, 6), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 9), np.uint8),
+    torch.nested.nested_tensor([torch.zeros(3, 4, 4, dtype=torch.uint8)]), 'a\nb.png', '/dev/zero',
     Image.new('RGB', (0, 0)), Image.new('F', (4, 4)), object(), [None], {'a': 1},
 ], ids=lambda bad: f'{type(bad).__name__}')
 def test_what_is_no_image_is_refused_and_harms_no_other_call(small, bad):
     slow = Slow()
     with Predictor(small, compiled=slow, batch_size=8) as predictor, ThreadPoolExecutor(4) as threads:
         others = [threads.submit(predictor.predict, marked(mark)) for mark in (1, 2, 3)]
-        with pytest.raises(UserError):
+        with pytest.raises(UserError) as caught:
             predictor.predict(bad if isinstance(bad, list) else [bad])
+        assert '\n' not in str(caught.value)
         slow.go.set()
         assert [other.result(30)[0]['indices'][0] for other in others] == [1, 2, 3]
 
@@ -253,6 +255,44 @@ def test_a_call_ends_with_its_time(small):
     assert sum(slow.log) == 2  # 1 was being computed, 2 was dropped
 
 
+@pytest.mark.parametrize('timeout', [float('nan'), -1, 1e300])
+def test_a_timeout_that_is_no_time_is_refused(small, timeout):
+    with Predictor(small, compiled=Echo([])) as predictor, pytest.raises(UserError, match='timeout'):
+        predictor.predict(marked(1), timeout=timeout)
+
+
+def test_logits_that_are_not_finite_are_an_error_of_their_image(small):
+    class Broken(Slow):
+        def forward(self, images):
+            logits = super().forward(images)
+            logits[images[:, 0, 0, 0] == 13] = float('nan')
+            return logits
+
+    slow = Broken()
+    with Predictor(small, compiled=slow, batch_size=8) as predictor, ThreadPoolExecutor(8) as threads:
+        first = threads.submit(predictor.predict, marked(0))
+        assert slow.begun.wait(30)
+        others = [threads.submit(predictor.predict, marked(mark)) for mark in (12, 13)]
+        slow.go.set()
+        assert first.result(300)[0]['indices'][0] == 0 and others[0].result(300)[0]['indices'][0] == 12
+        with pytest.raises(RuntimeError, match='NaN or infinite'):
+            others[1].result(300)
+
+
+@pytest.mark.timeout(600)
+def test_a_pipe_is_no_image(small, tmp_path):
+    os.mkfifo(tmp_path / 'a.png')
+    with Predictor(small, compiled=Echo([])) as predictor, pytest.raises(UserError, match=r'a\.png cannot be read'):
+        predictor.predict(tmp_path / 'a.png')
+
+
+def test_more_images_than_may_wait_are_told_at_once(small):
+    with Predictor(small, compiled=Echo([]), max_waiting=2) as predictor:
+        with pytest.raises(QueueFull, match='3 images at a time are more than max_waiting=2'):
+            predictor.predict([marked(mark) for mark in (1, 2, 3)], block=False)
+        assert len(predictor.predict([marked(mark) for mark in (1, 2, 3)])) == 3
+
+
 def test_the_queue_is_bounded(small):
     slow = Slow()
     with Predictor(small, compiled=slow, batch_size=1, max_waiting=2) as predictor, ThreadPoolExecutor(4) as threads:
@@ -309,7 +349,7 @@ def test_a_child_of_a_fork_is_told(small):
 
 @pytest.mark.parametrize('options', [
     {'max_wait': float('nan')}, {'max_wait': -1}, {'max_wait': float('inf')}, {'batch_size': 0}, {'topk': 0},
-    {'max_waiting': 0}])
+    {'max_waiting': 0}, {'batch_size': float('nan')}, {'batch_size': 2.5}, {'topk': '5'}])
 def test_arguments_out_of_range_are_refused(small, options):
     with pytest.raises(UserError):
         Predictor(small, **options)

@@ -104,7 +104,7 @@ def check_card(data) -> None:
     try:
         with rules.naming('report.json'):
             schema.check_report(figures)
-            rules.plain(recipe, 'args')
+            schema.check_checkpoint({'state_dict': partial_weights(), 'args': recipe})
     except UserError as error:
         return one_line(error)
     text = card.write('x', config, target='npu', license='mit', datasets=(), recipe=recipe, figures=figures,

@@ -6,6 +6,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..serialization import open_regular
+
 __all__ = ['read_image', 'to_pil_mode']
 
 
@@ -17,6 +19,9 @@ def read_image(file: str | os.PathLike | BinaryIO, mode: str) -> Image.Image:
     Raises:
         Exception: Any error that Pillow's decoders raise for a damaged file, or :func:`to_pil_mode`.
     """
+    if isinstance(file, str | os.PathLike):
+        with open_regular(file) as opened:
+            return read_image(opened, mode)
     try:
         with Image.open(file) as image:
             return to_pil_mode(image, mode)

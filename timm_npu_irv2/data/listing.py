@@ -9,6 +9,7 @@ from typing import BinaryIO, overload
 
 import numpy as np
 
+from ..serialization import open_regular
 from .classes import natural_key, natural_prefix
 
 __all__ = ['ImageFile', 'Listing']
@@ -45,8 +46,8 @@ class ImageFile:
     def open(self) -> BinaryIO:
         """Open it for reading. Threads and processes can do so at the same time, even within one tar file."""
         if self.offset < 0:
-            return open(self.path, 'rb')  # noqa: PTH123 - a Path for each of a million images is slow
-        with open(self.root, 'rb') as file:  # noqa: PTH123
+            return open_regular(self.path)
+        with open(self.root, 'rb') as file:  # noqa: PTH123 - a Path for each of a million images is slow
             file.seek(self.offset)
             return io.BytesIO(file.read(self.size))
 

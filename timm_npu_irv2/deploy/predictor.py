@@ -20,6 +20,7 @@ from ..data.classes import class_info
 from ..data.decode import read_image, to_pil_mode
 from ..data.pipeline import MOST_CHANNELS, ImagePipeline
 from ..errors import UserError, first_line
+from ..escaping import printable
 from .engines import EngineNetwork
 from .network import InferenceNetwork
 
@@ -66,8 +67,8 @@ class Predictor:
             input_img_mode: str | None = None,
             max_waiting: int = 1024,
     ) -> None:
-        if batch_size < 1 or topk < 1 or max_waiting < 1:
-            raise UserError('a predictor needs a batch_size, a topk and a max_waiting of at least 1.')
+        if not all(isinstance(each, int) and each >= 1 for each in (batch_size, topk, max_waiting)):
+            raise UserError('a predictor needs a batch_size, a topk and a max_waiting that are integers of at least 1.')
         if not (math.isfinite(max_wait) and 0 <= max_wait <= threading.TIMEOUT_MAX):
             raise UserError(f'max_wait {max_wait}: expected seconds, at least 0.')
         self.topk, self.batch_size, self.max_wait, self.max_waiting = topk, batch_size, max_wait, max_waiting
@@ -104,13 +105,17 @@ class Predictor:
             For each image ``{'indices': [...], 'labels': [...], 'probabilities': [...]}``, the most likely class first.
 
         Raises:
-            UserError: An image cannot be read or has another size; none of the images of the call is computed then.
+            UserError: An image cannot be read or has another size, or the timeout is no time; none of the images of
+                the call is computed then.
             TimeoutError: ``timeout`` has passed. Images that are not being computed yet are dropped.
             QueueFull: There is no room for the images, and ``block`` is false.
-            RuntimeError: The predictor is closed, or was made before a fork; or the network failed.
+            RuntimeError: The predictor is closed, or was made before a fork; or the network failed, or its logits are
+                not finite.
         """
         if os.getpid() != self._process:
             raise RuntimeError('a predictor does not survive a fork: make one in each process.')
+        if timeout is not None and not 0 <= timeout <= threading.TIMEOUT_MAX:
+            raise UserError(f'timeout {timeout}: expected seconds, at least 0, or None.')
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         inputs = [self._prepare(image, index) for index, image in enumerate(_as_list(images))]
         answers: list[Future[dict[str, Any]]] = []
@@ -152,10 +157,15 @@ class Predictor:
     def _prepare(self, image: Any, index: int) -> Tensor:
         """Return an image as uint8 (C, H, W) on the CPU, checked so that it cannot fail a batch."""
         if isinstance(image, Tensor):
-            return self._prepare_tensor(image, index)
+            try:
+                return self._prepare_tensor(image, index)
+            except UserError:
+                raise
+            except Exception as error:  # a subclass, or a nested tensor, may refuse anything
+                raise UserError(f'image {index} cannot be read: {first_line(error)}') from error
         if self._shape[0] > MOST_CHANNELS:
             raise UserError(f'the network takes {self._shape[0]} channels, which no image file has: use tensors.')
-        name = f'image {index}' if not isinstance(image, str | os.PathLike) else str(image)
+        name = f'image {index}' if not isinstance(image, str | os.PathLike) else printable(str(image))
         try:
             return torch.as_tensor(self._transform(_to_pil(image, self._mode)))
         except Exception as error:  # Pillow's decoders raise many types
@@ -168,16 +178,15 @@ class Predictor:
         if image.layout != torch.strided or image.is_meta:
             raise UserError(f'image {index} is a tensor of layout {image.layout} on {image.device}: expected a dense '
                             'tensor with data.')
-        try:
-            with torch.inference_mode():
-                return torch.empty(self._shape, dtype=torch.uint8).copy_(image.detach().as_subclass(Tensor))
-        except Exception as error:  # a subclass may refuse anything
-            raise UserError(f'image {index} cannot be read: {first_line(error)}') from error
+        with torch.inference_mode():
+            return torch.empty(self._shape, dtype=torch.uint8).copy_(image.detach().as_subclass(Tensor))
 
     def _submit(self, images: list[Tensor], deadline: float, block: bool) -> list[Future[dict[str, Any]]]:
         answers: list[Future[dict[str, Any]]] = []
         try:
             with self._changed:
+                if not block and len(images) > self.max_waiting:
+                    raise QueueFull(f'{len(images)} images at a time are more than max_waiting={self.max_waiting}.')
                 if not block and len(self._queue) + len(images) > self.max_waiting:
                     raise QueueFull(f'{len(self._queue)} images are waiting, and {len(images)} more would exceed '
                                     f'max_waiting={self.max_waiting}: try again later.')
@@ -244,7 +253,10 @@ class Predictor:
                 batch[0].answer.set_exception(failure)
             return
         for each, answer in zip(batch, answers, strict=True):
-            each.answer.set_result(answer)
+            if math.isfinite(sum(answer['probabilities'])):
+                each.answer.set_result(answer)
+            else:
+                each.answer.set_exception(RuntimeError('the logits of the network are NaN or infinite.'))
 
     @torch.inference_mode()
     def _compute(self, images: Tensor) -> list[dict[str, Any]]:
