@@ -140,6 +140,23 @@ def test_without_an_environment_there_is_one_process(monkeypatch):
     shutdown(world)
 
 
+@pytest.mark.parametrize(('variables', 'said'), [
+    ({'RANK': 'abc', 'WORLD_SIZE': '2'}, "RANK='abc' is not a number"), ({'WORLD_SIZE': ''}, "WORLD_SIZE='' is not"),
+    ({'SLURM_NTASKS': '2(x3)\n'}, r"SLURM_NTASKS='2\(x3\)\\n' is not"),
+    ({'LOCAL_RANK': '-1'}, "LOCAL_RANK='-1' is not"),
+    ({'RANK': '2', 'WORLD_SIZE': '2'}, 'number 2 of 2, from 0 on'),
+])
+def test_odd_counts_of_a_launcher_are_one_line(monkeypatch, variables, said):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for read in lambda: initialize('cpu'), is_launched:
+        with pytest.raises(UserError, match=said) as caught:
+            read()
+        assert '\n' not in str(caught.value)
+
+
 def test_a_sum_over_one_process_is_a_copy():
     value = torch.ones(2)
     total = sum_over_ranks(value, World())

@@ -25,7 +25,6 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import world_info_from_env
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -33,7 +32,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from . import device as devices
 from .errors import UserError, one_line
-from .rendezvous import first_slurm_host, is_port_free, register_rendezvous, serve_on_loopback
+from .rendezvous import first_slurm_host, is_port_free, register_rendezvous, serve_on_loopback, world_from_env
 
 __all__ = ['StopRequest', 'World', 'agree', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
            'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'on_primary', 'restarted', 'share_array', 'shutdown',
@@ -103,7 +102,7 @@ def initialize(
         DeviceUnavailable: The device does not exist.
         UserError: The processes cannot meet.
     """
-    local_rank, env_rank, env_size = world_info_from_env()
+    local_rank, env_rank, env_size = world_from_env()
     size = env_size if env_size > 1 else (world_size or 1)
     index = env_rank if env_size > 1 else (rank or 0)
     if size == 1:
@@ -372,7 +371,7 @@ def _kind(name: str | None) -> str:
 
 def is_launched() -> bool:
     """Return True if a launcher (torchrun, MPI, SLURM) has started this process as one of several."""
-    return world_info_from_env()[2] > 1 or 'LOCAL_RANK' in os.environ
+    return world_from_env()[2] > 1 or 'LOCAL_RANK' in os.environ
 
 
 def launch(

@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
+from timm.utils.distributed import world_info_from_env
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters, rendezvous_handler_registry
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from .errors import UserError, first_line
+from .escaping import printable
 
-__all__ = ['first_slurm_host', 'is_port_free', 'register_rendezvous', 'run_torchrun', 'serve_on_loopback']
+__all__ = ['first_slurm_host', 'is_port_free', 'register_rendezvous', 'run_torchrun', 'serve_on_loopback',
+           'world_from_env']
 
 MEETING_TIMEOUT = 600  # seconds, as torchrun's
 
@@ -190,6 +193,29 @@ def first_slurm_host() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise UserError(f"`{' '.join(command)}` names no machine ({first_line(error)}): set MASTER_ADDR.") from error
+
+
+# timm.utils.distributed.world_info_from_env reads these.
+_COUNTS = '''
+    LOCAL_RANK MPI_LOCALRANKID SLURM_LOCALID OMPI_COMM_WORLD_LOCAL_RANK RANK PMI_RANK SLURM_PROCID OMPI_COMM_WORLD_RANK
+    WORLD_SIZE PMI_SIZE SLURM_NTASKS OMPI_COMM_WORLD_SIZE
+'''.split()
+
+
+def world_from_env() -> tuple[int, int, int]:
+    """Return local rank, rank and number of processes that torchrun, MPI or SLURM has set; (0, 0, 1) without them.
+
+    Raises:
+        UserError: A variable is no number, or the rank is not below the number of processes.
+    """
+    for name in _COUNTS:
+        if not os.environ.get(name, '0').isdecimal():
+            raise UserError(f"{name}='{printable(os.environ[name])[:40]}' is not a number: unset it, or start the "
+                            'processes with a launcher.')
+    local_rank, rank, size = world_info_from_env()
+    if size > 1 and rank >= size:
+        raise UserError(f'this process is number {rank} of {size}, from 0 on: start the processes with a launcher.')
+    return local_rank, rank, size
 
 
 def is_port_free(port: int) -> bool:

@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from timm.data import DatasetInfoLabelMapper
-from timm.utils.distributed import world_info_from_env
 from torch import Tensor, nn
 
 from timm_npu_irv2 import device as devices
@@ -73,6 +72,7 @@ from timm_npu_irv2.distributed import World, agree, barrier, gather_objects, ini
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.ops.normalize import normalize_images
 from timm_npu_irv2.plots import Prediction, draw_contact_sheet, gradcam
+from timm_npu_irv2.rendezvous import world_from_env
 from timm_npu_irv2.serialization import weights_checksum
 from timm_npu_irv2.training import setup
 
@@ -93,7 +93,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     args = INFERENCE.parse(argv)
     args.data = [*args.data, *([args.data_dir] if args.data_dir else [])]
     args.pretrained = args.pretrained or not args.checkpoint
-    args.shards = bool(args.results_shards or args.resume) or world_info_from_env()[2] > 1
+    args.shards = bool(args.results_shards or args.resume) or world_from_env()[2] > 1
     args.results_format = args.results_format or ['parquet' if args.shards else 'csv']
     formats = args.results_format
     check_rules([

@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import logging
+import os
 import sys
 
 import pytest
 import torch
 from PIL import Image
 
+from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.plots import draw_curves
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.report import COLUMNS, Progress, Report, final_lines
@@ -189,3 +191,16 @@ def test_a_terminal_gets_a_bar_and_a_line_for_each_epoch(caplog):
     steps(Progress(3, stream))
     assert 'Epoch 0' in stream.getvalue() and 'loss 0.5000' in stream.getvalue() and '10/10' in stream.getvalue()
     assert [record.message[:7] for record in caplog.records] == ['Epoch 0']
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize('content', [
+    b'epoch\nx\n', b'epoch\nnan\n', b'epoch\ninf\n', b'epoch\n\xff\n', 'pipe', 'folder',
+    b'epoch\n"' + b'1' * 200_000 + b'"\n',
+])
+def test_a_damaged_table_of_an_earlier_start_is_one_line(tmp_path, content):
+    path = tmp_path / 'summary.csv'
+    {'pipe': lambda: os.mkfifo(path), 'folder': path.mkdir}.get(content, lambda: path.write_bytes(content))()
+    with pytest.raises(UserError, match=r'summary\.csv cannot be read') as caught:
+        Report(tmp_path, 1)
+    assert '\n' not in str(caught.value) and len(str(caught.value)) < 500

@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from .. import device as devices
+from ..errors import UserError, first_line
 from ..plots import draw_curves
-from ..serialization import atomic_write
+from ..serialization import atomic_write, open_regular
 
 __all__ = ['Progress', 'Report', 'final_lines']
 
@@ -160,9 +161,14 @@ def final_lines(images_per_second: float, top1: float | None, seconds: float) ->
 def _read_summary(path: Path) -> list[Row]:
     if not path.exists():
         return []
-    with path.open(newline='') as file:
-        rows = [{name: _number(row.get(name)) for name in COLUMNS} for row in csv.DictReader(file)]
-    return [{**row, 'epoch': int(row['epoch'])} for row in rows if row['epoch'] is not None]
+    try:
+        with open_regular(path) as file:
+            lines = csv.DictReader(io.TextIOWrapper(file, encoding='utf-8', newline=''))
+            rows = [{name: _number(row.get(name)) for name in COLUMNS} for row in lines]
+        return [{**row, 'epoch': int(row['epoch'])} for row in rows if row['epoch'] is not None]
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
+        reason = getattr(error, 'strerror', None) or first_line(error)
+        raise UserError(f'{path} cannot be read ({reason}): repair it, or remove it to begin a new table.') from error
 
 
 def _number(cell: str | None) -> float | None:
