@@ -203,3 +203,16 @@ def test_what_would_be_waited_for_is_refused(tmp_path, kind):
         with pytest.raises(UserError, match=r'a\.png'):
             read(path)
     assert serialization.peek_checkpoint(path) is None
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was_checked(tmp_path, monkeypatch):
+    path = tmp_path / 'a.pth'
+    for name, value in ('a', 1), ('b', 2):
+        torch.save({'state_dict': {'x': torch.full((3,), value)}}, tmp_path / f'{name}.pth')
+
+    def check_and_replace(archive: zipfile.ZipFile) -> None:
+        (tmp_path / 'b.pth').replace(path)
+
+    monkeypatch.setattr(zipfile.ZipFile, 'testzip', check_and_replace)
+    assert serialization.read_checkpoint(path)['state_dict']['x'].tolist() == [1, 1, 1]
+    assert torch.load(path, weights_only=True)['state_dict']['x'].tolist() == [2, 2, 2]

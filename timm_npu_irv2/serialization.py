@@ -346,15 +346,18 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            inflated, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
-            if inflated > MOST_INFLATED * size:
-                raise UserError(f'{path} is refused: its {size} bytes would inflate to {inflated}.')
-            if (corrupt := archive.testzip()) is not None:  # torch does not look at the checksums
-                raise UserError(f'{path} is damaged: the checksum of {corrupt} is wrong. Use an earlier checkpoint.')
-    with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints hold one
-        return torch.load(path, map_location='cpu', weights_only=True)
+    with open_regular(path) as file:  # once: what is checked is what is read, even if another file takes the place
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                inflated, size = sum(entry.file_size for entry in archive.infolist()), os.fstat(file.fileno()).st_size
+                if inflated > MOST_INFLATED * size:
+                    raise UserError(f'{path} is refused: its {size} bytes would inflate to {inflated}.')
+                if (corrupt := archive.testzip()) is not None:  # torch does not look at the checksums
+                    raise UserError(f'{path} is damaged: the checksum of {corrupt} is wrong. Use an earlier '
+                                    'checkpoint.')
+        file.seek(0)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints hold one
+            return torch.load(file, map_location='cpu', weights_only=True)
 
 
 def _with_usual_names(content: dict[str, Any], path: Path) -> dict[str, Any]:
