@@ -1,5 +1,6 @@
 """What may change between a checkpoint and the run that goes on from it."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.serialization import write_checkpoint
 from timm_npu_irv2.training import setup
 from timm_npu_irv2.training.checkpoint import resume, training_state
-from timm_npu_irv2.training.engine import Trainer
+from timm_npu_irv2.training.engine import Position, Trainer
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.resumption import APPLIED, DIVIDED, FREE, REFUSED, check_data, describe_data
 
@@ -192,3 +193,15 @@ def test_what_has_changed_in_the_data_is_named(now, said):
         check_data('last.pth.tar', then, fingerprint(now))
     assert str(caught.value) == (f'the training data is not that of last.pth.tar: {said}. Restore it, or use '
                                  '--allow-changed-data to continue with it as it is.')
+
+
+@pytest.mark.parametrize(('now', 'position'), [('a/1 b/1', Position(0, 2, 2)), ('a/1 b/2', Position(0, 0, 0))])
+def test_an_epoch_begins_again_with_changed_data_that_are_allowed(tmp_path, now, position):
+    trainer, info = trainer_by_options(seed=0)
+    info = dataclasses.replace(info, data=fingerprint('a/1 b/1'))
+    trainer.on_recovery = lambda trainer: write_checkpoint(training_state(trainer, info), tmp_path / 'a.pth.tar')
+    train_epochs(trainer, until=1)
+    resumed, info = trainer_by_options(seed=5)
+    info = dataclasses.replace(info, data=fingerprint(now))
+    resume(resumed, tmp_path / 'a.pth.tar', info, allow_changed_data=True)
+    assert resumed.position == position
