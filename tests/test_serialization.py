@@ -216,3 +216,14 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was_checked(tmp_
     monkeypatch.setattr(zipfile.ZipFile, 'testzip', check_and_replace)
     assert serialization.read_checkpoint(path)['state_dict']['x'].tolist() == [1, 1, 1]
     assert torch.load(path, weights_only=True)['state_dict']['x'].tolist() == [2, 2, 2]
+
+
+def test_a_link_under_the_name_of_the_temporary_file_is_not_written_to(tmp_path, monkeypatch):
+    """Even if somebody guesses the name."""
+    victim = tmp_path / 'victim'
+    victim.write_text('precious')
+    monkeypatch.setattr('secrets.token_hex', lambda count: 'guessed')
+    (tmp_path / '.file.guessed.part').symlink_to(victim)
+    with pytest.raises(CannotWrite):
+        atomic_write(tmp_path / 'file', 'new')
+    assert victim.read_text() == 'precious'

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_npu_irv2 import hub
+from timm_npu_irv2 import hub, rules, schema
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.hub.__main__ import main
 from train_scripts import inference, onnx_export, train
@@ -206,3 +206,8 @@ def test_containers_that_unfold_are_refused(state_dict, tmp_path):
     path = save_checkpoint(tmp_path / 'a.pth.tar', state_dict, 5, args={**ARGS, 'model_kwargs': {'x': nested}})
     with pytest.raises(UserError, match=r'a\.pth\.tar is refused: it nests more than'):
         hub.create(path)
+
+
+def test_an_argument_that_describes_no_layer_is_refused_before_the_network_sees_it():
+    with pytest.raises(rules.Mismatch, match="sets the model argument 'path'; a file may set only num_classes"):
+        schema.check_model_arguments({'path': '/etc/passwd'}, 'inception_resnet_v2_npu')
