@@ -79,11 +79,8 @@ def write_images(root: Path) -> Path:
 
 
 def write_shards(images: Path, root: Path) -> Path:
-    """The images of :func:`write_images` in shards of 1 to 7 samples, train-0.tar, …, and val-0.tar, …; ``root``.
-
-    Their list is in info/_info.json.
-    """
-    (root / 'info').mkdir(parents=True)
+    """The images of :func:`write_images` in shards of 1 to 7 samples with _info.json: train-0.tar, …, val-0.tar, …"""
+    root.mkdir()
     splits: dict[str, Any] = {}
     for split in 'train', 'val':
         paths = sorted((images / split).rglob('*.*'), key=lambda path: int(path.stem) if path.stem.isdecimal() else 5)
@@ -96,12 +93,12 @@ def write_shards(images: Path, root: Path) -> Path:
                         member.size = len(content)
                         archive.addfile(member, io.BytesIO(content))
             split_info = splits.setdefault(split, {'filenames': [], 'shard_lengths': []})
-            split_info['filenames'].append(f'../{split}-{shard}.tar')
+            split_info['filenames'].append(f'{split}-{shard}.tar')
             split_info['shard_lengths'].append(len(paths[:lengths]))
             paths = paths[lengths:]
             if not paths:
                 break
-    (root / 'info' / '_info.json').write_text(json.dumps({'splits': splits}))
+    (root / '_info.json').write_text(json.dumps({'splits': splits}))
     return root
 
 
