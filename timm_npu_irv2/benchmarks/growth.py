@@ -28,7 +28,8 @@ from . import report
 __all__ = ['add_arguments', 'make_images', 'run']
 
 LINKS = 30_000  # to one file; file systems allow 65000 or more
-IMAGE_COLUMNS = ('search s', 'hash s', 'first batch s', 'total s', 'main MB', 'worker MB', 'shared out MB', 'alone MB')
+IMAGE_COLUMNS = ('search s', 'hash s', 'first batch s', 'total s', 'CPU s', 'main MB', 'worker MB', 'shared out MB',
+                 'alone MB')
 PROCESS_COLUMNS = ('joined s', 'trained s', 'step ms', 'step CPU ms', 'small sum ms', 'checkpoint ms', 'evaluation ms',
                    'collectives', 'numbers')
 
@@ -84,7 +85,7 @@ def _images_row(args: argparse.Namespace, count: int) -> list[float]:
     best = min(turns, key=lambda turn: turn['total'])
     print(f'{count} images: {best["total"]:.2f} s to the first batch', flush=True)
     memory = ('main peak', 'worker', 'worker shared out', 'worker alone')
-    return [*(best[name] for name in ('search', 'fingerprint', 'first batch', 'total')),
+    return [*(best[name] for name in ('search', 'fingerprint', 'first batch', 'total', 'CPU')),
             *(best[name] / 1e6 for name in memory)]
 
 

@@ -46,7 +46,7 @@ def measure_images(root: str, batch_size: int, batches: int) -> dict[str, float]
         batch_size: Images in a batch.
         batches: Batches that the worker loads before its memory is read.
     """
-    clock = [time.perf_counter()]
+    clock, cpu = [time.perf_counter()], time.process_time()
     before = _memory('self')['Rss']
     dataset = open_dataset('', root, 'train')
     clock.append(time.perf_counter())
@@ -59,6 +59,7 @@ def measure_images(root: str, batch_size: int, batches: int) -> dict[str, float]
     loaded = iter(loader)
     next(loaded)
     clock.append(time.perf_counter())
+    cpu = time.process_time() - cpu
     for _ in range(min(batches, len(loader)) - 1):
         next(loaded)
     worker = _memory(str(multiprocessing.active_children()[0].pid))
@@ -66,8 +67,8 @@ def measure_images(root: str, batch_size: int, batches: int) -> dict[str, float]
     loader.close()
     return {
         'images': count, 'search': clock[1] - clock[0], 'fingerprint': clock[2] - clock[1],
-        'first batch': clock[3] - clock[2], 'total': clock[3] - clock[0], 'imports': before, 'main peak': peak,
-        'worker': worker['Rss'], 'worker shared out': worker['Pss'],
+        'first batch': clock[3] - clock[2], 'total': clock[3] - clock[0], 'CPU': cpu,
+        'imports': before, 'main peak': peak, 'worker': worker['Rss'], 'worker shared out': worker['Pss'],
         'worker alone': worker['Private_Clean'] + worker['Private_Dirty'],
     }
 
