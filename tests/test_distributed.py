@@ -525,7 +525,9 @@ def test_so_is_that_of_processes_that_nobody_launched(tmp_path):
 
 
 def _listening_addresses(world: World) -> list[str]:
-    return runpy.run_path(str(WITNESS))['listening_addresses']()
+    addresses = runpy.run_path(str(WITNESS))['listening_addresses']()
+    barrier(world)
+    return addresses
 
 
 # A machine whose host name is the address of an interface, as most machines of a network are.

@@ -1,6 +1,7 @@
 """benchmark.py tune: alternatives are measured and written, wrong and failing ones are named, Ctrl-C loses nothing, and
 the other scripts run with the result."""
 
+import contextlib
 import functools
 import json
 import os
@@ -66,14 +67,16 @@ def test_what_was_measured_is_written_beside_the_default(tuned):
 def test_ctrl_c_writes_what_was_measured_and_ends_the_workers(start, tmp_path):
     output = tmp_path / 'result.json'
     process = start('benchmark.py', 'tune', *SMALL, '--output', str(output))
-    stop_at = time.monotonic() + 120
-    while not (workers := _children(process.pid)) and time.monotonic() < stop_at:
+    stop_at = time.monotonic() + 300
+    while not (workers := _workers(process.pid)) and time.monotonic() < stop_at:
         time.sleep(0.1)
     assert workers
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and 'Traceback' not in errors, errors
     assert json.loads(output.read_text())['interrupted'] is True
+    while any(Path(f'/proc/{worker}').exists() for worker in workers) and time.monotonic() < stop_at:
+        time.sleep(0.1)
     assert not any(Path(f'/proc/{worker}').exists() for worker in workers)
 
 
@@ -81,7 +84,7 @@ def test_ctrl_c_during_an_alternative_is_a_row_and_leaves_an_earlier_result(star
     process = start('benchmark.py', 'tune', *SMALL, '--only', 'pointwise', '--rounds', '9999')
     stop_at, seen = time.monotonic() + 200, set()
     while len(seen) < 2 and time.monotonic() < stop_at:  # the default, and the first alternative
-        seen |= set(_children(process.pid))
+        seen |= set(_workers(process.pid))
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
@@ -90,10 +93,14 @@ def test_ctrl_c_during_an_alternative_is_a_row_and_leaves_an_earlier_result(star
     assert not (tmp_path / 'cache').exists()
 
 
-def _children(pid: int) -> list[int]:
+def _workers(pid: int) -> list[int]:
+    """Return the processes that measure; the parent may have other children before and beside them."""
     found = []
     for task in Path(f'/proc/{pid}/task').glob('*/children'):
-        found += map(int, task.read_text().split())
+        for child in task.read_text().split():
+            with contextlib.suppress(OSError):
+                if 'tune_worker' in Path(f'/proc/{child}/cmdline').read_text():
+                    found.append(int(child))
     return found
 
 

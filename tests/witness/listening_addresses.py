@@ -11,7 +11,8 @@ def listening_addresses():
     links = [str(path.readlink()) for path in Path('/proc/self/fd').iterdir() if path.is_symlink()]
     own = {link.removeprefix('socket:[').rstrip(']') for link in links if link.startswith('socket:[')}
     found = set()
-    for family, table in (socket.AF_INET, 'tcp'), (socket.AF_INET6, 'tcp6'):
+    # A table that changes while it is read may lack lines, so each is read more than once.
+    for family, table in ((socket.AF_INET, 'tcp'), (socket.AF_INET6, 'tcp6')) * 3:
         for line in Path(f'/proc/net/{table}').read_text().splitlines()[1:]:
             address, state, inode = (line.split()[index] for index in (1, 3, 9))
             host, _, port = address.rpartition(':')
@@ -25,5 +26,10 @@ if __name__ == '__main__':
     if '--join' in sys.argv:
         from timm_npu_irv2.distributed import barrier, initialize
 
-        barrier(initialize('cpu'))
-    print(os.environ['TORCHELASTIC_RUN_ID'], *listening_addresses(), flush=True)
+        world = initialize('cpu')
+        barrier(world)
+        addresses = listening_addresses()
+        barrier(world)  # nobody ends, and closes its sockets, before the other has looked
+    else:
+        addresses = listening_addresses()
+    print(os.environ['TORCHELASTIC_RUN_ID'], *addresses, flush=True)
