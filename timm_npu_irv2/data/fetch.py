@@ -156,7 +156,7 @@ class _Download:
 
 
 class _Stream:
-    """What WebDataset opens, always from its beginning."""
+    """A source that WebDataset opens; each attempt reads it from its beginning."""
 
     def __init__(self, url: str) -> None:
         self.url = url
