@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import signal
 import struct
 import subprocess
 import sys
@@ -177,6 +178,32 @@ time.sleep(300)
     while worker.exists() and 'Z (zombie)' not in (worker / 'status').read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize('killed', [True, False])
+def test_a_connection_that_breaks_is_reported_unless_the_main_process_was_killed(tmp_path, killed):
+    """A thread that hands out the worker's tensors meets the end of the main process before the watchdog does."""
+    code = f"""
+import os, signal, sys, time
+from timm_npu_irv2.data.worker import start_worker
+main = os.getpid()
+reader, writer = os.pipe()
+if os.fork():
+    if {killed}:
+        os.kill(main, signal.SIGKILL)
+    os._exit(0 if os.wait()[1] == 0 else 1)
+os.close(writer)
+start_worker(0, main_process=main)
+try:
+    if {killed}:
+        os.read(reader, 1)  # until the main process is gone
+    raise ConnectionResetError
+except ConnectionResetError:
+    sys.excepthook(*sys.exc_info())
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == (-signal.SIGKILL if killed else 0)
+    assert ('ConnectionResetError' in done.stderr) is not killed, done.stderr
 
 
 def test_workers_load_where_python_starts_processes_by_a_server(folder):

@@ -32,4 +32,5 @@ if __name__ == '__main__':
         barrier(world)  # nobody ends, and closes its sockets, before the other has looked
     else:
         addresses = listening_addresses()
-    print(os.environ['TORCHELASTIC_RUN_ID'], *addresses, flush=True)
+    # In one piece: torchrun starts Python without a buffer, and the processes share a pipe.
+    sys.stdout.write(' '.join([os.environ['TORCHELASTIC_RUN_ID'], *addresses]) + '\n')

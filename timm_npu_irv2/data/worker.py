@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -27,6 +28,7 @@ __all__ = ['BatchDataset', 'LoadedBatch', 'WorkerLost', 'is_lost_worker', 'start
            'translate_worker_errors']
 
 GRACE = 30  # seconds; torchrun, too, waits as long between SIGTERM and SIGKILL
+POLL = 1  # seconds between two looks of a worker at its main process
 
 
 class LoadedBatch(NamedTuple):
@@ -141,12 +143,20 @@ def start_worker(worker_id: int, main_process: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
     threading.Thread(target=_end_with, args=(main_process,), name='watchdog', daemon=True).start()
+    sys.excepthook = _report_error
 
 
 def _end_with(main_process: int) -> None:
     while os.getppid() == main_process:
-        time.sleep(1)
+        time.sleep(POLL)
     os._exit(1)
+
+
+def _report_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback, unless it tells only that the main process was killed while a batch was on its way."""
+    if issubclass(kind, (ConnectionError, EOFError)):
+        time.sleep(2 * POLL)  # the watchdog ends this process meanwhile if the main process is gone
+    sys.__excepthook__(kind, error, trace)
 
 
 class WorkerLost(RuntimeError):
