@@ -28,8 +28,9 @@ from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.deploy import EngineNetwork, InferenceNetwork, Predictor, load, save, to_inference
 from timm_npu_irv2.deploy import onnx as graph
 from timm_npu_irv2.deploy.engines import fastest_engine, record_engine, record_path
+from timm_npu_irv2.deploy.engines.base import open_by_size
 from timm_npu_irv2.deploy.engines.cpu import warn_of_overflow
-from timm_npu_irv2.deploy.engines.onnxruntime import separate_siblings
+from timm_npu_irv2.deploy.engines.siblings import separate_siblings
 from timm_npu_irv2.serialization import save_weights
 
 onnx = pytest.importorskip('onnx')
@@ -155,6 +156,25 @@ def test_images_of_other_sizes(model, engine):
     with torch.inference_mode():
         assert relative_error(network(x), model(x)) < 1e-5
         assert relative_error(network(x[..., :75]), model(x[..., :75])) < 1e-5
+
+
+def test_only_images_of_the_usual_size_are_known_to_have_it(model, tmp_path):
+    path = tmp_path / 'model.onnx'
+    graph.export(to_inference(model), path, uint8=False, dynamic_size=True)
+    assert graph.session(path).get_inputs()[0].shape == ['batch', 3, 'height', 'width']
+    opened = []
+
+    def open_session(size):
+        opened.append(size)
+        session = graph.session(path, size=size)
+        assert session.get_inputs()[0].shape[2:] == (['height', 'width'] if size is None else list(size))
+        return lambda images: session.run(None, {graph.INPUT: images})[0]
+
+    run = open_by_size(path, open_session)
+    assert opened == [(SIZE, SIZE)]  # the first call need not wait for it
+    for height, width in (SIZE, SIZE), (80, 75), (75, 90), (SIZE, SIZE):
+        assert run(np.zeros((1, 3, height, width), np.float32)).shape == (1, CLASSES)
+    assert opened == [(SIZE, SIZE), None]
 
 
 @pytest.mark.parametrize('options', [dict(num_classes=0), dict(num_classes=5, in_chans=1, global_pool='catavgmax')])

@@ -1,5 +1,6 @@
 """Times of candidates that take turns in one process, so that whatever slows the machine slows all of them."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +14,11 @@ __all__ = ['Ratio', 'in_turn', 'ratio', 'times_in_turn']
 
 Work = Callable[[], Any]
 
+PAUSE = 0.05  # seconds; the threads of whatever ran before wait for more work in a busy loop, and slow the next one
+
 
 def in_turn(works: Mapping[str, Work], device: torch.device, rounds: int, warmup: int) -> Iterator[dict[str, float]]:
-    """Yield {name: seconds} of each round; the order is reversed in every second one.
+    """Yield {name: seconds} of each round, in an order drawn anew for each.
 
     Args:
         works: {name: function to time}.
@@ -26,9 +29,9 @@ def in_turn(works: Mapping[str, Work], device: torch.device, rounds: int, warmup
     for work in works.values():
         for _ in range(warmup):
             work()
-    for index in range(rounds):
-        names = list(works)[::-1 if index % 2 else 1]
-        seconds = {name: _seconds(works[name], device) for name in names}
+    order = random.Random(0)
+    for _ in range(rounds):
+        seconds = {name: _seconds(works[name], device) for name in order.sample(list(works), len(works))}
         yield {name: seconds[name] for name in works}
 
 
@@ -40,6 +43,7 @@ def times_in_turn(works: Mapping[str, Work], device: torch.device, rounds: int, 
 
 def _seconds(work: Work, device: torch.device) -> float:
     devices.synchronize(device)
+    time.sleep(PAUSE)
     start = time.perf_counter()
     work()
     devices.synchronize(device)

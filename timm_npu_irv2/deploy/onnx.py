@@ -110,12 +110,13 @@ def write(model: Any, path: str | os.PathLike) -> None:
     atomic_write(path, model.SerializeToString())
 
 
-def session(path: str | os.PathLike, threads: int = 0) -> Any:
+def session(path: str | os.PathLike, threads: int = 0, size: tuple[int, int] | None = None) -> Any:
     """Open a file with ONNX Runtime, on the CPU.
 
     Args:
         path: ONNX file.
         threads: Number of threads; 0 for the default of ONNX Runtime.
+        size: (height, width) of all images, for a file that takes any size.
 
     Raises:
         UserError: The file is not an ONNX model, or onnxruntime is not installed.
@@ -124,6 +125,8 @@ def session(path: str | os.PathLike, threads: int = 0) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    for name, value in zip(('height', 'width'), size or (), strict=False):
+        options.add_free_dimension_override_by_name(name, value)
     try:
         return runtime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     except Exception as error:  # its exceptions have no public base class

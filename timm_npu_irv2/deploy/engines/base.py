@@ -1,5 +1,6 @@
 """The interface of an engine: a runtime of another vendor that runs the exported network."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,10 @@ import numpy as np
 import torch
 
 from ...errors import UserError
+from .. import onnx as graph
+from .siblings import separate_siblings
 
-__all__ = ['Engine', 'Session']
+__all__ = ['Engine', 'Session', 'open_by_size']
 
 Session = Callable[[np.ndarray], np.ndarray]  # (N, C, H, W) float32, normalised -> (N, num_classes) float32
 
@@ -50,8 +53,13 @@ class Engine(ABC):
         """
 
     def build(self, exported: Path, model: Path, dtype: str) -> None:
-        """Turn the exported network, ``exported`` (ONNX, float32), into the file ``model`` that the runtime reads."""
-        exported.replace(model)
+        """Turn the exported network, ``exported`` (ONNX, float32), into the file ``model`` that the runtime reads.
+
+        By default, siblings become separate convolutions.
+        """
+        content = graph.optional('onnx', self.name).load(str(exported))
+        separate_siblings(content)
+        graph.write(content, model)
 
     def resolve_dtype(self, dtype: torch.dtype | str | None) -> str:
         """Return the name of a dtype: 'float32' for None, the fastest for 'fast'.
@@ -76,3 +84,18 @@ class Engine(ABC):
         if device is not None and torch.device(device).type != 'cpu':
             raise UserError(f"engine '{self.name}' runs on a CPU, not on {device}: use device cpu.")
         return None
+
+
+def open_by_size(model: Path, open_session: Callable[[tuple[int, int] | None], Session]) -> Session:
+    """Return a session that keeps one for the size in the file's preprocessing, and one for all others once they come.
+
+    Runtimes are faster where they know height and width, for example by adding a residual in place.
+
+    Args:
+        model: File that takes images of any size.
+        open_session: Function from (height, width), or None for any size, to a session.
+    """
+    usual = tuple(graph.preprocessing(model)['input_size'][1:])
+    session = functools.cache(open_session)
+    session(usual)
+    return lambda images: session(usual if images.shape[2:] == usual else None)(images)

@@ -1,5 +1,6 @@
-"""Intel's OpenVINO, on CPUs. It runs the folded network as it is: merged siblings suit it."""
+"""Intel's OpenVINO, on CPUs."""
 
+import functools
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from ... import device as devices
 from ...errors import UserError, first_line
 from ..onnx import optional
-from .base import Engine, Session
+from .base import Engine, Session, open_by_size
 
 __all__ = ['OpenVINO']
 
@@ -34,21 +35,28 @@ class OpenVINO(Engine):
 
     def open(self, model: Path, dtype: str, device: str | None = None) -> Session:
         """Compile the model for as many threads as torch uses; concurrent calls wait for each other."""
-        try:
-            compiled = _core().compile_model(str(model), 'CPU', {
-                'PERFORMANCE_HINT': 'LATENCY',
-                'INFERENCE_NUM_THREADS': torch.get_num_threads(),
-                'INFERENCE_PRECISION_HINT': HINTS[dtype],
-            })
-        except RuntimeError as error:
-            raise UserError(f'OpenVINO cannot run {model}: {first_line(error)}') from error
-        request, lock = compiled.create_infer_request(), threading.Lock()
+        options = {
+            'PERFORMANCE_HINT': 'LATENCY',
+            'INFERENCE_NUM_THREADS': torch.get_num_threads(),
+            'INFERENCE_PRECISION_HINT': HINTS[dtype],
+        }
+        return open_by_size(model, functools.partial(_open, model, options))
 
-        def run(images: np.ndarray) -> np.ndarray:
-            with lock:  # a request computes one batch at a time, with all threads
-                return request.infer({0: images}, share_inputs=True)[0]
 
-        return run
+def _open(model: Path, options: dict[str, Any], size: tuple[int, int] | None) -> Session:
+    try:
+        network = _core().read_model(str(model))
+        if size is not None:
+            network.reshape([-1, network.input().partial_shape[1], *size])
+        request, lock = _core().compile_model(network, 'CPU', options).create_infer_request(), threading.Lock()
+    except RuntimeError as error:
+        raise UserError(f'OpenVINO cannot run {model}: {first_line(error)}') from error
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with lock:  # a request computes one batch at a time, with all threads
+            return request.infer({0: images}, share_inputs=True)[0]
+
+    return run
 
 
 def _core() -> Any:
