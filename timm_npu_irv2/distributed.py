@@ -31,8 +31,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from . import device as devices
+from . import rendezvous
 from .errors import UserError, one_line
-from .rendezvous import first_slurm_host, is_port_free, register_rendezvous, serve_on_loopback, world_from_env
 
 __all__ = ['StopRequest', 'World', 'agree', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
            'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'on_primary', 'restarted', 'share_array', 'shutdown',
@@ -102,7 +102,7 @@ def initialize(
         DeviceUnavailable: The device does not exist.
         UserError: The processes cannot meet.
     """
-    local_rank, env_rank, env_size = world_from_env()
+    local_rank, env_rank, env_size = rendezvous.world_from_env()
     size = env_size if env_size > 1 else (world_size or 1)
     index = env_rank if env_size > 1 else (rank or 0)
     if size == 1:
@@ -112,7 +112,7 @@ def initialize(
         local_rank = index % max(1, devices.device_count(kind))
     device = devices.resolve_device(kind, local_rank)
     if addr or 'MASTER_ADDR' not in os.environ:
-        os.environ.setdefault('MASTER_ADDR', addr or first_slurm_host() or '127.0.0.1')
+        os.environ.setdefault('MASTER_ADDR', addr or rendezvous.first_slurm_host() or '127.0.0.1')
     timeout = timeout or _timeout()
     os.environ.setdefault('MASTER_PORT', '29500')
     _keep_gloo_on_loopback(dist_url or 'env://')
@@ -148,11 +148,11 @@ def _open_store(url: str, rank: int, size: int, timeout: timedelta) -> dist.Stor
     """Return the store through which the processes meet; on one machine it listens on the loopback interface only."""
     parsed = urllib.parse.urlsplit(url)
     host = parsed.hostname or os.environ['MASTER_ADDR']
-    port = parsed.port or int(os.environ['MASTER_PORT'])
+    port = parsed.port or rendezvous.port_number(os.environ['MASTER_PORT'], 'MASTER_PORT')
     store: dist.Store
     if host in LOOPBACK and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
         if rank == 0:
-            store, _ = serve_on_loopback(port, timeout)
+            store, _ = rendezvous.serve_on_loopback(port, timeout)
         else:
             store = dist.TCPStore('127.0.0.1', port, is_master=False, timeout=timeout)
     else:
@@ -371,7 +371,7 @@ def _kind(name: str | None) -> str:
 
 def is_launched() -> bool:
     """Return True if a launcher (torchrun, MPI, SLURM) has started this process as one of several."""
-    return world_from_env()[2] > 1 or 'LOCAL_RANK' in os.environ
+    return rendezvous.world_from_env()[2] > 1 or 'LOCAL_RANK' in os.environ
 
 
 def launch(
@@ -439,9 +439,10 @@ def _meeting_point(nodes: int, node_rank: int, addr: str | None, dist_url: str |
     url = dist_url.removeprefix('tcp://') if dist_url and dist_url.startswith('tcp://') else None
     endpoint = url or f"{addr or '127.0.0.1'}:{os.environ.get('MASTER_PORT', '29500')}"
     host, _, port = endpoint.rpartition(':')
-    if (nodes > 1 or url) and node_rank == 0 and not is_port_free(int(port)):
-        raise UserError(f'port {port} is in use: choose another one with --dist-url tcp://{host}:PORT.')
-    register_rendezvous()
+    if (nodes > 1 or url) and node_rank == 0:
+        rendezvous.check_port(port, '--dist-url' if url else 'MASTER_PORT',
+                              f'choose another one with --dist-url tcp://{host}:PORT.')
+    rendezvous.register_rendezvous()
     if nodes == 1:
         return {'rdzv_backend': 'loopback', 'rdzv_endpoint': f'127.0.0.1:{port if url else 0}',
                 'run_id': secrets.token_hex(16)}

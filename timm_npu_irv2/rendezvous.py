@@ -20,7 +20,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from .errors import UserError, first_line
 from .escaping import printable
 
-__all__ = ['first_slurm_host', 'is_port_free', 'register_rendezvous', 'run_torchrun', 'serve_on_loopback',
+__all__ = ['check_port', 'first_slurm_host', 'port_number', 'register_rendezvous', 'run_torchrun', 'serve_on_loopback',
            'world_from_env']
 
 MEETING_TIMEOUT = 600  # seconds, as torchrun's
@@ -56,8 +56,9 @@ class _MachinesRendezvous(StaticTCPRendezvous):
     def __init__(self, parameters: RendezvousParameters) -> None:
         host, _, port = parameters.endpoint.rpartition(':')
         super().__init__(
-            host.strip('[]'), int(port), rank=int(parameters.config['rank']), world_size=parameters.max_nodes,
-            run_id=parameters.run_id, timeout=int(parameters.config.get('timeout') or MEETING_TIMEOUT))
+            host.strip('[]'), port_number(port, '--rdzv-endpoint'), rank=int(parameters.config['rank']),
+            world_size=parameters.max_nodes, run_id=parameters.run_id,
+            timeout=int(parameters.config.get('timeout') or MEETING_TIMEOUT))
 
     def get_backend(self) -> str:
         """Return the name of this rendezvous, as in ``--rdzv-backend``."""
@@ -151,7 +152,8 @@ def run_torchrun(argv: Sequence[str]) -> None:
     options = dict(zip(argv[::2], argv[1::2], strict=False))  # those of the rendezvous stand first
     endpoint = options.get('--rdzv-endpoint', '')
     if not options.keys() & {'--rdzv-backend', '--nnodes'}:
-        endpoint = f"127.0.0.1:{os.environ.get('MASTER_PORT', '0')}"
+        port = os.environ.get('MASTER_PORT', '0')
+        endpoint = f"127.0.0.1:{port_number(port, 'MASTER_PORT') if port != '0' else 0}"
         argv = ['--rdzv-backend', 'loopback', '--rdzv-endpoint', endpoint, '--rdzv-id', secrets.token_hex(16), *argv]
     elif options.get('--rdzv-backend') == 'c10d':
         argv = _meet_again(endpoint, list(argv))
@@ -216,6 +218,23 @@ def world_from_env() -> tuple[int, int, int]:
     if size > 1 and rank >= size:
         raise UserError(f'this process is number {rank} of {size}, from 0 on: start the processes with a launcher.')
     return local_rank, rank, size
+
+
+def port_number(text: str, name: str) -> int:
+    """Return the port that ``text``, the value of ``name``, says.
+
+    Raises:
+        UserError: It is not a number from 1 to 65535.
+    """
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise UserError(f"{name} '{printable(text)[:40]}' is not a port: use a number from 1 to 65535.")
+    return int(text)
+
+
+def check_port(port: str, name: str, remedy: str) -> None:
+    """Raise UserError, which ends with ``remedy``, unless this machine can listen on the port that ``name`` says."""
+    if not is_port_free(port_number(port, name)):
+        raise UserError(f'port {port} is in use: {remedy}')
 
 
 def is_port_free(port: int) -> bool:

@@ -18,9 +18,9 @@ import os
 from collections.abc import Sequence
 
 from timm_npu_irv2 import device as devices
+from timm_npu_irv2 import rendezvous
 from timm_npu_irv2.data.dataset import find_root
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.rendezvous import is_port_free
 from timm_npu_irv2.training.options import parse_args
 
 
@@ -65,10 +65,7 @@ def check_port() -> None:
     port = os.environ.get('MASTER_PORT')
     if port is None or os.environ.get('NODE_RANK', '0') != '0':
         return
-    if not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"MASTER_PORT '{port}' is not a port: use a number below 65536.")
-    if not is_port_free(int(port)):
-        raise UserError(f'port {port} is in use: set MASTER_PORT to another one, or leave it unset.')
+    rendezvous.check_port(port, 'MASTER_PORT', 'set MASTER_PORT to another one, or leave it unset.')
 
 
 if __name__ == '__main__':
