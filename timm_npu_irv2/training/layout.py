@@ -6,9 +6,10 @@ So while the global batch stays the same, a run can go on with any other divisio
 """
 
 import logging
+import math
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from .loaders import mixup_active
 __all__ = ['Layout', 'check_layout', 'plan_layout', 'process_batch_size', 'stored_layout']
 
 _logger = logging.getLogger(__name__)
+
+MOST_GROWTH = 8  # of --batch-size, in a proposal
 
 
 @dataclass(frozen=True)
@@ -177,18 +180,17 @@ def _check_numbers_of_machines(layout: Layout) -> None:
     if not (fewest.isdecimal() and most.isdecimal()):
         return
     numbers = [nodes * local for nodes in range(int(fewest), int(most) + 1)]
-    uneven = _uneven(layout.global_batch_size, numbers)
+    uneven = [number for number in numbers if layout.global_batch_size % number]
     if not uneven:
         return
-    per_process = layout.processes * layout.grad_accum_steps
-    better = next(size for size in range(layout.batch_size, 10**9) if not _uneven(size * per_process, numbers))
-    raise UserError(
-        f'NNODES={fewest}:{most}: {uneven[0]} processes cannot share the {layout.global_batch_size} images of an '
-        f'update evenly. --batch-size {better} can be shared by every number of machines.')
-
-
-def _uneven(images: int, numbers: Iterable[int]) -> list[int]:
-    return [number for number in numbers if images % number]
+    common = math.lcm(*numbers)
+    unit = common // math.gcd(common, layout.processes * layout.grad_accum_steps)
+    better = -(-layout.batch_size // unit) * unit
+    advice = f'--batch-size {better} can be shared by every number of machines.'
+    if better > MOST_GROWTH * layout.batch_size:
+        advice = 'Let NNODES name fewer numbers of machines.'
+    raise UserError(f'NNODES={fewest}:{most}: {uneven[0]} processes cannot share the {layout.global_batch_size} images '
+                    f'of an update evenly. {advice}')
 
 
 def check_layout(path: Any, before: Layout, own: Layout, *, several_sizes: bool = False) -> None:
