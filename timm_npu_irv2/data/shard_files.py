@@ -77,7 +77,7 @@ class ShardFiles:
             raise ValueError(str(error)) from error
 
     def __getstate__(self) -> dict[str, Any]:  # for a worker that is not forked
-        return {**self.__dict__, '_lock': None, '_mutex': None, '_owner': 0}
+        return {**self.__dict__, '_lock': None, '_mutex': None, '_open': None, '_owner': 0}
 
     def _in_this_process(self) -> contextlib.AbstractContextManager:
         """Return the lock of the open files, which another thread could close; a worker must open its own."""
