@@ -16,12 +16,13 @@ from ..errors import UserError, first_line
 from .classes import label_names
 from .fast import FastTransform
 
-__all__ = ['MODES', 'MOST_CHANNELS', 'ImagePipeline', 'pool_over_positions', 'remember_training', 'trained_channels']
+__all__ = ['MODES', 'MODE_OF_CHANNELS', 'MOST_CHANNELS', 'ImagePipeline', 'pool_over_positions', 'remember_training',
+           'trained_channels']
 
 MODES = ('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV')  # 8 bits a channel, and Pillow converts any image to them
 
 MOST_CHANNELS = 4
-_MODE_OF_CHANNELS = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
+MODE_OF_CHANNELS = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class ImagePipeline:
             UserError: No such mode, or a mode with another number of channels.
         """
         channels = config['input_size'][0]
-        mode = input_img_mode or config.get('input_img_mode') or _MODE_OF_CHANNELS.get(channels)
+        mode = input_img_mode or config.get('input_img_mode') or MODE_OF_CHANNELS.get(channels)
         if mode is None:
             raise UserError(f'images have 1 to 4 channels, not {channels}: use another --in-chans.')
         if mode not in MODES:

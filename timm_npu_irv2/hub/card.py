@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..cli.flags import RECIPE
+from ..data.pipeline import MODE_OF_CHANNELS
 from ..escaping import markdown_code, markdown_fence, markdown_text
 
 __all__ = ['address', 'write']
@@ -116,7 +117,7 @@ def write(
     body = _BODY.format(
         title=markdown_text(name), id=f'local-dir:{folder}', needs=_NEEDS[target],
         classes=config['num_classes'], top=min(5, config['num_classes']), size=size[-1], channels=size[0],
-        mode='RGB' if size[0] == 3 else 'L')
+        mode=config.get('input_img_mode') or MODE_OF_CHANNELS.get(size[0], 'RGB'))
     parts = [body, _results(figures, averaged, dtype), _training(recipe, figures), _labels(config)]
     if curves:
         parts.append(f'![Loss, accuracy, learning rate and throughput over the epochs]({curves})\n')
