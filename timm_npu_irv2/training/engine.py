@@ -320,8 +320,10 @@ class Trainer:
         self._log()
         if self.images_folder is not None and self.world.is_primary:
             path = self.images_folder / f'train-batch-{self.position.batch - 1}.jpg'
+            channels = 3 if images.shape[1] >= 3 else 1  # JPEG has no transparency
             with atomic_file(path) as file:
-                torchvision.utils.save_image(images.float(), file, format='JPEG', padding=0, normalize=True)
+                torchvision.utils.save_image(
+                    images[:, :channels].float(), file, format='JPEG', padding=0, normalize=True)
 
     def _log(self) -> None:
         """Read the meter and the clock for a line of the log, unless this was just done."""
