@@ -44,7 +44,11 @@ class Worker:
             stderr=self._errors, start_new_session=True)
         os.close(write_end)
         self._received = b''
-        self._send(job.to_json())
+        try:
+            self._send(job.to_json())
+        except BaseException:
+            self.close()
+            raise
 
     def start(self, deadline: float) -> tuple[float, str]:
         """Return the median error against the reference, and what is wrong, when the worker has computed it."""
