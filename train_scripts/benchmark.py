@@ -20,6 +20,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from timm_npu_irv2 import UserError
@@ -39,13 +40,14 @@ from timm_npu_irv2.benchmarks import (
 )
 from timm_npu_irv2.benchmarks.counting import Journal
 from timm_npu_irv2.cli.checks import check_installed, check_output_file
+from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.plots import draw_bar_chart
 
 COMMANDS = {'step': step, 'train': training, 'infer': inference, 'input': input, 'ops': operators,
             'busy': busy, 'growth': growth, 'tune': tune, 'profile': profile, 'table': table}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the options."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument('--device', default=None, help='npu, cuda or cpu (default: the best one available)')
@@ -73,32 +75,25 @@ def find_journal() -> Journal | None:
     return importlib.import_module('standin_journal').recording
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the benchmark, write its figures, and return the exit code."""
-    args = parse_args()
+    args = parse_args(argv)
+    check_output_file('--json', str(args.json or ''))
+    check_output_file('--chart', str(args.chart or ''))
+    if args.chart:
+        check_installed('--chart', 'matplotlib')
     try:
-        check_output_file('--json', str(args.json or ''))
-        check_output_file('--chart', str(args.chart or ''))
-        if args.chart:
-            check_installed('--chart', 'matplotlib')
         result = step.run(args, find_journal()) if args.command == 'step' else COMMANDS[args.command].run(args)
-        if args.json:
-            report.write_json(args.json, result)
-        if args.chart:
-            draw_bar_chart(args.chart, result['title'], result['columns'], result['rows'])
-    except UserError as error:
-        print(f'benchmark.py: error: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if devices.is_out_of_memory(error):
-            print('benchmark.py: error: out of memory: use a smaller --batch-size.',
-                  file=sys.stderr)
-            return 2
-        raise
+    except RuntimeError as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        raise UserError('out of memory: use a smaller --batch-size.') from error
+    if args.json:
+        report.write_json(args.json, result)
+    if args.chart:
+        draw_bar_chart(args.chart, result['title'], result['columns'], result['rows'])
     return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_script('benchmark.py', main, sys.argv[1:]))

@@ -30,5 +30,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f'{path} is not a report of train.py ({type(error).__name__}: {error}).') from error
     for name, (top1, rate, epochs, precision) in rows.items():
-        print(f'| {name} | {top1:.2f} | {rate:.1f} | {epochs} | {precision} |')
+        accuracy = '–' if top1 is None else f'{top1:.2f}'  # without validation
+        print(f'| {name} | {accuracy} | {rate:.1f} | {epochs} | {precision} |')
     return {'title': 'Training', 'columns': ('top-1', 'images/s', 'epochs', 'precision'), 'rows': rows}

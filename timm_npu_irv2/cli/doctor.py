@@ -97,7 +97,7 @@ def _packages(installed: Mapping[str, str | None], vendors: str) -> Iterator[Fin
 
 def _toolkits(environ: Mapping[str, str], root: Path) -> list[Path]:
     """Return the folders in which CANN is installed, the newest layout first."""
-    home = Path(environ.get('HOME', '/root')).relative_to('/')
+    home = Path('/', environ.get('HOME') or 'root').relative_to('/')
     bases = (root / 'usr/local/Ascend', root / home / 'Ascend')
     places = [base / name for base in bases for name in ('cann', 'ascend-toolkit')]
     if environ.get('ASCEND_TOOLKIT_HOME'):
@@ -140,7 +140,7 @@ def _release(version: str) -> str:
 
 
 def _pair(table: Mapping[str, Any], torch: str, vendors: str, cann: str | None) -> Iterator[Finding]:
-    """Yield whether torch, the vendor's package and CANN belong together."""
+    """Yield the findings about the versions of torch, the vendor's package and CANN, which must fit each other."""
     name, source = f'torch and {table["package"]}', f'{table["source"]} of {table["date"]}'
     if _release(torch) != _release(vendors):
         yield Finding(name, 'problem', f'{torch} and {vendors}', 'they must be of the same version',
@@ -227,11 +227,14 @@ def _variables(environ: Mapping[str, str], npus: int) -> Iterator[Finding]:
 
 
 def _network(collectives: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield whether the ports and the interface that joins several devices are usable."""
-    first = int(environ.get('HCCL_IF_BASE_PORT', collectives['first_port']))
+    """Yield the findings about the ports and the interface through which several devices communicate."""
+    base = environ.get('HCCL_IF_BASE_PORT', '')
     count = collectives['last_port'] - collectives['first_port'] + 1
-    taken = [port for port in range(first, first + count) if not _is_free(port)]
-    if taken:
+    first = int(base) if base.isdecimal() else collectives['first_port']
+    if base and (not base.isdecimal() or first + count > 65536):
+        yield Finding('HCCL_IF_BASE_PORT', 'problem', base, f'it is not the first of {count} ports',
+                      f'export HCCL_IF_BASE_PORT={collectives["first_port"]}')
+    elif taken := [port for port in range(first, first + count) if not _is_free(port)]:
         yield Finding('ports', 'warning', f'{len(taken)} of {first}–{first + count - 1} are in use',
                       f'a second job on this machine fails with {collectives["error"]}',
                       f'export HCCL_IF_BASE_PORT={first + 2 * count}')

@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(printable(f'{PROGRAM}: error: {error}'), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _run(command: Command, words: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..errors import UserError
+from ..cli.script import run_script
 from ..escaping import printable
 from .checkpoint import ARCHITECTURES, PREPROCESSING
 from .client import push
@@ -55,22 +55,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
-        if args.command == 'export':
-            given = {key: getattr(args, key) for key in PREPROCESSING if getattr(args, key, None) is not None}
-            export(args.checkpoint, args.folder, target=args.target, ema=args.ema, dtype=args.dtype,
-                   class_names=args.class_names, report=args.report, license=args.license, datasets=args.datasets,
-                   preprocessing=given)
-            folder = printable(args.folder)
-            print(f"Wrote {folder}. Load it with timm.create_model('local-dir:{folder}', pretrained=True), or publish "
-                  f'it with `{parser.prog} push {folder} OWNER/NAME`.')
-        elif args.command == 'push':
-            print(push(args.folder, args.repo, private=args.private, revision=args.revision))
-        else:
-            print(printable(f'{pull(args.repo, args.folder, revision=args.revision)} was downloaded and verified'))
-    except UserError as error:
-        print(printable(f'{parser.prog}: error: {error}'), file=sys.stderr)
-        return 2
+    return run_script(parser.prog, lambda _: _run(args, parser.prog), ())
+
+
+def _run(args: argparse.Namespace, prog: str) -> int:
+    if args.command == 'export':
+        given = {key: getattr(args, key) for key in PREPROCESSING if getattr(args, key, None) is not None}
+        export(args.checkpoint, args.folder, target=args.target, ema=args.ema, dtype=args.dtype,
+               class_names=args.class_names, report=args.report, license=args.license, datasets=args.datasets,
+               preprocessing=given)
+        folder = printable(args.folder)
+        print(f"Wrote {folder}. Load it with timm.create_model('local-dir:{folder}', pretrained=True), or publish "
+              f'it with `{prog} push {folder} OWNER/NAME`.')
+    elif args.command == 'push':
+        print(push(args.folder, args.repo, private=args.private, revision=args.revision))
+    else:
+        print(printable(f'{pull(args.repo, args.folder, revision=args.revision)} was downloaded and verified'))
     return 0
 
 
