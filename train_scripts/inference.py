@@ -49,7 +49,7 @@ from timm_npu_irv2.cli.evaluation import (
     engine_rules,
     prepare_model,
 )
-from timm_npu_irv2.cli.flags import OUR_MODEL, device_switches
+from timm_npu_irv2.cli.flags import device_switches
 from timm_npu_irv2.cli.predictions import Answers, Labels, Progress, ShardWriter, tabulate, write_results
 from timm_npu_irv2.cli.script import leave_at_end, run_script, start_log
 from timm_npu_irv2.cli.shards import images_of_shards, settings_of, shard_rules, shards_to_write
@@ -62,7 +62,6 @@ from timm_npu_irv2.data.image_files import (
     ImageList,
     IndexedImages,
     NamedImages,
-    decode_batches,
     decode_stream,
     find_files,
 )
@@ -200,8 +199,8 @@ def infer_in_shards(args: Namespace, world: World, network: 'Network', labels: L
     progress = Progress(shards.images, shards.images_in(set(range(len(shards))) - set(missing)))
     chosen = images_of_shards(images, images.name, shards, writer.numbers)
     try:
-        for number, (names, logits) in enumerate(_answer_stream(args, network, images, chosen)):
-            writer.add(names, logits)
+        for number, (items, _, logits) in enumerate(_answer_stream(args, network, images, chosen)):
+            writer.add([(shard, images.name(image)) for shard, image in items], logits.cpu())
             if world.is_primary and number % args.log_freq == 0:
                 progress.log(shards.images_in(shards.done()) + writer.waiting)
         writer.finish()
@@ -220,9 +219,6 @@ def load_model(args: Namespace) -> nn.Module:
     """Return the model with its weights, on the CPU."""
     options = {'num_classes': args.num_classes, 'in_chans': args.in_chans or (args.input_size or [None])[0],
                **args.model_kwargs}
-    if args.checkpoint and args.model == OUR_MODEL:
-        given = {key: value for key, value in options.items() if value is not None}
-        return hub.create(args.checkpoint, scriptable=args.torchscript, **given)
     return hub.create_model(args.model, pretrained=args.pretrained and not args.checkpoint,
                             checkpoint_path=args.checkpoint, scriptable=args.torchscript, **options)
 
@@ -295,11 +291,10 @@ class Network:
 @torch.inference_mode()
 def classify(args: Namespace, network: Network, images: NamedImages) -> Answers:
     """Return the answers to all images that can be read, in their order."""
-    answers, progress = Answers(), Progress(len(images))
-    for number, (indices, batch, ready) in enumerate(_placed_batches(args, network, images)):
-        logits = network.logits(ready)
+    answers, progress, indexed = Answers(), Progress(len(images)), IndexedImages(images)
+    for number, (items, batch, logits) in enumerate(_answer_stream(args, network, indexed, enumerate(indexed))):
         done = len(answers.names)
-        answers.add(args, [images.name(index, args.fullname) for index in indices], logits)
+        answers.add(args, [images.name(index, args.fullname) for index, _ in items], logits)
         if args.picture and (room := IN_PICTURE - done) > 0:
             probabilities, classes = logits[:room].softmax(-1).topk(min(args.topk or 1, BARS, logits.shape[1]))
             answers.shown.append(batch[:room])
@@ -311,36 +306,21 @@ def classify(args: Namespace, network: Network, images: NamedImages) -> Answers:
     return answers
 
 
-def _placed_batches(
-        args: Namespace,
-        network: Network,
-        images: NamedImages,
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yield indices, uint8 images, and these images on the device."""
-    batches = decode_batches(images, network.pipeline.transform(), batch_size=args.batch_size,
-                             num_threads=args.workers, on_bad_image=args.on_bad_image)
-    for indices, batch in batches:
-        yield indices, batch, network.place(batch)
-
-
-# ------------------------------------------------------------------------------------------------------- shards
-
-
 @torch.inference_mode()
 def _answer_stream(
         args: Namespace,
         network: Network,
-        images: Any,
+        images: ImageList | IndexedImages,
         chosen: Iterator[tuple[int, Any]],
-) -> Iterator[tuple[list[tuple[int, str]], Tensor]]:
-    """Yield batches of (shard, name) and their logits."""
+) -> Iterator[tuple[list[tuple[int, Any]], Tensor, Tensor]]:
+    """Yield batches of (number, image) with their pixels in uint8 and their logits, in the order of ``chosen``."""
     transform = network.pipeline.transform()
-    threads = min(args.workers, images.max_threads or args.workers)
     batches = decode_stream(
         chosen, lambda item: transform(images.read(item[1])), lambda item: images.name(item[1]),
-        batch_size=args.batch_size, num_threads=threads, on_bad_image=args.on_bad_image)
+        batch_size=args.batch_size, num_threads=min(args.workers, images.max_threads or args.workers),
+        on_bad_image=args.on_bad_image)
     for items, batch in batches:
-        yield [(shard, images.name(image)) for shard, image in items], network.logits(network.place(batch)).cpu()
+        yield items, batch, network.logits(network.place(batch))
 
 
 # ------------------------------------------------------------------------------------------------------- results

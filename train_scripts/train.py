@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.utils import random_seed
 
 from timm_npu_irv2 import device as devices
@@ -60,7 +61,7 @@ from timm_npu_irv2.training.checkpoint import RunInfo
 from timm_npu_irv2.training.checkpoint import resume as resume_checkpoint
 from timm_npu_irv2.training.engine import Position, Trainer
 from timm_npu_irv2.training.evaluation import evaluate
-from timm_npu_irv2.training.layout import plan_layout, process_batch_size
+from timm_npu_irv2.training.layout import Layout, plan_layout, process_batch_size
 from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader, count_classes
 from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.output_dir import default_name, output_dir
@@ -215,16 +216,8 @@ def build_run(
         bn_splits=max(args.aug_splits, 2) if args.split_bn else 0)
     precision = setup.build_precision(args, world)
 
-    train_loader = build_train_loader(
-        args, pipeline, world, num_classes=num_classes, batch_size=layout.batch_size,
-        epoch_samples=layout.epoch_samples, lanes=layout.lanes, dtype=precision.input_dtype)
+    train_loader, eval_loader = build_loaders(args, pipeline, world, layout, num_classes, precision.input_dtype)
     layout = layout.with_epoch_of(train_loader)
-    eval_loader = None
-    if args.val_split:
-        eval_loader = build_eval_loader(
-            args, pipeline, world, split=args.val_split, num_samples=args.val_num_samples, num_classes=num_classes,
-            batch_size=args.validation_batch_size or layout.batch_size, train_loader=train_loader,
-            dtype=precision.input_dtype)
     metric = args.eval_metric if eval_loader is not None else 'loss'
 
     task = build_task(model, args, world)
@@ -247,6 +240,20 @@ def build_run(
     info = RunInfo(args.model, num_classes, vars(given), data)
     return Run(args, info, world, trainer, eval_loader, epochs, pipeline.input_size[-1], parameters, lr, metric,
                started, checkpoint)
+
+
+def build_loaders(
+        args: Namespace, pipeline: ImagePipeline, world: World, layout: Layout, num_classes: int, dtype: torch.dtype,
+) -> tuple[Any, Any]:
+    """Return the loaders of training and of validation; None in the place of the latter for no validation."""
+    train_loader = build_train_loader(
+        args, pipeline, world, num_classes=num_classes, batch_size=layout.batch_size,
+        epoch_samples=layout.epoch_samples, lanes=layout.lanes, dtype=dtype)
+    if not args.val_split:
+        return train_loader, None
+    return train_loader, build_eval_loader(
+        args, pipeline, world, split=args.val_split, num_samples=args.val_num_samples, num_classes=num_classes,
+        batch_size=args.validation_batch_size or layout.batch_size, train_loader=train_loader, dtype=dtype)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,14 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .decode import read_image, to_pil_mode
 from .folder import ImageFile, find_images, iterate_images
 
-__all__ = [
-    'DatasetImages', 'ImageList', 'IndexedImages', 'NamedFiles', 'NamedImages', 'decode_batches', 'decode_stream',
-    'find_files',
-]
+__all__ = ['DatasetImages', 'ImageList', 'IndexedImages', 'NamedFiles', 'NamedImages', 'decode_stream', 'find_files']
 
 _logger = logging.getLogger(__name__)
 
@@ -190,32 +186,6 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f'{path}: {error.strerror}') from error
 
 
-def decode_batches(
-        images: NamedImages,
-        transform: Callable[[Image.Image], np.ndarray],
-        *,
-        batch_size: int,
-        num_threads: int,
-        on_bad_image: str = 'stop',
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield batches of indices and uint8 images (N, C, H, W); see :func:`decode_stream` for the other arguments.
-
-    Args:
-        images: Images to decode.
-        transform: Function from an image to uint8 (C, H, W).
-        batch_size: Largest number of images in a batch.
-        num_threads: Number of threads that decode.
-        on_bad_image: 'stop' or 'skip' at an image that cannot be read.
-
-    Raises:
-        UserError: An image cannot be read, and ``on_bad_image`` is 'stop'.
-    """
-    return decode_stream(
-        iter(range(len(images))), lambda index: transform(images[index]), partial(images.name, full=True),
-        batch_size=batch_size, num_threads=min(num_threads, images.max_threads or num_threads),
-        on_bad_image=on_bad_image)
-
-
 def decode_stream(
         items: Iterator[Item],
         decode: Callable[[Item], np.ndarray],
@@ -262,7 +232,7 @@ def decode_stream(
 
 
 def _handle_bad_image(name: str, error: Exception, on_bad_image: str) -> None:
-    reason = ' '.join((str(error) or type(error).__name__).split())[:200]
+    reason = one_line(error)
     if on_bad_image == 'stop':
         raise UserError(
             f'image {name} cannot be read: {reason}; --on-bad-image skip leaves such images out.') from error

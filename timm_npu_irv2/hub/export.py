@@ -65,15 +65,10 @@ def export(
     """
     source, folder = Path(checkpoint), Path(folder)
     content = read(source, ema)
-    model = _build(content, ARCHITECTURES[target], source).to(getattr(torch, dtype))
-    cfg = cast(dict, model.pretrained_cfg)
-    content.describe(cfg)
-    names = cfg.pop('label_names', None)
-    if class_names:
-        names = _read_names(Path(class_names), names)
-    if names is not None and len(names) != model.num_classes:
-        raise UserError(f'--class-names {class_names} has {len(names)} names, {source} has {model.num_classes} logits: '
-                        'one name for each is needed.')
+    model: Any = _build(content, ARCHITECTURES[target], source).to(getattr(torch, dtype))
+    content.describe(model.pretrained_cfg)
+    trained = model.pretrained_cfg.pop('label_names', None)
+    names = _names(Path(class_names) if class_names else None, trained, model.num_classes)
     figures = _figures(source, content, Path(report) if report else None)
     config = _config(model, names, license, preprocessing or {})
     make_folder(folder)
@@ -97,6 +92,15 @@ def _build(content: Checkpoint, architecture: str, source: Path) -> nn.Module:
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f'{source} does not fit {architecture}: {one_line(error)}') from error
     return model.eval()
+
+
+def _names(source: Path | None, trained: list[str] | None, count: int) -> list[str] | None:
+    """Return the names of the classes from --class-names, otherwise those of the training."""
+    names = trained if source is None else _read_names(source, trained)
+    if names is not None and len(names) != count:
+        raise UserError(f'--class-names {source} has {len(names)} names, the network has {count} logits: one name for '
+                        'each is needed.')
+    return names
 
 
 def _read_names(source: Path, trained: Sequence[str] | None) -> list[str]:

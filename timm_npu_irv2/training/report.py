@@ -130,13 +130,17 @@ class Report:
             **further,
         }
         atomic_write(self._path('report.json'), json.dumps(report, indent=2) + '\n')
-        if self.rows:
-            title = f'{model} · {precision} · batch {batch_size}'
-            draw_curves(self.rows, self._path('curves.png'), title, further.get('train_loss', ''))
-        top1 = report['top1'] if report['top1'] is not None else (best or {}).get('train_top1')
-        _logger.info("The last three lines are those of the ModelZoo; its 'Final Train Accuracy' is validation top-1.")
-        print(final_lines(images_per_second, top1, seconds), flush=True)
+        self._conclude(report, (best or {}).get('train_top1'))
         return report
+
+    def _conclude(self, report: Mapping[str, Any], train_top1: float | None) -> None:
+        """Draw curves.png, and print the three last lines; training accuracy stands in for that of no validation."""
+        if self.rows:
+            title = f'{report["model"]} · {report["precision"]} · batch {report["batch_size"]}'
+            draw_curves(self.rows, self._path('curves.png'), title, report.get('train_loss', ''))
+        top1 = report['top1'] if report['top1'] is not None else train_top1
+        _logger.info("The last three lines are those of the ModelZoo; its 'Final Train Accuracy' is validation top-1.")
+        print(final_lines(report['images_per_second'], top1, report['seconds']), flush=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / name
