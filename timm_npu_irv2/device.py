@@ -23,13 +23,11 @@ import torch
 from .chips import find_generation, load_facts
 from .errors import DeviceUnavailable, UserError
 
-__all__ = [
-    'Backend', 'apex_amp', 'autocast', 'backend', 'backend_of', 'configure', 'default_device', 'describe',
-    'device_count', 'fast_dtype', 'fused_optimizer_class', 'get_rng_state', 'grad_scaler', 'half_dtype',
-    'is_out_of_memory', 'lack_of_fused_sgd', 'load_backends', 'memory_format', 'peak_memory', 'pointwise_form',
-    'prefetch', 'preserve_switches', 'profiler', 'reset_peak_memory', 'resolve_device', 'set_rng_state', 'survey',
-    'synchronize', 'use_memory_format', 'versions',
-]
+__all__ = ['Backend', 'apex_amp', 'autocast', 'backend', 'backend_of', 'configure', 'default_device', 'describe',
+           'device_count', 'fast_dtype', 'fused_optimizer_class', 'get_rng_state', 'grad_scaler', 'half_dtype',
+           'is_out_of_memory', 'lack_of_fused_sgd', 'load_backends', 'memory_format', 'peak_memory', 'pointwise_form',
+           'prefetch', 'preserve_switches', 'profiler', 'reset_peak_memory', 'resolve_device', 'set_rng_state',
+           'survey', 'synchronize', 'use_memory_format', 'versions']
 
 T = TypeVar('T')
 R = TypeVar('R')

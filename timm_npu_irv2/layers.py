@@ -304,7 +304,7 @@ class ResidualBlock(nn.Module):
         Args:
             x: Input of the block.
             scaled_bias: s·b (channels,), to scale the small tensors; None to scale in the addition. That costs nothing
-                forward, has the bits of the modules, and is dearer in the backward alone.
+                forward, has the bits of the modules, and costs more in the backward only.
         """
         if self.recompute:
             out = recomputed(self.scaled_residual, x, scaled_bias, keep_convolutions=True)

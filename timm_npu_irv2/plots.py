@@ -16,16 +16,8 @@ from torch import Tensor
 from .errors import UserError
 from .serialization import atomic_write
 
-__all__ = [
-    'GRID_SIZE',
-    'Prediction',
-    'draw_bar_chart',
-    'draw_contact_sheet',
-    'draw_curves',
-    'draw_prediction_grid',
-    'gradcam',
-    'select_predictions',
-]
+__all__ = ['GRID_SIZE', 'Prediction', 'draw_bar_chart', 'draw_contact_sheet', 'draw_curves', 'draw_prediction_grid',
+           'gradcam', 'select_predictions']
 
 _logger = logging.getLogger(__name__)
 

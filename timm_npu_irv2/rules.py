@@ -10,28 +10,8 @@ from torch import Tensor
 
 from .errors import UserError
 
-__all__ = [
-    'Mismatch',
-    'Rule',
-    'absent',
-    'check_like',
-    'check_size',
-    'either',
-    'expect',
-    'known_entries',
-    'many',
-    'mapping',
-    'naming',
-    'number',
-    'one_of',
-    'optional',
-    'place',
-    'plain',
-    'record',
-    'show',
-    'tensor',
-    'text',
-]
+__all__ = ['Mismatch', 'Rule', 'absent', 'check_like', 'check_size', 'either', 'expect', 'known_entries', 'many',
+           'mapping', 'naming', 'number', 'one_of', 'optional', 'place', 'plain', 'record', 'show', 'tensor', 'text']
 
 Rule = Callable[[Any, str], None]
 

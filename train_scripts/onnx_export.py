@@ -92,11 +92,7 @@ def main(argv: Sequence[str]) -> int:
 def load_network(args: Namespace) -> InferenceNetwork:
     """Return the folded network, on the CPU."""
     options = {'num_classes': args.num_classes, 'in_chans': (args.input_size or [None])[0]}
-    given = {key: value for key, value in options.items() if value is not None}
-    if args.checkpoint and args.model == OUR_MODEL:
-        model = hub.create(args.checkpoint, **given)
-    else:
-        model = hub.create_model(args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint, **given)
+    model = hub.create_model(args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint, **options)
     return to_inference(model, device='cpu', mean=args.mean, std=args.std)
 
 

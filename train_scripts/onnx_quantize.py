@@ -28,7 +28,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_npu_irv2.cli.checks import check_output_file
+from timm_npu_irv2.cli.checks import check_output_file, check_rules
 from timm_npu_irv2.cli.script import run_script, start_log
 from timm_npu_irv2.deploy import onnx, quantization
 from timm_npu_irv2.errors import UserError
@@ -46,14 +46,11 @@ def parse(argv: Sequence[str]) -> Namespace:
     args = ONNX_QUANTIZE.parse(argv)
     check_output_file('INT8.onnx', args.output)
     args.model, args.output = Path(args.model), Path(args.output)
-    wrong = [
+    check_rules([
         (not args.model.is_file(), f'{args.model}: no such file.'),
         (not args.calibration, '--calibration DIR is missing: name a folder of images like those the model will see.'),
         (args.model.resolve() == args.output.resolve(), 'the int8 file would overwrite the float32 one.'),
-    ]
-    for is_wrong, text in wrong:
-        if is_wrong:
-            raise UserError(text)
+    ])
     return args
 
 

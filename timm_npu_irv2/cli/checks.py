@@ -14,17 +14,8 @@ from .. import device as devices
 from ..errors import UserError, one_line
 from .flags import OUR_MODEL, TRAIN_FLAGS
 
-__all__ = [
-    'check_compile_backend',
-    'check_image_size',
-    'check_installed',
-    'check_output_file',
-    'check_rules',
-    'dataset_rules',
-    'given_options',
-    'name_option',
-    'translate_compile_errors',
-]
+__all__ = ['check_compile_backend', 'check_image_size', 'check_installed', 'check_output_file', 'check_rules',
+           'dataset_rules', 'given_options', 'name_option', 'translate_compile_errors']
 
 DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from .. import device as devices
 from ..errors import UserError
 
-__all__ = [
-    'check_deployed', 'classes_in', 'describe_precision', 'engine_options', 'engine_rules', 'prepare_model',
-    'select_classes',
-]
+__all__ = ['check_deployed', 'classes_in', 'describe_precision', 'engine_options', 'engine_rules', 'prepare_model',
+           'select_classes']
 
 def engine_rules(args: Namespace) -> list[tuple[Any, str]]:
     """Return the rules of --engine for ``check_rules``."""

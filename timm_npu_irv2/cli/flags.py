@@ -10,10 +10,8 @@ from typing import Any
 from .parser import CommandLine, Flag, Group, key_values
 from .types import OUR_MODEL, auto_augment, loss_scale, model_name, module_name
 
-__all__ = [
-    'DEVICE_SWITCHES', 'ENGINE_FLAGS', 'INERT', 'OUR_MODEL', 'RECIPE', 'REFUSED', 'TRAIN', 'TRAIN_FLAGS',
-    'device_switches', 'pick',
-]
+__all__ = ['DEVICE_SWITCHES', 'ENGINE_FLAGS', 'INERT', 'OUR_MODEL', 'RECIPE', 'REFUSED', 'TRAIN', 'TRAIN_FLAGS',
+           'device_switches', 'pick']
 
 
 def _flag(

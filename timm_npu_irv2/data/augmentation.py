@@ -44,27 +44,10 @@ class Augmentation:
 
     def transform_options(self, pipeline: ImagePipeline, use_prefetcher: bool = True) -> dict[str, Any]:
         """Return the arguments for ``timm.data.create_transform``, or for its ``create_loader``, but for the size."""
-        return {
-            'is_training': True,
-            'no_aug': self.no_aug,
-            'train_crop_mode': self.train_crop_mode,
-            'scale': self.scale,
-            'ratio': self.ratio,
-            'hflip': self.hflip,
-            'vflip': self.vflip,
-            'color_jitter': self.color_jitter,
-            'color_jitter_prob': self.color_jitter_prob,
-            'grayscale_prob': self.grayscale_prob,
-            'gaussian_blur_prob': self.gaussian_blur_prob,
-            'auto_augment': self.auto_augment,
-            'interpolation': pipeline.interpolation if self.no_aug or not self.interpolation else self.interpolation,
-            'mean': pipeline.mean,
-            'std': pipeline.std,
-            're_prob': self.re_prob,
-            're_mode': self.re_mode,
-            're_count': self.re_count,
-            'use_prefetcher': use_prefetcher,
-        }
+        options = {name: value for name, value in vars(self).items() if name not in ('re_split', 'num_aug_splits')}
+        resize = pipeline.interpolation if self.no_aug or not self.interpolation else self.interpolation
+        return {**options, 'is_training': True, 'interpolation': resize, 'mean': pipeline.mean, 'std': pipeline.std,
+                'use_prefetcher': use_prefetcher}
 
     def transform(
             self,

@@ -13,18 +13,8 @@ from timm.data.readers.class_map import load_class_map
 
 from ..errors import UserError, first_line
 
-__all__ = [
-    'class_indices',
-    'class_info',
-    'class_order',
-    'clean_name',
-    'label_names',
-    'map_classes',
-    'natural_key',
-    'natural_prefix',
-    'number_classes',
-    'read_class_map',
-]
+__all__ = ['class_indices', 'class_info', 'class_order', 'clean_name', 'label_names', 'map_classes', 'natural_key',
+           'natural_prefix', 'number_classes', 'read_class_map']
 
 _NUMBER = re.compile(r'\d+')
 

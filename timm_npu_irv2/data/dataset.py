@@ -20,10 +20,8 @@ from .fast import read_array
 from .folder import FolderReader
 from .splits import check_split_name, find_split
 
-__all__ = [
-    'ImageDataset', 'RenumberedDataset', 'check_apart', 'check_num_classes', 'class_to_idx', 'find_root',
-    'open_dataset',
-]
+__all__ = ['ImageDataset', 'RenumberedDataset', 'check_apart', 'check_num_classes', 'class_to_idx', 'find_root',
+           'open_dataset']
 
 # Data sets of torchvision with two splits: timm takes the second one for any name but train.
 TRAIN_OR_TEST = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')

@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 ATTEMPTS = 6  # without progress, in a row
 FIRST_PAUSE = 1.0  # seconds, doubled after each attempt
-PROGRESS = 2**20  # bytes that have arrived: the attempts are counted anew
+PROGRESS = 2**20  # bytes that have arrived: counting of the attempts starts again
 PIECE = 2**18
 FOR_THE_MOMENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP codes of a server that may answer later
 DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}

@@ -18,6 +18,7 @@ from ..distributed import World, agree, share_array
 from ..errors import UserError, first_line
 from .classes import clean_name, map_classes, natural_key, number_classes
 from .listing import ImageFile, Listing, pack
+from .tar_index import iterate_members
 
 __all__ = ['ENDINGS', 'FolderReader', 'ImageFile', 'find_images', 'iterate_images', 'list_images']
 
@@ -29,30 +30,30 @@ ENDINGS = frozenset('.bmp .gif .j2k .jfif .jp2 .jpe .mpo .pbm .pgm .png .pnm .pp
 MOST_LINKS = 40  # from one to the next, as in Linux
 
 
-def find_images(
-        root: str | os.PathLike,
-        endings: Collection[str] = (),
-        tars: bool = False,
-) -> Sequence[ImageFile]:
+def find_images(root: str | os.PathLike, tars: bool = False) -> Sequence[ImageFile]:
     """Return the images in a folder, or in a tar file, however deep, in natural order.
 
     Symbolic links are followed. Hidden files and folders, whose names start with a dot, are left out.
 
     Args:
         root: Folder or tar file.
-        endings: File name endings of images, with the dot; empty for timm's and the usual others.
         tars: Search tar files in folders, too.
 
     Raises:
         UserError: No such folder or file, no images in it, or a tar file that cannot be read.
     """
     if tars:
-        return sorted(iterate_images(root, endings, tars), key=lambda image: natural_key(image.name))
-    return list_images(root, endings)
+        return sorted(iterate_images(root, tars), key=lambda image: natural_key(image.name))
+    return list_images(root)
 
 
 def list_images(root: str | os.PathLike, endings: Collection[str] = ()) -> Listing:
-    """Return the images of :func:`find_images` without those in tar files in a folder."""
+    """Return the images of :func:`find_images` without those in tar files in a folder.
+
+    Args:
+        root: Folder or tar file.
+        endings: File name endings of images, with the dot; empty for timm's and the usual others.
+    """
     wanted, root = _wanted(endings), os.fspath(root)
     folders: dict[str, list[bytes]] = {}
     skipped = 0
@@ -90,12 +91,12 @@ def share_images(root: str | os.PathLike, endings: Collection[str], world: World
     return own or Listing(os.fspath(root), names, runs)
 
 
-def iterate_images(root: str | os.PathLike, endings: Collection[str] = (), tars: bool = False) -> Iterator[ImageFile]:
+def iterate_images(root: str | os.PathLike, tars: bool = False) -> Iterator[ImageFile]:
     """Yield the images of :func:`find_images` folder by folder, each folder and tar file in natural order.
 
     The names in one folder or in one tar file are in memory at a time.
     """
-    wanted, root, empty, skipped = _wanted(endings), os.fspath(root), True, 0
+    wanted, root, empty, skipped = _wanted(()), os.fspath(root), True, 0
     with _name_root(root):
         if os.path.isdir(root):  # noqa: PTH112 - os.scandir takes it from here
             for name in (inside + name for inside, names in _walk(root, '', ()) for name in names):
@@ -197,9 +198,8 @@ def _places_in_tar(
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Yield the files and links of an archive, which keeps none of them in memory."""
-    while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined]  # the stubs do not name it
+    """Yield the files and links of an archive that are not hidden, by name."""
+    for member in iterate_members(archive):
         name = posixpath.normpath(member.name)
         wanted = member.isfile() or member.islnk() or member.issym()
         if wanted and not any(part.startswith('.') for part in name.split('/')):

@@ -20,20 +20,8 @@ from torch.utils.data import Sampler
 
 from .. import device as devices
 
-__all__ = [
-    'Batch',
-    'BatchSampler',
-    'EvalBatchSampler',
-    'RankSampler',
-    'SampleKey',
-    'ScheduledBatches',
-    'TrainBatchSampler',
-    'UniformBatches',
-    'derive_seed',
-    'order_shards',
-    'preserve_rng_state',
-    'reseed',
-]
+__all__ = ['Batch', 'BatchSampler', 'EvalBatchSampler', 'RankSampler', 'SampleKey', 'ScheduledBatches',
+           'TrainBatchSampler', 'UniformBatches', 'derive_seed', 'order_shards', 'preserve_rng_state', 'reseed']
 
 SHUFFLE_WINDOW = 8192  # samples, as timm shuffles shards by default
 

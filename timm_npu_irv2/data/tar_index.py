@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import first_line
 
-__all__ = ['TarIndex', 'index_tar', 'read_sample', 'split_name']
+__all__ = ['TarIndex', 'index_tar', 'iterate_members', 'read_sample', 'split_name']
 
 # The errors of tarfile for archives that are damaged or cut off.
 DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError)
@@ -51,7 +51,7 @@ def index_tar(file: BinaryIO) -> TarIndex:
     bounds, previous, error = [], None, ''
     try:
         with tarfile.open(fileobj=file, mode='r:') as archive:
-            for member, (key, _) in _members(archive):
+            for member, (key, _) in _files_of_samples(archive):
                 if key != previous:
                     bounds.append(member.offset)
                     previous = key
@@ -78,7 +78,7 @@ def read_sample(content: bytes) -> tuple[str, dict[str, bytes]]:
     files: dict[str, bytes] = {}
     found = ''
     with tarfile.open(fileobj=io.BytesIO(content), mode='r:') as archive:
-        for member, (key, ending) in _members(archive):
+        for member, (key, ending) in _files_of_samples(archive):
             if ending in files:
                 raise ValueError(f'it has two files .{ending}')
             found = key
@@ -86,10 +86,16 @@ def read_sample(content: bytes) -> tuple[str, dict[str, bytes]]:
     return found, files
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, tuple[str, str]]]:
-    """Yield the files of samples, with key and ending, and keep none of them in memory."""
-    while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined]  # the stubs do not name it
+def _files_of_samples(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, tuple[str, str]]]:
+    """Yield the files of samples, with key and ending."""
+    for member in iterate_members(archive):
         name = split_name(member.name) if member.isreg() else None
         if name is not None:
             yield member, name
+
+
+def iterate_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of an archive, which keeps none of them in memory."""
+    while (member := archive.next()) is not None:
+        archive.members = []  # type: ignore[attr-defined]  # the stubs do not name it
+        yield member

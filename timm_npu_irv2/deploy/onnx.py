@@ -183,7 +183,6 @@ class AtcCommand:
         soc_version: Device type: the name that ``npu-smi info`` shows, with 'Ascend' before it.
         input_shape: Shape of the input, with a name or None for a variable size.
         batch_sizes: Batch sizes to compile for, if the model takes any.
-        folder: Folder of the result; None for that of the model.
     """
 
     def __init__(
@@ -192,10 +191,9 @@ class AtcCommand:
             soc_version: str,
             input_shape: Sequence[Any],
             batch_sizes: Sequence[int] = (1, 2, 4, 8),
-            folder: Path | None = None,
     ) -> None:
         shape = [each if isinstance(each, int) else -1 for each in input_shape]
-        self.output = (folder or model.parent) / f'{model.stem}_{soc_version}.om'
+        self.output = model.with_name(f'{model.stem}_{soc_version}.om')
         self.words = [
             'atc', f'--model={model}', '--framework=5', f'--output={self.output.with_suffix("")}',
             f'--soc_version={soc_version}', '--input_format=NCHW',

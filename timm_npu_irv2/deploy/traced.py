@@ -15,8 +15,8 @@ def trace(network: InferenceNetwork, images: Tensor) -> torch.jit.ScriptModule:
     """Return ``network`` as a graph for images such as ``images``.
 
     oneDNN Graph keeps what a call of oneDNN needs from one call to the next, so less time is lost around the
-    convolutions; no C++ compiler is needed. It is switched on only while this graph is compiled, since other graphs of
-    the process may not bear it: a scripted network that is trained under it fails.
+    convolutions; no C++ compiler is needed. It is switched on only while this graph is compiled, since it can break
+    other graphs of the process: training a scripted network fails under it.
 
     Args:
         network: Network of ``to_inference``, on a CPU.

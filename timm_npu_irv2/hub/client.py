@@ -29,21 +29,8 @@ from huggingface_hub.errors import (
 from ..errors import UserError, one_line
 from . import card
 
-__all__ = [
-    'CARD',
-    'CONFIG',
-    'CURVES',
-    'OPTIONAL',
-    'REQUIRED',
-    'WEIGHTS',
-    'check_folder',
-    'download',
-    'find_outage',
-    'prepare',
-    'push',
-    'split_revision',
-    'translate_hub_errors',
-]
+__all__ = ['CARD', 'CONFIG', 'CURVES', 'OPTIONAL', 'REQUIRED', 'WEIGHTS', 'check_folder', 'download', 'find_outage',
+           'prepare', 'push', 'split_revision', 'translate_hub_errors']
 
 WEIGHTS, CONFIG, CARD, CURVES = 'model.safetensors', 'config.json', 'README.md', 'curves.png'
 REQUIRED, OPTIONAL = (CONFIG, WEIGHTS), (CARD, CURVES)

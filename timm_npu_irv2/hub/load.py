@@ -107,6 +107,9 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str = '',
         UserError: There is no such model, or its weights cannot be read or do not fit.
     """
     source, _, repo = name.partition(':')
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    if checkpoint_path and name == OURS:
+        return _from_file(Path(checkpoint_path), **given)
     with translate_hub_errors(checkpoint_path or name):
         if source == 'hf-hub':
             folder = download(*split_revision(repo))
@@ -122,7 +125,6 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str = '',
         content = read_checkpoint(checkpoint_path) if checkpoint_path else {}
         trained = {'num_classes': (content.get('training') or {}).get('num_classes'),
                    'in_chans': trained_channels(content)}
-        given = {key: value for key, value in kwargs.items() if value is not None}
         try:
             model: Any = timm.create_model(name, pretrained=pretrained, **{**kwargs, **trained, **given})
         except (AssertionError, AttributeError, KeyError, TypeError) as error:  # what its config lacks, or does not fit
@@ -135,7 +137,7 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str = '',
 
 
 def check_published(name: str) -> None:
-    """Raise UserError at once if a model's files cannot be had, or if its config.json says more than a network has.
+    """Raise UserError if a model's files are not available, or its config.json has entries that it may not have.
 
     timm asks for several files again and again before it gives up: a minute without a network. And it hands all that
     a config.json says to ``timm.create_model``.

@@ -79,9 +79,9 @@ class Precision:
         """Return the model's state dict under its ordinary names, in float32 from the masters where there are any."""
         return unwrap_model(model).state_dict()
 
-    def load_model_state_dict(self, model: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> Any:
+    def load_model_state_dict(self, model: nn.Module, state_dict: dict[str, Any]) -> Any:
         """Load a state dict of :meth:`model_state_dict`, of any precision, as ``Module.load_state_dict`` does."""
-        return unwrap_model(model).load_state_dict(state_dict, strict=strict)
+        return unwrap_model(model).load_state_dict(state_dict)
 
     def float32_model(self, model: nn.Module) -> nn.Module:
         """Return the model with the weights that the optimizer updates, for averages of weights to copy and follow.

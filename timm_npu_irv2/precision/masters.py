@@ -94,9 +94,9 @@ class Masters:
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, model: nn.Module, state_dict: dict[str, Any], strict: bool) -> Any:
+    def load_state_dict(self, model: nn.Module, state_dict: dict[str, Any]) -> Any:
         """Load the model, then the masters in full precision; return ``load_state_dict``'s answer."""
-        answer = model.load_state_dict(state_dict, strict=strict)
+        answer = model.load_state_dict(state_dict)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter in self._masters and name in state_dict:
                 self.of(parameter).copy_(state_dict[name])
@@ -275,9 +275,9 @@ class MasterPrecision(Precision):
         """Return the model's state dict with the masters as its weights."""
         return self.masters.state_dict(unwrap_model(model))
 
-    def load_model_state_dict(self, model: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> Any:
+    def load_model_state_dict(self, model: nn.Module, state_dict: dict[str, Any]) -> Any:
         """Load a state dict into the masters and, rounded, into the model."""
-        return self.masters.load_state_dict(unwrap_model(model), state_dict, strict)
+        return self.masters.load_state_dict(unwrap_model(model), state_dict)
 
     def float32_model(self, model: nn.Module) -> nn.Module:
         """Return the model's float32 twin."""

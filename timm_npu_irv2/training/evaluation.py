@@ -18,12 +18,11 @@ def evaluate(
         loader: Iterable[tuple[Tensor, Tensor]],
         world: World,
         *,
-        loss_fn: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         tta: int = 0,
         on_batch: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> dict[str, float]:
-    """Return loss and accuracy over every image of the loader and all processes; each image counts once.
+    """Return cross entropy and accuracy over every image of the loader and all processes; each image counts once.
 
     Nothing waits for the device before the last batch.
 
@@ -32,7 +31,6 @@ def evaluate(
         loader: Batches of images and class indices (N,) of this process, on the device. Processes may have different
             numbers of batches.
         world: This process among all.
-        loss_fn: Function from logits and class indices to the mean loss of a batch.
         autocast: Context of the forward pass.
         tta: Number of images in a row that are views of one image, whose logits are averaged; 0 or 1 for none.
         on_batch: Function of the batch's index, logits and class indices, called after each batch.
@@ -60,7 +58,7 @@ def evaluate(
             target = labels
             if tta > 1:
                 output, target = output.unfold(0, tta, tta).mean(dim=2), labels[::tta]
-            losses.append(loss_fn(output.float(), target))
+            losses.append(nn.functional.cross_entropy(output.float(), target))
             hits.append(_hits(output, target))
             sizes.append(len(target))
             if on_batch is not None:

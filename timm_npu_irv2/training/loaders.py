@@ -4,6 +4,7 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -212,26 +213,14 @@ def _augmentation_options(args: Namespace) -> str:
     return given_options(vars(args), 'Augmentation and regularisation') or 'the augmentation'
 
 
+# Options that have other names than the settings of the augmentation.
+_OPTIONS = {'auto_augment': 'aa', 'interpolation': 'train_interpolation', 're_prob': 'reprob', 're_mode': 'remode',
+            're_count': 'recount', 're_split': 'resplit', 'num_aug_splits': 'aug_splits'}
+
+
 def _augmentation(args: Namespace) -> Augmentation:
-    return Augmentation(
-        no_aug=args.no_aug,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob or 0.0,
-        gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
-        auto_augment=args.aa,
-        interpolation=args.train_interpolation,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        re_split=args.resplit,
-        num_aug_splits=args.aug_splits,
-    )
+    given = {each.name: getattr(args, _OPTIONS.get(each.name, each.name)) for each in fields(Augmentation)}
+    return Augmentation(**{name: value for name, value in given.items() if value is not None})
 
 
 def _mixup_options(args: Namespace, num_classes: int) -> dict[str, Any]:

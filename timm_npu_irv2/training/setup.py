@@ -34,24 +34,10 @@ from .engine import Position, TrainSettings
 from .layout import Layout
 from .options import WARMUP_EPOCHS, precision_options
 
-__all__ = [
-    'build_model',
-    'build_optimizer',
-    'build_precision',
-    'build_scheduler',
-    'compile_and_distribute',
-    'describe_train_loss',
-    'distribute_batch_norm',
-    'fast_forward',
-    'learning_rate',
-    'place_model',
-    'set_global_options',
-    'setup_ema',
-    'train_settings',
-    'translate_lost_process_errors',
-    'translate_out_of_memory',
-    'translate_small_batch',
-]
+__all__ = ['build_model', 'build_optimizer', 'build_precision', 'build_scheduler', 'compile_and_distribute',
+           'describe_train_loss', 'distribute_batch_norm', 'fast_forward', 'learning_rate', 'place_model',
+           'set_global_options', 'setup_ema', 'train_settings', 'translate_lost_process_errors',
+           'translate_out_of_memory', 'translate_small_batch']
 
 _logger = logging.getLogger(__name__)
 
