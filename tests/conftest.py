@@ -1,5 +1,6 @@
 """Shared pieces of the tests."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -18,6 +19,9 @@ from .ascend.environment import environment, running_on
 ROOT = Path(__file__).parents[1]
 REFERENCE = 'inception_resnet_v2'
 OURS = 'inception_resnet_v2_npu'
+
+# Sums in float32 depend on the number of threads. Without this, results would depend on which other test files run.
+torch.set_num_threads(1)
 
 
 def fill(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -77,11 +81,22 @@ def _restore_environment() -> Iterator[None]:
             os.environ[name] = before[name]
 
 
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that the system gives to nobody else during the block.
+
+    A socket that is bound and does not listen holds it. Who sets SO_REUSEADDR, as torch's stores do, may listen there.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(('127.0.0.1', 0))
+        yield holder.getsockname()[1]
+
+
 @pytest.fixture
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return free.getsockname()[1]
+def free_port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
 
 
 @pytest.fixture

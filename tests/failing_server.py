@@ -1,20 +1,18 @@
 """An HTTP server on 127.0.0.1 that gives out the files of a folder, and fails as it is told to."""
 
 import contextlib
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-# Faults by the number of the request, as KILLS needs them: never two in a row.
-EVERY_THIRD = {2: '503', 5: 'break', 8: 'stall'}
-
 
 class FailingServer(ThreadingHTTPServer):
     """The server; ``requests`` counts what it was asked for, ``sent`` the bytes of each path.
 
-    ``fault(path, number)`` names the fault of the number-th request for anything: '' for none, '503' or another code,
+    ``fault(path, number)`` names the fault of the number-th request for a path: '' for none, '503' or another code,
     'break' after half of the content, 'stall' there until the server ends. ``ranges`` lets it send the rest of a file.
     """
 
@@ -44,7 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, path = self.server, self.path.partition('?')[0].lstrip('/')
         with server.lock:
-            fault = server.fault(path, server.requests.total())
+            fault = server.fault(path, server.requests[path])
             server.requests[path] += 1
             server.faults[fault] += 1
         file = server.folder / path
@@ -98,5 +96,5 @@ def serve(
 
 
 def fail_now_and_then(path: str, number: int) -> str:
-    """Fail every third request, in turn with 503, a broken connection and silence."""
-    return EVERY_THIRD.get(number % 9, '')
+    """Fail every other request for the files 0, 1 and 2, by 503, a broken connection and silence."""
+    return {'0': '503', '1': 'break', '2': 'stall'}.get(re.sub(r'\D', '', path), '') if number % 2 == 0 else ''

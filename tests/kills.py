@@ -1,5 +1,6 @@
 """Training jobs that are killed at random moments and started again, and how their outcomes differ."""
 
+import contextlib
 import csv
 import io
 import itertools
@@ -7,7 +8,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -22,6 +22,7 @@ from PIL import Image
 from timm_npu_irv2.serialization import read_checkpoint
 
 from .ascend.environment import environment, running_on
+from .conftest import reserved_port
 
 SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'train.py'
 USUAL = (
@@ -113,11 +114,10 @@ class Job:
         self.options = [*USUAL, *words.split(), '--device', device, '--data-dir', str(images), '--output',
                         str(folder.parent), '--experiment', folder.name, '--resume', 'auto']
         self.log = folder.with_suffix('.log')
+        self._ports = contextlib.ExitStack()  # they are held as long as this object lives
 
     def start(self, workers: int) -> list[subprocess.Popen]:
-        with socket.socket() as probe:
-            probe.bind(('127.0.0.1', 0))
-            port = probe.getsockname()[1]
+        port = self._ports.enter_context(reserved_port())
         usual = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port),
                  'WORLD_SIZE': str(self.processes)}
         if running_on() is not None:
@@ -132,7 +132,7 @@ class Job:
 
     def finish(self, workers: int) -> None:
         for process in self.start(workers):
-            assert process.wait(timeout=900) == 0, self.log.read_text()
+            assert process.wait(timeout=9000) == 0, self.log.read_text()
 
     def kill(self, workers: int, delay: float, choose: random.Random) -> bool:
         """Start, and kill one process ``delay`` seconds after training has begun; whether it was still running."""
@@ -144,12 +144,11 @@ class Job:
             time.sleep(0.02)
         time.sleep(delay)
         victim = choose.choice(job)
-        running = victim.poll() is None
         victim.send_signal(signal.SIGKILL)
         for process in job:
-            code = process.wait(timeout=300)  # the others notice that one is gone
-            assert code == -signal.SIGKILL if process is victim and running else code in (0, 2), self.log.read_text()
-        return running
+            code = process.wait(timeout=3000)  # the others notice that one is gone
+            assert code in ((0, -signal.SIGKILL) if process is victim else (0, 2)), self.log.read_text()
+        return victim.returncode == -signal.SIGKILL
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, reserved_port
 from tests.data.batches import Batches
 from timm_npu_irv2.data.folder import FolderReader, list_images
 from timm_npu_irv2.distributed import (
@@ -50,24 +50,10 @@ from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.output_dir import output_dir
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes below: float32 sums depend on the number of threads, and so do ReLUs near zero."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
 def in_processes(count: int, works: dict[str, Callable[[World], Any]], folder: Path) -> dict[str, list]:
     """Run each ``work(world)`` in ``count`` processes that joined each other; what each returned, by rank."""
-    mp.spawn(_process, (count, free_port(), works, folder), nprocs=count)
+    with reserved_port() as port:
+        mp.spawn(_process, (count, port, works, folder), nprocs=count)
     results = [torch.load(folder / f'{rank}.pt') for rank in range(count)]
     return {name: [result[name] for result in results] for name in works}
 
@@ -168,9 +154,9 @@ def test_signals_are_caught_and_the_old_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest(World()) as stop:
         assert stop.poll() == 0
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert stop.poll() == signal.SIGTERM
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop.poll() == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -179,12 +165,10 @@ def test_an_insistent_interrupt_is_an_interrupt(monkeypatch):
     now = [0.0]
     monkeypatch.setattr('timm_npu_irv2.distributed.time.monotonic', lambda: now[0])
     with StopRequest(World()):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
         now[0] = 2.0
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
 
 
 # Two processes
@@ -291,7 +275,7 @@ def _stop_at(world: World) -> int:
     with StopRequest(world) as stop:
         for step in range(10):
             if step == 3 and world.rank == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             if stop.poll():
                 return step
     return -1
@@ -508,12 +492,25 @@ def test_a_port_in_use_is_named():
             launch('train.py', [], device='cpu', device_list='0,1', dist_url=f'tcp://127.0.0.1:{port}')
 
 
+@pytest.mark.parametrize(('port', 'options', 'said'), [
+    ('http', {'nodes': 2}, "MASTER_PORT 'http' is not a port"), ('70000', {'nodes': 2}, "MASTER_PORT '70000' is not"),
+    ('29500', {'dist_url': 'tcp://localhost:99999'}, "--dist-url '99999' is not a port"),
+])
+def test_a_port_that_is_none_is_named(monkeypatch, port, options, said):
+    monkeypatch.setenv('MASTER_PORT', port)
+    with pytest.raises(UserError, match=said):
+        launch('train.py', [], device='cpu', device_list='0,1', **options)
+    monkeypatch.setenv('MASTER_PORT', '99999')
+    with pytest.raises(UserError, match="MASTER_PORT '99999' is not a port"):
+        initialize('cpu', world_size=2, rank=0)
+
+
 WITNESS = Path(__file__).parent / 'witness' / 'listening_addresses.py'
 
 
-def test_the_store_of_one_machine_is_out_of_reach_of_others_and_the_run_has_a_random_id(capfd):
+def test_the_store_of_one_machine_is_out_of_reach_of_others_and_the_run_has_a_random_id(capfd, free_port):
     """Whoever reaches the store runs code in the processes."""
-    for url in None, None, f'tcp://127.0.0.1:{free_port()}':
+    for url in None, None, f'tcp://127.0.0.1:{free_port}':
         assert launch(str(WITNESS), [], device='cpu', device_list='0,1', dist_url=url) == 0
     run_ids, addresses = zip(*(line.split() for line in capfd.readouterr().out.splitlines()), strict=True)
     assert addresses == ('127.0.0.1',) * 6
@@ -557,7 +554,7 @@ from timm_npu_irv2.distributed import launch
 launch({str(WITNESS)!r}, ['--join'], device='cpu', device_list='0,1')
 """
     done = subprocess.run([*inside, sys.executable, '-c', start], capture_output=True, text=True, check=False,
-                          env={**os.environ, 'PYTHONPATH': path}, timeout=120)
+                          env={**os.environ, 'PYTHONPATH': path}, timeout=1200)
     addresses = [line.split()[1:] for line in done.stdout.splitlines()]
     assert addresses == [['127.0.0.1']] * 2, done
 

@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.conftest import ROOT
 from tests.machines import PORT, SCRIPTS, Machines, obstacle
+from tests.pictures import write_pictures
 from timm_npu_irv2.serialization import read_checkpoint
 
-pytestmark = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
+OBSTACLE = obstacle()
+pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)
 WITNESS = Path(__file__).parent / 'witness'
 # Without BatchNorm the gradient of a batch is the mean of those of its images, however it is divided.
 GRADIENT = ('--device cpu --model test_vit --num-classes 3 --epochs 1 --warmup-epochs 0 --opt momentum --momentum 0 '
@@ -26,13 +26,7 @@ GRADIENT = ('--device cpu --model test_vit --num-classes 3 --epochs 1 --warmup-e
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    generator = np.random.default_rng(0)
-    for split, count in (('train', 24), ('val', 3)):
-        for number in range(count):
-            path = tmp_path / 'images' / split / f'class{number % 3}' / f'{number:02}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
-    return tmp_path / 'images'
+    return write_pictures(tmp_path / 'images', train=8, val=1)
 
 
 def options(images: Path, output: Path, *words: str) -> list[str]:
@@ -63,7 +57,7 @@ def test_machines_have_the_gradients_of_one(images, tmp_path, count):
                 tmp_path / f'{index}.log', NNODES=str(count), NODE_RANK=str(index), MASTER_ADDR=machines.address(0))
             for index in range(count)]
         for index, process in enumerate(every):
-            assert process.wait(timeout=1200) == 0, (tmp_path / f'{index}.log').read_text()
+            assert process.wait(timeout=12000) == 0, (tmp_path / f'{index}.log').read_text()
     expected, found = weights(tmp_path / 'same'), weights(tmp_path / 'machine0')
     assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
     if count > 2:
@@ -75,22 +69,21 @@ def test_machines_have_the_gradients_of_one(images, tmp_path, count):
     assert not (tmp_path / 'machine1').exists(), 'only machine 0 writes'
 
 
+# The others are in tests/train_scripts/test_launchers.py, where they need no machines.
 @pytest.mark.parametrize(('rank', 'variables', 'message'), [
     ('1', {'MASTER_ADDR': '10.213.0.9'}, 'machine 1 ({}) cannot reach machine 0 at 10.213.0.9:29500'),
     pytest.param('1', {'MASTER_ADDR': 'no-such-host'}, 'machine 1 ({}) cannot reach machine 0 at no-such-host:29500',
                  marks=pytest.mark.long),
-    ('1', {'MASTER_ADDR': '10.213.0.1'}, 'machine 1 ({}) cannot reach machine 0 at 10.213.0.1:29500'),
-    ('0', {'MASTER_ADDR': '10.213.0.1'}, 'machine 1 of 2 did not come to 10.213.0.1:29500 within 3 s'),
     pytest.param('0', {'MASTER_ADDR': '10.213.0.2'}, 'machine 0 ({}) cannot reach machine 0 at 10.213.0.2:29500',
                  marks=pytest.mark.long),
-], ids=['wrong address', 'wrong name', 'closed port', 'missing machine', "another machine's address"])
+], ids=['wrong address', 'wrong name', "another machine's address"])
 def test_machines_that_cannot_meet_are_named_in_one_line(images, tmp_path, rank, variables, message):
     with Machines(2) as machines:
         log = tmp_path / 'log'
         process = machines.start(
             int(rank), options(images, tmp_path / 'out', *GRADIENT), log, NNODES='2', NODE_RANK=rank,
             MEETING_TIMEOUT='3', **variables)
-        assert process.wait(timeout=600) == 2, log.read_text()
+        assert process.wait(timeout=6000) == 2, log.read_text()
     lines = [line for line in log.read_text().splitlines() if line]
     host = subprocess.run(['hostname'], capture_output=True, text=True, check=True).stdout.strip()
     assert len(lines) == 1 and message.format(host) in lines[0], log.read_text()
@@ -161,8 +154,9 @@ def test_no_machine_is_left_behind_by_a_killed_test(number):
         name = holder.stdout.readline().strip()
         assert name in namespaces()
         holder.send_signal(number)
-        holder.wait(timeout=300)
-    assert (name in namespaces()) == (number == signal.SIGKILL)
+        holder.wait(timeout=3000)
+    # What a killed one leaves is removed by the next, which may be that of another test.
+    assert number == signal.SIGKILL or name not in namespaces()
     with Machines(1):
         assert name not in namespaces() and f'{name}-0' not in namespaces()
 

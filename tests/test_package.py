@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
-from tests.npu.pictures import write_pictures
+from tests.pictures import write_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,6 +1,5 @@
 """Results of tune: found for exactly their workload, refused if damaged, and applied where the user has not decided."""
 
-import importlib
 import json
 import logging
 import os
@@ -25,8 +24,9 @@ from timm_npu_irv2.tuning import (
     preserve_settings,
     save_tuned,
 )
+from train_scripts import validate
 
-from .npu.pictures import write_pictures
+from .pictures import write_pictures
 
 SCRIPTS = Path(__file__).parents[1] / 'train_scripts'
 CPU = torch.device('cpu')
@@ -205,7 +205,7 @@ def test_variables_that_torch_npu_reads_at_its_start_are_named(caplog, monkeypat
     assert 'Start with TORCH_NPU_LAZY_FUSION=True for all of them: torch_npu reads' in caplog.messages[0]
 
 
-def test_validate_leaves_no_setting_to_the_next_network(monkeypatch, capsys, tmp_path):
+def test_validate_leaves_no_setting_to_the_next_network(capsys, tmp_path):
     images = write_pictures(tmp_path / 'images', train=1, val=1)
     settings = {'pointwise': 'product', 'memory_format': 'contiguous'}
     save_tuned(Workload.on(CPU, task='eval', batch_size=3, img_size=75, precision='float32'), {'chosen': settings})
@@ -213,7 +213,6 @@ def test_validate_leaves_no_setting_to_the_next_network(monkeypatch, capsys, tmp
     torch.save({'state_dict': network.state_dict()}, tmp_path / 'weights.pth')
     words = ['--data-dir', images, '--checkpoint', tmp_path / 'weights.pth', '--img-size', 75, '-b', 3, '-j', 0]
     layout = devices.memory_format(CPU)
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    assert importlib.import_module('validate').main([*map(str, words), '--device', 'cpu', '--num-classes', '3']) == 0
+    assert validate.main([*map(str, words), '--device', 'cpu', '--num-classes', '3']) == 0
     assert 'Tuned settings: pointwise=product, memory_format=contiguous (from ' in capsys.readouterr().err
     assert variants().pointwise is None and devices.memory_format(CPU) == layout

@@ -47,6 +47,12 @@ def test_a_machine_without_npus_has_no_problem():
     assert next(each for each in findings if each['name'] == 'import torch')['value'] == 'works'
 
 
+@pytest.mark.parametrize('home', ['', 'relative'])
+def test_a_home_that_is_no_folder_is_no_traceback(home):
+    process = doctor(HOME=home)
+    assert (process.returncode, process.stderr) == (0, '')
+
+
 def test_a_broken_torch_npu_is_diagnosed_though_it_breaks_import_torch(tmp_path):
     process = doctor(PYTHONPATH=install_broken_torch_npu(tmp_path, '2.1.0'))
     assert process.returncode == 1

@@ -14,7 +14,8 @@ from timm_npu_irv2.data.decode import read_image
 from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.data.samplers import reseed
 
-from .test_loader import CONFIG, epoch_of, equal, options, train_loader, write_images
+from ..pictures import write_classes
+from .test_loader import CONFIG, epoch_of, equal, options, train_loader
 from .test_odd_files import FILES
 
 
@@ -31,7 +32,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp('images')
-    write_images(root / 'train', 3, 7)
+    write_classes(root / 'train', 3, 7)
     return root
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.data.loader import fast_collate
 from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torchvision.datasets import CIFAR10
 
+from tests.pictures import write_classes
 from timm_npu_irv2.data.augmentation import Augmentation
 from timm_npu_irv2.data.dataset import open_dataset
 from timm_npu_irv2.data.loader import create_train_sampler
@@ -35,20 +35,11 @@ CONFIG = {
 PIPELINE = ImagePipeline.from_config(CONFIG)
 
 
-def write_images(folder: Path, classes: int, per_class: int, seed: int = 0) -> None:
-    generator = np.random.default_rng(seed)
-    for index in range(classes):
-        (folder / f'class{index}').mkdir(parents=True)
-        for number in range(per_class):
-            pixels = generator.integers(0, 256, (90, 80, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f'class{index}' / f'{number}.png')
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('images')
-    write_images(root / 'train', 3, 7)
-    write_images(root / 'val', 3, 5, seed=1)
+    write_classes(root / 'train', 3, 7)
+    write_classes(root / 'val', 3, 5, seed=1)
     return root
 
 
@@ -341,14 +332,14 @@ def test_folder_without_images(tmp_path):
 
 
 def test_a_validation_class_that_was_not_trained(tmp_path):
-    write_images(tmp_path / 'train', 2, 2)
-    write_images(tmp_path / 'val', 3, 2)
+    write_classes(tmp_path / 'train', 2, 2)
+    write_classes(tmp_path / 'val', 3, 2)
     assert "classes that the network does not know: 'class2'" in message(options(tmp_path))
 
 
 def test_a_class_without_validation_images_leaves_the_others_their_numbers(tmp_path):
-    write_images(tmp_path / 'train', 3, 2)
-    write_images(tmp_path / 'val', 3, 2)
+    write_classes(tmp_path / 'train', 3, 2)
+    write_classes(tmp_path / 'val', 3, 2)
     for path in (tmp_path / 'val' / 'class0').iterdir():
         path.unlink()
     for _ in range(2):  # with the empty folder, and without it
@@ -359,13 +350,13 @@ def test_a_class_without_validation_images_leaves_the_others_their_numbers(tmp_p
 
 
 def test_no_validation_folder(tmp_path):
-    write_images(tmp_path / 'train', 3, 2)
+    write_classes(tmp_path / 'train', 3, 2)
     assert "no split 'validation'" in message(options(tmp_path))
     assert "not apart" in message(options(tmp_path / 'train'))
 
 
 def test_no_training_folder(tmp_path):
-    write_images(tmp_path / 'val', 3, 2)
+    write_classes(tmp_path / 'val', 3, 2)
     assert "no split 'train'" in message(options(tmp_path))
 
 
@@ -395,7 +386,7 @@ def test_class_map_that_is_not_there(folder):
 
 @pytest.mark.parametrize('workers', ['0', '2'])
 def test_a_broken_image_stops_with_its_name(tmp_path, workers):
-    write_images(tmp_path / 'train', 2, 2)
+    write_classes(tmp_path / 'train', 2, 2)
     (tmp_path / 'train' / 'class1' / '1.png').write_bytes(b'not an image')
     loader = train_loader(options(tmp_path, '-j', workers))
     with pytest.raises(UserError, match=r'^image .*class1/1\.png cannot be read: [^\n]*$'):

@@ -14,7 +14,7 @@ from timm.data.loader import fast_collate
 
 from timm_npu_irv2.data.dataset import open_dataset
 from timm_npu_irv2.data.folder import find_images
-from timm_npu_irv2.data.image_files import decode_batches, find_files
+from timm_npu_irv2.data.image_files import decode_stream, find_files
 from timm_npu_irv2.data.loader import create_eval_loader
 from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.data.samplers import Batch, SampleKey
@@ -237,8 +237,14 @@ def test_inference_gives_a_bad_file_no_answer_of_its_neighbour(tmp_path, folder,
             archive.add(root, '.')
         root = tmp_path / 'images.tar'
     images, pipeline = find_files([str(root)], 'RGB'), ImagePipeline.from_config(config('RGB'))
-    options = dict(batch_size=2, num_threads=3)
-    batches = list(decode_batches(images, pipeline.transform(), on_bad_image='skip', **options))
+    transform = pipeline.transform()
+
+    def decode(on_bad_image: str) -> list:
+        return list(decode_stream(
+            iter(range(3)), lambda index: transform(images[index]), images.name, batch_size=2, num_threads=3,
+            on_bad_image=on_bad_image))
+
+    batches = decode('skip')
     assert [images.name(index) for indices, _ in batches for index in indices] == ['0.png', '2.png']
     with pytest.raises(UserError, match=r'^image .*1\.jpg cannot be read'):
-        list(decode_batches(images, pipeline.transform(), **options))
+        decode('stop')

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import pickle
 import tarfile
 import tempfile
 from pathlib import Path
@@ -286,6 +287,12 @@ def test_an_image_of_class_minus_one_is_left_out(tmp_path):
     write(tmp_path / '0.tar', [{'png': encoded(i), 'cls': label} for i, label in enumerate((b'3', b'-1', b'4'))])
     loader = open_loader(tmp_path, split='0.tar')
     assert targets(loader) == [3, 4] and loader.indices == [0, 2] and not loader.bad_images
+
+
+def test_an_open_data_set_can_be_sent_to_a_process_that_is_not_forked(shards):
+    dataset = open_dataset('wds/x', str(shards), '{0..1}.tar')
+    assert dataset[3][1] == 3  # its shard is open now
+    assert pickle.loads(pickle.dumps(dataset))[3][1] == 3
 
 
 def test_nothing_is_left_on_the_disk(shards, tmp_path, monkeypatch):

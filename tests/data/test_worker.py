@@ -154,34 +154,27 @@ def test_an_empty_class_folder_is_named(folder):
         loaders(options(folder))
 
 
-def test_a_worker_whose_main_process_was_killed_before_it_started_ends(tmp_path):
+def test_a_worker_whose_main_process_was_killed_before_it_started_ends():
     """torch's watchdog compares with the parent it finds; the sockets that it inherited would hold up other ranks."""
-    code = f"""
+    code = """
 import os, time
-from pathlib import Path
 from timm_npu_irv2.data.worker import start_worker
 main = os.getpid()
 if os.fork():
     os._exit(0)
 while os.getppid() == main:
     time.sleep(0.01)
-Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))
+print('started', flush=True)
 start_worker(0, main_process=main)
-time.sleep(300)
+time.sleep(600)
+print('still there', flush=True)
 """
-    subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / 'pid').exists() or not (tmp_path / 'pid').read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    worker = Path('/proc') / (tmp_path / 'pid').read_text()
-    while worker.exists() and 'Z (zombie)' not in (worker / 'status').read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    done = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == 'started\n'  # the worker has it, too, so it ended
 
 
 @pytest.mark.parametrize('killed', [True, False])
-def test_a_connection_that_breaks_is_reported_unless_the_main_process_was_killed(tmp_path, killed):
+def test_a_connection_that_breaks_is_reported_unless_the_main_process_was_killed(killed):
     """A thread that hands out the worker's tensors meets the end of the main process before the watchdog does."""
     code = f"""
 import os, signal, sys, time
@@ -201,7 +194,7 @@ try:
 except ConnectionResetError:
     sys.excepthook(*sys.exc_info())
 """
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False, timeout=1200)
     assert done.returncode == (-signal.SIGKILL if killed else 0)
     assert ('ConnectionResetError' in done.stderr) is not killed, done.stderr
 

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import importlib.util
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ from timm_npu_irv2.deploy.engines.base import open_by_size
 from timm_npu_irv2.deploy.engines.cpu import warn_of_overflow
 from timm_npu_irv2.deploy.engines.siblings import separate_siblings
 from timm_npu_irv2.serialization import save_weights
+from train_scripts import inference, validate
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -41,7 +41,6 @@ SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 ENGINES = ('openvino', 'onnxruntime', 'om')
 
 pytestmark = pytest.mark.filterwarnings('ignore')
-torch.set_num_threads(1)
 
 
 def blots(count, seed=0):
@@ -394,14 +393,6 @@ def test_weights_of_8_bits_are_warned_of_where_their_sums_overflow(largest, vnni
 # ------------------------------------------------------------------------------------------------------- the scripts
 
 
-def _load_script(name):
-    spec = importlib.util.spec_from_file_location(f'engines_{name}', SCRIPTS / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope='module')
 def run(model, tmp_path_factory):
     """run(script, options...): its result on images of as many classes as the model has, or its exit code."""
@@ -412,7 +403,7 @@ def run(model, tmp_path_factory):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f'{index}.png')
     save_weights(model.state_dict(), root / 'weights.safetensors')
     common = ['--checkpoint', root / 'weights.safetensors', '--img-size', SIZE, '--device', 'cpu', '-j', 0]
-    scripts = {name: _load_script(name) for name in ('validate', 'inference')}
+    scripts = {'validate': validate, 'inference': inference}
     data = {'validate': ['--data-dir', root], 'inference': [root / 'validation', '--output-type', 'logit', '--topk', 0]}
 
     def call(name, capsys, *options):

@@ -43,7 +43,7 @@ def train_both(rank: int, world: int, prepare, folder: str) -> None:
     """Train timm's network and ours in one of several processes; write both lists of losses."""
     torch.set_num_threads(1)
     dist.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=world,
-                            timeout=datetime.timedelta(seconds=120))
+                            timeout=datetime.timedelta(seconds=1200))
     try:
         torch.save([losses(prepare(model), rank) for model in short_pair(torch.float64)], f'{folder}/{rank}')
         dist.barrier()

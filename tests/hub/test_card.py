@@ -79,6 +79,12 @@ def test_the_commands_of_the_readme_are_known(online, tmp_path, monkeypatch, cap
         assert re.search('no such file|not an exported model|no such repository', capsys.readouterr().err)
 
 
+def test_the_card_reads_images_as_the_training_did(state_dict, tmp_path):
+    pipeline = {'input_size': (3, 96, 96), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'input_img_mode': 'YCbCr'}
+    path = save_checkpoint(tmp_path / 'last.pth.tar', state_dict, 5, training=training_entry(pipeline=pipeline))
+    assert ".convert('YCbCr')" in (hub.export(path, tmp_path / 'out') / 'README.md').read_text()
+
+
 def test_names_in_a_card_form_no_markup(state_dict, tmp_path):
     """The names of classes, the options of the training and the entries of the report come from files."""
     evil = ['`<script>alert(1)</script>`', '``` \n<img src=x onerror=alert(1)>', '[x](javascript:alert(1))', '=1+1']

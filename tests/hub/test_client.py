@@ -20,11 +20,9 @@ from timm_npu_irv2 import hub
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.hub.__main__ import main
 from timm_npu_irv2.hub.client import download
+from train_scripts import train
 
 from .conftest import CLASSES, FILES, ROOT, command, contents, environment, logits, python
-
-sys.path.insert(0, str(ROOT / 'train_scripts'))
-import train
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -138,6 +136,14 @@ def test_a_push_that_is_refused_is_told_in_a_line(published, online, path, statu
     assert set(online.repositories.get('me/insects', Repository()).branches) <= {'main'}
 
 
+def test_ctrl_c_is_no_traceback(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_npu_irv2.hub.__main__.pull', interrupted)
+    assert main(['pull', 'me/insects']) == 130
+
+
 def test_a_server_that_is_gone(for_timm, online, tmp_path):
     online.add('me/insects', contents(for_timm))
     hub.pull('me/insects', tmp_path / 'before')
@@ -160,10 +166,6 @@ def test_only_the_files_of_an_export_are_sent(for_timm, online, tmp_path):
     assert set(online.files('me/insects')) == FILES | {'.gitattributes'}
     with pytest.raises(UserError, match='not an exported model'):
         hub.push(tmp_path, 'me/insects')
-
-
-
-
 
 
 def test_train_publishes_its_best_weights(server, tmp_path):

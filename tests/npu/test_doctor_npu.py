@@ -1,6 +1,7 @@
 """`timm-npu-irv2 doctor` on the stand-in: the chip's generation and the operators that it lacks."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -21,3 +22,11 @@ def test_the_chip_and_what_it_lacks_are_named(start_on_standin, chip, generation
     assert findings['chip'].startswith(f'generation {generation}:')
     named = {each['value'].split()[0] for each in json.loads(text) if each['name'] == 'operator'}
     assert named == missing
+
+
+@pytest.mark.parametrize('port', ['http', '65520'])
+def test_a_base_port_that_is_none_is_a_problem(start_on_standin, port):
+    variables = {'HCCL_IF_BASE_PORT': port}
+    process = start_on_standin(sys.executable, '-m', 'timm_npu_irv2', 'doctor', variables=variables, devices=2)
+    text, errors = process.communicate()
+    assert process.returncode == 1 and re.search(rf'✗ HCCL_IF_BASE_PORT +{port}', text), errors

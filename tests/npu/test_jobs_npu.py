@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ only_here()
 from timm_npu_irv2.serialization import read_checkpoint  # noqa: E402
 
 from ..ascend.pieces import error, vector  # noqa: E402
-from .pictures import write_pictures  # noqa: E402
+from ..pictures import write_pictures  # noqa: E402
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[1] / 'train_scripts'
@@ -119,8 +118,6 @@ def test_a_job_whose_peer_dies_ends_with_an_error_within_the_time_out(start, fre
         seen += (line := first.stderr.readline())
         assert line, seen
     second.kill()
-    killed = time.monotonic()
-    _, errors = first.communicate(timeout=SECONDS)
+    _, errors = first.communicate(timeout=SECONDS)  # HCCL's own time-out would be half an hour
     assert first.returncode not in (0, None)
-    assert time.monotonic() - killed < 20 + 40
     assert 'error' in errors.lower() or 'ascend stand-in: HCCL' in errors

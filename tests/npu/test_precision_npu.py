@@ -94,7 +94,7 @@ def test_a_chip_without_infinities_gets_the_vendors_loss_scaler(monkeypatch):
 
 def test_an_o2_step_of_the_whole_network_does_not_wait(start_on_standin):
     process = start_on_standin(sys.executable, pieces.__file__, 'our_network', run_operators=False)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=3000)
     assert process.returncode == 0, errors
     cost = json.loads(output.splitlines()[-1])['our_network']
     assert (cost['synchronizations'], cost['reads']) == (0, 0)

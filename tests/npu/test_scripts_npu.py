@@ -29,7 +29,7 @@ from timm_npu_irv2.cli.script import run_script  # noqa: E402
 from timm_npu_irv2.serialization import read_checkpoint  # noqa: E402
 
 from ..ascend.pieces import error, vector  # noqa: E402
-from .pictures import write_pictures  # noqa: E402
+from ..pictures import write_pictures  # noqa: E402
 
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 COMMON = '--num-classes 3 -j 0 --lr 0.01 --warmup-epochs 0 --log-interval 100'

@@ -14,8 +14,8 @@ BENCHMARK = str(Path(__file__).parents[2] / 'train_scripts' / 'benchmark.py')
 def test_tune_measures_what_runs_and_names_what_fails(start_on_standin, tmp_path):
     words = ('--device', 'npu', '--img-size', '75', '-b', '2')
     process = start_on_standin(
-        sys.executable, BENCHMARK, 'tune', *words, '--rounds', '1', '--opt-level', 'O2', '--only', 'lazy_fusion',
-        'residual', '--output', 'result.json')
+        sys.executable, BENCHMARK, 'tune', *words, '--rounds', '1', '--budget', '6000', '--opt-level', 'O2', '--only',
+        'lazy_fusion', 'residual', '--output', 'result.json')
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     report = json.loads((tmp_path / 'result.json').read_text())

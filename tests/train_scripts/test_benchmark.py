@@ -85,6 +85,8 @@ def test_reports_become_rows_of_the_readmes_table(tmp_path):
     (tmp_path / 'report.json').write_text(json.dumps(report))
     result = benchmark('table', tmp_path / 'report.json')
     assert result.stdout == '| this package, 8 × npu | 79.14 | 2603.1 | 2 | O2 |\n'
+    (tmp_path / 'report.json').write_text(json.dumps({**report, 'top1': None}))  # without validation
+    assert benchmark('table', tmp_path / 'report.json').stdout == '| this package, 8 × npu | – | 2603.1 | 2 | O2 |\n'
     (tmp_path / 'report.json').write_text('{}')
     result = benchmark('table', tmp_path / 'report.json')
     assert result.returncode == 2 and 'is not a report of train.py' in result.stderr

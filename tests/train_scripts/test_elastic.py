@@ -7,11 +7,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests.kills import SHARDS, Job, differences, outcome, write_shards
+from tests.pictures import write_pictures
 
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 WITNESS = Path(__file__).parents[1] / 'witness'
@@ -22,13 +21,7 @@ OPTIONS = ('--model test_resnet --img-size 32 --batch-size 3 --epochs 3 --recove
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    generator = np.random.default_rng(0)
-    for split, count in (('train', IMAGES), ('val', 8)):
-        for number in range(count):
-            path = tmp_path / 'images' / split / f'class{number % 3}' / f'{number:02}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
-    return tmp_path / 'images'
+    return write_pictures(tmp_path / 'images', train=IMAGES // 3, val=3)
 
 
 class ElasticJob(Job):

@@ -1,9 +1,7 @@
 """inference.py as a user meets it: images in, answers out, with a tiny network."""
 
 import csv
-import importlib.util
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -18,8 +16,8 @@ from timm_npu_irv2 import device as devices
 from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.plots import gradcam
+from train_scripts import inference as script
 
-SCRIPT = Path(__file__).parents[2] / 'train_scripts' / 'inference.py'
 CLASSES = 5
 MODEL = ['--model', 'test_resnet', '--num-classes', str(CLASSES), '--img-size', '64', '--device', 'cpu']
 
@@ -33,19 +31,7 @@ TIMM_OPTIONS = '''
 --include-index --exclude-output --no-console-results
 '''.split()
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
-
-
-def _load_script():
-    spec = importlib.util.spec_from_file_location('inference_script', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['inference_script'] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = _load_script()
 
 
 @pytest.fixture(scope='module')

@@ -1,11 +1,9 @@
 """onnx_export.py and onnx_quantize.py as a user meets them: a file that any ONNX runtime takes, checked; ATC; int8."""
 
-import importlib.util
 import json
 import os
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +15,8 @@ from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.deploy import onnx as graph
 from timm_npu_irv2.deploy.quantization import ModelInputs
 from timm_npu_irv2.serialization import save_weights
+from train_scripts import onnx_export as export_script
+from train_scripts import onnx_quantize as quantize_script
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -28,19 +28,7 @@ TIMM_OPTIONS = '''
 --mean --std --num-classes --checkpoint --reparam --training --verbose --dynamo
 '''.split()
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
-
-
-def _load_script(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / 'train_scripts' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-export_script, quantize_script = _load_script('onnx_export'), _load_script('onnx_quantize')
 
 
 def export(*argv):

@@ -2,10 +2,9 @@
 published model and Predictor; or all of them refuse it in one line."""
 
 import functools
-import importlib.util
+import importlib
 import json
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,16 +31,11 @@ CLASSES = ['01', '1', '2', '10', 'Cat', 'cat']  # in the order in which they are
 SCRIPTS = Path(__file__).parents[2] / 'train_scripts'
 COMMON = ['--device', 'cpu', '-j', '0', '-b', '6']
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
 def run(script: str, *argv) -> int:
-    spec = importlib.util.spec_from_file_location(f'same_{script}', SCRIPTS / f'{script}.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return run_script(f'{script}.py', module.main, list(map(str, argv)))
+    return run_script(f'{script}.py', importlib.import_module(f'train_scripts.{script}').main, list(map(str, argv)))
 
 
 # ------------------------------------------------------------------------------------------------------------ images

@@ -29,7 +29,6 @@ from timm_npu_irv2.training.options import parse_args
 from timm_npu_irv2.training.saver import CheckpointSaver, find_newest
 from timm_npu_irv2.training.task import build_task
 
-torch.set_num_threads(1)
 WORLD = World()
 
 

@@ -123,6 +123,9 @@ def test_a_run_says_at_its_start_that_some_number_of_machines_could_not_share_an
     with pytest.raises(UserError, match=r'NNODES=2:4: 6 processes cannot share the 16 images .* --batch-size 6 can'):
         plan(tmp_path, None, 4, '-b', '4')
     assert plan(tmp_path, None, 4, '-b', '6') == Layout(4, 6, 1, lanes=4)
+    monkeypatch.setenv('NNODES', '1:64')  # a batch for each of these numbers would have 10^26 images
+    with pytest.raises(UserError, match=r'6 processes cannot share .* Let NNODES name fewer numbers of machines\.$'):
+        plan(tmp_path, None, 4, '-b', '4')
     monkeypatch.setenv('NNODES', '2')
     assert plan(tmp_path, None, 4, '-b', '4') == Layout(4, 4, 1, lanes=4)
 

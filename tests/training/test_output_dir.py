@@ -1,7 +1,6 @@
 """The output folder: one run at a time, never two runs' files, and a lock that no killed run leaves behind."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +11,17 @@ from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.training.output_dir import default_name, output_dir
 
-# A run that holds its folder and has forked a worker; both wait.
+# A run that holds its folder and has forked a worker; both wait for the end of the test, and tell that they met it.
 HOLDER = """
-import os, sys, time
+import os, sys
 from pathlib import Path
 from timm_npu_irv2.distributed import World
 from timm_npu_irv2.training.output_dir import output_dir
 with output_dir(Path(sys.argv[1]), World(), resume='auto'):
-    worker = os.fork()
-    if worker:
-        print(worker, flush=True)
-    time.sleep(60)
+    if os.fork():
+        print('forked', flush=True)
+    sys.stdin.read()
+    print('alive', flush=True)
 """
 
 
@@ -39,18 +38,16 @@ def refusal(folder: Path, resume: str = '') -> str:
 
 
 def test_a_second_run_is_refused_until_the_first_is_killed_even_if_its_workers_live_on(tmp_path):
-    process = subprocess.Popen([sys.executable, '-c', HOLDER, str(tmp_path / 'run')], stdout=subprocess.PIPE, text=True)
-    worker = int(process.stdout.readline())
-    try:
+    with subprocess.Popen([sys.executable, '-c', HOLDER, str(tmp_path / 'run')], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == 'forked\n'
         said = refusal(tmp_path / 'run', 'auto')
         assert f"another run writes to the output folder '{tmp_path}/run' (process {process.pid} on " in said
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         assert enter(tmp_path / 'run', 'auto') == tmp_path / 'run'
-        os.kill(worker, 0)  # it is there all the time
-    finally:
-        process.kill()
-        os.kill(worker, signal.SIGKILL)
+        process.stdin.close()
+        assert process.stdout.read() == 'alive\n'  # the worker
 
 
 @pytest.mark.parametrize('name', ['last.pth.tar', 'recovery-0-3.pth.tar', 'checkpoint-2.pth.tar'])

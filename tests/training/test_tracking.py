@@ -3,16 +3,14 @@
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from tests.pictures import write_pictures
 from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.errors import UserError
+from train_scripts import train
 
 accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
-sys.path.insert(0, str(Path(__file__).parents[2] / 'train_scripts'))
-import train  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 PER_EPOCH = 3  # updates
@@ -20,11 +18,7 @@ PER_EPOCH = 3  # updates
 
 @pytest.fixture
 def run(tmp_path):
-    generator = np.random.default_rng(0)
-    for split, label, number in np.ndindex(2, 3, 4):
-        path = tmp_path / 'images' / ('train', 'val')[split] / f'class{label}' / f'{number}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(path)
+    write_pictures(tmp_path / 'images', train=4, val=4)
 
     def start(*words: str) -> Path:
         argv = ['--data-dir', str(tmp_path / 'images'), '--output', str(tmp_path), '--experiment', 'run', '--model',

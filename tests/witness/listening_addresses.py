@@ -1,5 +1,6 @@
 """The addresses on which a process, and the store of its run, listen."""
 
+import contextlib
 import os
 import socket
 import sys
@@ -8,7 +9,10 @@ from pathlib import Path
 
 def listening_addresses():
     """Return the local addresses of this process's listening sockets, and of those on MASTER_PORT."""
-    links = [str(path.readlink()) for path in Path('/proc/self/fd').iterdir() if path.is_symlink()]
+    links = []
+    for path in Path('/proc/self/fd').iterdir():
+        with contextlib.suppress(OSError):  # a file that another thread closes
+            links.append(str(path.readlink()))
     own = {link.removeprefix('socket:[').rstrip(']') for link in links if link.startswith('socket:[')}
     found = set()
     # A table that changes while it is read may lack lines, so each is read more than once.

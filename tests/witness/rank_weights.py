@@ -5,6 +5,7 @@ names of its threads.
 """
 
 import atexit
+import contextlib
 import hashlib
 import json
 import os
@@ -31,5 +32,8 @@ setup.distribute_batch_norm = distribute_and_write
 
 @atexit.register
 def write_threads():
-    names = [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]
+    names = []
+    for path in Path('/proc/self/task').glob('*/comm'):
+        with contextlib.suppress(OSError):  # a thread that ends meanwhile
+            names.append(path.read_text())
     Path(f'threads-{os.environ["RANK"]}.txt').write_text(''.join(names))

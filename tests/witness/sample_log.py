@@ -1,6 +1,7 @@
 """A module for --device-modules that writes down which samples make which batch, and kills its process at one of them.
 
-Lines 'epoch batch index index …' go to $SAMPLE_LOG-<rank>. $KILL_AT is 'epoch batch'.
+Lines 'epoch batch index index …' go to $SAMPLE_LOG-<rank>. $KILL_AT is 'epoch batch'. $KILL_RANK is the rank that is
+killed, otherwise all are. What torchrun has started again is not killed again.
 """
 
 import os
@@ -10,8 +11,10 @@ from pathlib import Path
 from timm_npu_irv2.data.samplers import TrainBatchSampler
 
 _iterate = TrainBatchSampler.__iter__
-LOG = Path(f"{os.environ['SAMPLE_LOG']}-{os.environ.get('RANK', '0')}")
-KILL_AT = os.environ.get('KILL_AT', '')
+RANK = os.environ.get('RANK', '0')
+KILLED = os.environ.get('KILL_RANK', RANK) == RANK and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0'
+KILL_AT = os.environ.get('KILL_AT', '') if KILLED else ''
+LOG = Path(f"{os.environ['SAMPLE_LOG']}-{RANK}")
 
 
 def iterate_and_write(self):
