@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import weights
 from .layers import BlockSequence, LayerFactory, PiecewiseNorm, ResidualBlock, Siblings, concatenate, conv_pool
+from .published import REPOSITORIES
 from .recompute import recomputed
 
 __all__ = ['LAST_BLOCK', 'RUNS', 'STAGES', 'InceptionResnetV2Npu', 'inception_resnet_v2_npu', 'residual_scales']
@@ -424,9 +425,9 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 default_cfgs = generate_default_cfgs({
     # timm's own conversions of TensorFlow's weights, translated while loading; not the pickles that lie beside them.
     'inception_resnet_v2_npu.tf_in1k': _cfg(
-        hf_hub_id='timm/inception_resnet_v2.tf_in1k', hf_hub_filename='model.safetensors'),
+        hf_hub_id=REPOSITORIES['tf_in1k'], hf_hub_filename='model.safetensors'),
     'inception_resnet_v2_npu.tf_ens_adv_in1k': _cfg(
-        hf_hub_id='timm/inception_resnet_v2.tf_ens_adv_in1k', hf_hub_filename='model.safetensors'),
+        hf_hub_id=REPOSITORIES['tf_ens_adv_in1k'], hf_hub_filename='model.safetensors'),
     # The file that the model zoo's network was checked with; logit 0 is a background class. Its authors evaluated it
     # with a bilinear resize to 341 px. https://github.com/Cadene/pretrained-models.pytorch
     'inception_resnet_v2_npu.cadene_in1k': _cfg(

@@ -13,22 +13,19 @@ Translation moves and renames tensors; it computes nothing. The number of logits
 zoo's networks have 1001, of which index 0 is a background class; timm's ``label_offset`` drops it when it loads
 pretrained weights.
 
-    python -m timm_npu_irv2.weights IN OUT --to timm|cadene|npu
+    timm-npu-irv2 weights IN OUT --to timm|cadene|npu
 """
 
-import argparse
 import functools
 import re
-import sys
+import runpy
 from collections.abc import Mapping
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Tuple
 
 import torch
 from torch import Tensor
 
 from .errors import UnknownDialect, UserError
-from .escaping import printable
-from .serialization import load_weights, save_weights
 
 __all__ = ['DIALECTS', 'convert', 'detect_dialect', 'merged_layers']
 
@@ -202,35 +199,5 @@ def _join_tensors(parts: List[Tensor]) -> Tensor:
     return torch.stack(parts).amax(0) if parts[0].ndim == 0 else torch.cat(parts)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_npu_irv2.weights',
-        description='Translate weights of Inception-ResNet-v2 between dialects.',
-    )
-    parser.add_argument('input', metavar='IN', help='a .safetensors or .pth file in any dialect')
-    parser.add_argument('output', metavar='OUT', help='the file to write: .safetensors, or .pth')
-    parser.add_argument('--to', required=True, choices=DIALECTS, help='the dialect to write')
-    parser.add_argument('--use-ema', action='store_true', help='read the averaged weights (EMA) if the file has them')
-    args = parser.parse_args(argv)
-    try:
-        _check_output(args.output)
-        source = load_weights(args.input, use_ema=args.use_ema)
-        dialect = detect_dialect(source)
-        save_weights(convert(source, to=args.to), args.output)
-    except UserError as error:
-        print(printable(f'{parser.prog}: error: {error}'), file=sys.stderr)
-        return 2
-    print(printable(f'{args.input} ({dialect}) -> {args.output} ({args.to}), {len(source)} tensors read'))
-    return 0
-
-
-def _check_output(path: str) -> None:
-    """Raise UserError for an ending of another format, which would be written as a pickle of torch's."""
-    if not path.endswith(('.safetensors', '.pth', '.pt', '.bin', '.tar')):
-        further = ' `timm-npu-irv2 export-onnx` writes ONNX.' if path.endswith('.onnx') else ''
-        raise UserError(f'cannot write {path}: use the ending .safetensors or .pth.{further}')
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+if __name__ == '__main__':  # the command has another module, since this one may not import it
+    runpy.run_module('timm_npu_irv2.cli.weights', run_name='__main__')

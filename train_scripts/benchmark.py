@@ -16,14 +16,19 @@
 import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that torch reads when it is loaded
 
 # isort: split
-import argparse
+import sys
+
+from timm_npu_irv2.cli.benchmark_flags import BENCHMARK
+from timm_npu_irv2.cli.script import check_command_line, run_script
+
+if __name__ == '__main__':
+    check_command_line(BENCHMARK, sys.argv[1:])  # before the imports below, which take seconds
+
+# isort: split
 import importlib
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as devices
 from timm_npu_irv2.benchmarks import (
     busy,
@@ -40,32 +45,11 @@ from timm_npu_irv2.benchmarks import (
 )
 from timm_npu_irv2.benchmarks.counting import Journal
 from timm_npu_irv2.cli.checks import check_installed, check_output_file
-from timm_npu_irv2.cli.script import run_script
+from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.plots import draw_bar_chart
 
 COMMANDS = {'step': step, 'train': training, 'infer': inference, 'input': input, 'ops': operators,
             'busy': busy, 'growth': growth, 'tune': tune, 'profile': profile, 'table': table}
-
-
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the options."""
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument('--device', default=None, help='npu, cuda or cpu (default: the best one available)')
-    shared.add_argument('--img-size', type=int, default=299, help='height and width of the images (default: 299)')
-    shared.add_argument('--json', type=Path, metavar='FILE', help='JSON file to write all figures to')
-    shared.add_argument('--chart', type=Path, metavar='FILE', help='file to draw the figures into (.png, .svg or .pdf)')
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest='command', required=True)
-    for name, module in COMMANDS.items():
-        summary = module.__doc__.partition(': ')[2].partition('\n')[0]
-        module.add_arguments(commands.add_parser(name, parents=[shared], help=summary, description=summary))
-    args = parser.parse_args(argv)
-    least = {'img_size': 75, 'warmup': 0, 'host_rounds': 0}
-    for name, value in vars(args).items():
-        for each in value if isinstance(value, list | tuple) else [value]:
-            if type(each) is int and each < least.get(name, 1):
-                parser.error(f'--{name.replace("_", "-")} must be at least {least.get(name, 1)}, not {each}')
-    return args
 
 
 def find_journal() -> Journal | None:
@@ -77,7 +61,7 @@ def find_journal() -> Journal | None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark, write its figures, and return the exit code."""
-    args = parse_args(argv)
+    args = BENCHMARK.parse(argv)
     check_output_file('--json', str(args.json or ''))
     check_output_file('--chart', str(args.chart or ''))
     if args.chart:
@@ -96,4 +80,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(run_script('benchmark.py', main, sys.argv[1:]))
+    sys.exit(run_script(BENCHMARK.prog, main, sys.argv[1:]))

@@ -207,6 +207,8 @@ def build_run(
     layout = plan_layout(args, world, checkpoint)
     if (args.pretrained and not args.pretrained_path) or ':' in args.model:
         hub.check_published(args.model)
+    if args.kd_model_name:
+        hub.check_published(args.kd_model_name)
     random_seed(args.seed)  # the same initial weights in every process
     model = setup.build_model(args, None if args.initial_checkpoint else count_classes(args))
     parameters, num_classes = sum(p.numel() for p in model.parameters()), model.num_classes
@@ -435,7 +437,7 @@ def publish(run: Run, folder: Path) -> None:
     try:
         _logger.info(f'Published: {hub.push(exported, args.push_to_hub)}')
     except UserError as error:
-        raise UserError(f'{error} The training is complete; `python -m timm_npu_irv2.hub push {exported} '
+        raise UserError(f'{error} The training is complete; `timm-npu-irv2 hub push {exported} '
                         f'{args.push_to_hub}` publishes it later.') from error
 
 

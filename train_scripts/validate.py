@@ -66,7 +66,8 @@ from timm_npu_irv2.data.pipeline import ImagePipeline, pool_over_positions, reme
 from timm_npu_irv2.deploy import is_deployed, open_deployed, to_inference
 from timm_npu_irv2.distributed import World, agree, gather_objects, initialize, together
 from timm_npu_irv2.errors import UserError
-from timm_npu_irv2.hub.client import CONFIG, WEIGHTS, download, split_revision
+from timm_npu_irv2.hub.client import download
+from timm_npu_irv2.published import CONFIG, WEIGHTS, split_revision
 from timm_npu_irv2.serialization import atomic_write
 from timm_npu_irv2.training import setup
 from timm_npu_irv2.training.answers import (

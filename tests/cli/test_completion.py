@@ -26,6 +26,12 @@ def completions(folder, line: str) -> list[str]:
     ('timm-npu-irv2 infer --output-type l', ['logit']),
     ('timm-npu-irv2 export-onnx --soc', ['--soc-version']),
     ('timm-npu-irv2 quantize --met', ['--method']),
+    ('timm-npu-irv2 hub pu', ['pull', 'push']),
+    ('timm-npu-irv2 hub export a b --dty', ['--dtype']),
+    ('timm-npu-irv2 weights a b --to t', ['timm']),
+    ('timm-npu-irv2 benchmark infer --lat', ['--latencies']),
+    ('timm-npu-irv2 tune --tas', ['--task']),
+    ('timm-npu-irv2 shards a b --see', ['--seed']),
 ])
 def test_commands_options_and_choices_are_completed(tmp_path, line, expected):
     assert sorted(completions(tmp_path, line)) == expected

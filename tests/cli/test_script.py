@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[2]
 
 # The scripts with a table of options, and the words that each must have.
 NEEDED = {
-    'train': [], 'validate': [], 'inference': [], 'onnx_export': ['a.onnx'], 'onnx_quantize': ['a.onnx', 'b.onnx']}
+    'train': [], 'validate': ['--checkpoint', 'a.pth'], 'inference': ['--checkpoint', 'a.pth'],
+    'onnx_export': ['a.onnx', '--checkpoint', 'a.pth'], 'onnx_quantize': ['a.onnx', 'b.onnx'],
+    'make_shards': ['a', 'b'], 'benchmark': ['step']}
+OFFLINE = {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '0'}  # nothing listens on the port of `discard`
 
 # Prints a variable at the moment in which a script imports torch, and interrupts it there.
 WATCH = '''
@@ -35,14 +38,16 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 def until_torch(script: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
-    """Run a script until it imports torch."""
+    """Run a script, or a command of timm-npu-irv2, until it imports torch."""
     environment = {key: value for key, value in os.environ.items() if key != 'GOMP_SPINCOUNT'} | variables
-    return subprocess.run(
-        [sys.executable, '-c', WATCH, ROOT / 'train_scripts' / f'{script}.py', *words], capture_output=True, text=True,
-        check=False, env={**environment, 'PYTHONPATH': str(ROOT)})
+    path = ROOT / 'train_scripts' / f'{script}.py'
+    start = [path] if path.is_file() else [ROOT / 'timm-npu-irv2', script]
+    code = WATCH if path.is_file() else WATCH.replace('run_path(sys.argv[0]', "run_module('timm_npu_irv2'")
+    return subprocess.run([sys.executable, '-c', code, *start, *words], capture_output=True, text=True, check=False,
+                          env={**environment, 'PYTHONPATH': str(ROOT)})
 
 
-@pytest.mark.parametrize('script', [*NEEDED, 'benchmark'])
+@pytest.mark.parametrize('script', [each for each in NEEDED if each != 'make_shards'])
 @pytest.mark.parametrize(('given', 'found'), [({}, '2000'), ({'GOMP_SPINCOUNT': '7'}, '7')])
 def test_waiting_threads_give_way_however_a_script_is_started(script, given, found):
     assert until_torch(script, *NEEDED.get(script, ()), **given).stdout == f'{found}\n'
@@ -56,6 +61,55 @@ def test_a_mistyped_option_and_help_are_answered_before_torch_is_loaded(script):
     helped = until_torch(script, '--help')
     assert (helped.returncode, helped.stderr) == (0, '')
     assert helped.stdout.startswith(f'usage: {script}.py ')
+
+
+@pytest.mark.parametrize(('words', 'line'), [
+    (['hub'], 'timm-npu-irv2 hub: error: add one of export, push, pull.'),
+    (['hub', 'exprot'], "timm-npu-irv2 hub: error: unknown command 'exprot': use one of export, push, pull."),
+    (['hub', 'export', 'a', 'b', '--dtpye', 'c'],
+     'timm-npu-irv2 hub: error: unknown option --dtpye. Did you mean --dtype?'),
+    (['hub', 'export', 'a', 'b', '--for', 'c'],
+     "timm-npu-irv2 hub: error: --for: invalid choice: 'c' (choose from "),
+    (['hub', 'push', 'a'], 'timm-npu-irv2 hub: error: the following arguments are required: REPO'),
+    (['weights', 'a', 'b', '--tp', 'npu'], 'timm-npu-irv2 weights: error: unknown option --tp. Did you mean --to?'),
+    (['weights', 'a', 'b'], 'timm-npu-irv2 weights: error: the following arguments are required: --to'),
+    (['weights', 'a', 'b', '--to', 'npu', '--ema'], 'timm-npu-irv2 weights: error: unknown option --ema'),
+    (['doctor', '--jsno'], 'timm-npu-irv2 doctor: error: unknown option --jsno. Did you mean --json?'),
+    (['benchmark', 'fly'], "benchmark.py: error: unknown command 'fly': use one of step, train, infer, "),
+    (['benchmark', 'tune', '--taks', 'eval'], 'benchmark.py: error: unknown option --taks. Did you mean --task?'),
+    (['make_shards', 'a', 'b', '--sed', '1'], 'make_shards.py: error: unknown option --sed. Did you mean --seed?'),
+])
+def test_a_wrong_command_or_option_is_one_line_before_torch_is_loaded(words, line):
+    done = until_torch(*words)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith(line) and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('words', [
+    ['hub', '--help'], ['hub', 'export', '--help'], ['weights', '--help'], ['doctor', '--help'],
+    ['benchmark', 'infer', '--help'], ['benchmark', '-h'], ['make_shards', '-h']])
+def test_help_of_every_command_comes_before_torch_is_loaded(words):
+    done = until_torch(*words)
+    assert (done.returncode, done.stderr) == (0, '') and done.stdout.startswith('usage: ')
+
+
+@pytest.mark.parametrize('words', [
+    ['train', '--pretrained'], ['train', '--model', 'hf-hub:OWNER/NAME'], ['inference', 'a.png'],
+    ['validate', '--model', 'inception_resnet_v2_npu.tf_ens_adv_in1k'],
+    ['validate', '--checkpoint', 'hf-hub:OWNER/NAME'],
+    ['onnx_export', 'a.onnx'], ['preflight', 'launcher', 'train.py', '2', '--pretrained']])
+def test_weights_that_cannot_be_had_are_told_before_torch_is_loaded(words, tmp_path):
+    done = until_torch(*words, **OFFLINE, HF_HOME=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.count('\n') == 1 and 'cannot be reached, and it is not in the cache' in done.stderr
+
+
+@pytest.mark.parametrize('words', [
+    ['train', '--pretrained', '--pretrained-path', 'a.pth'], ['train'], ['inference', 'a.png', '--checkpoint', 'b.pth'],
+    ['validate', '--checkpoint', 'a.pth', 'hf-hub:OWNER/NAME']])
+def test_weights_that_are_not_wanted_or_one_of_many_are_not_asked_for(words, tmp_path):
+    done = until_torch(*words, **OFFLINE, HF_HOME=str(tmp_path))
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, '')
 
 
 def test_the_launchers_check_finds_a_mistyped_option_before_torch_is_loaded():

@@ -14,8 +14,10 @@ from PIL import Image
 from timm.data.readers.reader_wds import ReaderWds
 
 from tests.conftest import ROOT
+from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.data.dataset import class_to_idx, open_dataset
-from timm_npu_irv2.data.shard_writer import RECORD, main
+from timm_npu_irv2.data.shard_writer import RECORD
+from train_scripts import make_shards
 
 pytest.importorskip('webdataset')
 
@@ -31,6 +33,10 @@ def images(tmp_path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(generator.integers(0, 256, (8, 9, 3), dtype=np.uint8)).save(path)
     return tmp_path / 'images'
+
+
+def main(words: list[str]) -> int:
+    return run_script('make_shards.py', make_shards.main, words)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -86,7 +92,7 @@ def test_a_damaged_shard_is_found_and_written_again(images, tmp_path, capsys, da
     capsys.readouterr()
     assert main(['--check', str(out)]) == 2
     line = '1 of 6 shards are damaged or missing, such as'
-    assert capsys.readouterr().err.startswith(f'timm-npu-irv2 shards: error: {line} {victim}: ')
+    assert capsys.readouterr().err.startswith(f'make_shards.py: error: {line} {victim}: ')
     make(images, out)
     assert capsys.readouterr().out.endswith('6 shards, of which 1 were written now\n') and contents(out) == expected
 
@@ -101,7 +107,7 @@ def test_a_damaged_shard_of_images_that_have_changed_is_not_mixed_with_the_other
 
 @pytest.mark.parametrize(('words', 'message'), [
     (['{images}'], 'name the folder of the shards with --check'),
-    (['{images}', '{out}', '--images-per-shard', '0'], '--images-per-shard 0: expected 1 or more'),
+    (['{images}', '{out}', '--images-per-shard', '0'], '--images-per-shard 0: must be at least 1'),
     (['{images}/none', '{out}'], "data folder '{images}/none' does not exist"),
     (['{images}', '{images}/out'], '{images}/out is inside of {images}'),
     (['{empty}', '{out}'], '{empty}: no images in this folder'),

@@ -56,12 +56,12 @@ def test_train_and_ops_print_a_ratio_with_its_spread(tmp_path):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['train', '--img-size', '74'], '--img-size must be at least 75'),
-    (['train', '--batch-size', '0'], '--batch-size must be at least 1'),
+    (['train', '--img-size', '74'], '--img-size 74: must be at least 75'),
+    (['train', '--batch-size', '0'], '--batch-size 0: must be at least 1'),
     (['step', '--device', 'tpu'], 'no such device'),
     (['step', '--zoo'], 'needs apex, which is not on PyPI'),
     (['step', '--zoo', '--float32'], 'leave --float32 out'),
-    (['fly'], 'invalid choice'),
+    (['fly'], "unknown command 'fly'"),
     (['step', '--json', 'no/folder/step.json'], '--json: cannot write no/folder/step.json: there is no folder'),
     (['step', '--chart', 'no/folder/step.png'], '--chart: cannot write no/folder/step.png: there is no folder'),
 ])

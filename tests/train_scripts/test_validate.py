@@ -15,7 +15,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from timm.data import create_dataset, create_transform
+from timm.data import RealLabelsImagenet, create_dataset, create_transform
 
 from timm_npu_irv2 import serialization, weights
 from timm_npu_irv2.cli.script import run_script
@@ -92,6 +92,35 @@ def test_figures_are_those_found_by_hand(results, images, checkpoint):
     assert found['top1_err'] == pytest.approx(100 - found['top1']) and found['count'] == CLASSES * PER_CLASS
     assert found['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
     assert (found['model'], found['img_size'], found['checkpoint']) == ('test_resnet', 64, str(checkpoint))
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_reassessed_labels_replace_the_original_ones(images, checkpoint, tmp_path, processes):
+    """As timm counts them: any of several classes is right, and an image without one does not count."""
+    files = sorted(images.glob('val/*/*.png'))[::2]
+    for number, path in enumerate(files, 1):
+        place = tmp_path / 'images' / 'val' / f'class{number * 5 % CLASSES}' / f'ILSVRC2012_val_{number:08d}.JPEG'
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(place)
+    labels = [[number % CLASSES, (3 * number + 1) % CLASSES] if number % 4 else [] for number in range(len(files))]
+    (tmp_path / 'real.json').write_text(json.dumps(labels))
+
+    model = timm.create_model('test_resnet', num_classes=CLASSES)
+    model.load_state_dict(serialization.load_weights(checkpoint))
+    dataset = create_dataset('', root=str(tmp_path / 'images'), split='validation')
+    timms = RealLabelsImagenet(dataset.filenames(basename=True), tmp_path / 'real.json', topk=(1, 5))
+    logits, targets = answers_by_hand(tmp_path / 'images', model)
+    timms.add_result(logits)
+    expected = tuple(round(timms.get_accuracy(k), 4) for k in (1, 5))
+    assert expected != accuracy(logits, targets) and 0 < expected[0] < 100  # or the original labels would do, too
+
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes),
+         SCRIPTS / 'validate.py', '--data-dir', tmp_path / 'images', *MODEL, '--checkpoint', checkpoint, '-b', '4',
+         '--real-labels', tmp_path / 'real.json'],
+        capture_output=True, text=True, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    found = json.loads(done.stdout.split('--result\n')[1])
+    assert (found['top1'], found['top5'], found['count']) == (*expected, len(files))
 
 
 def test_the_averaged_weights_are_taken_if_asked(results):

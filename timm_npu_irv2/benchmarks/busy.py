@@ -21,15 +21,7 @@ from ..errors import UserError
 from . import report
 from .timing import ratio
 
-__all__ = ['add_arguments', 'run']
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this subcommand."""
-    parser.add_argument('-b', '--batch-size', type=int, default=8, help='images in a batch (default: 8)')
-    parser.add_argument('--loops', type=int, default=4, help='busy loops beside the training (default: 4)')
-    parser.add_argument('--rounds', type=int, default=3, help='runs of each (default: 3)')
-    parser.add_argument('--steps', type=int, default=8, help='updates in a run (default: 8)')
+__all__ = ['run']
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -25,30 +25,13 @@ from ..errors import UserError
 from ..rendezvous import serve_on_loopback
 from . import report
 
-__all__ = ['add_arguments', 'make_images', 'run']
+__all__ = ['make_images', 'run']
 
 LINKS = 30_000  # to one file; file systems allow 65000 or more
 IMAGE_COLUMNS = ('search s', 'hash s', 'first batch s', 'total s', 'CPU s', 'main MB', 'worker MB', 'shared out MB',
                  'alone MB')
 PROCESS_COLUMNS = ('joined s', 'trained s', 'step ms', 'step CPU ms', 'small sum ms', 'checkpoint ms', 'evaluation ms',
                    'collectives', 'numbers')
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this subcommand."""
-    parser.add_argument('--images', type=int, nargs='*', metavar='N', default=[10**3, 10**4, 10**5, 10**6],
-                        help='numbers of listed images (default: 1000 10000 100000 1000000)')
-    parser.add_argument('--processes', type=int, nargs='*', metavar='N', default=[1, 2, 4, 8],
-                        help='numbers of processes (default: 1 2 4 8)')
-    parser.add_argument('--classes', type=int, nargs='+', metavar='N', default=[10, 1000, 10000],
-                        help='numbers of classes; each number of processes has the first one, and two processes have '
-                             'the others (default: 10 1000 10000)')
-    parser.add_argument('--steps', type=int, default=20, metavar='N', help='steps that are measured (default: 20)')
-    parser.add_argument('-b', '--batch-size', type=int, default=4, metavar='N',
-                        help='images of a process in a batch (default: 4)')
-    parser.add_argument('--rounds', type=int, default=3, metavar='N',
-                        help='turns of each row, of which the fastest counts (default: 3)')
-    parser.add_argument('--folder', type=Path, metavar='DIR', help='folder for the images (default: a temporary one)')
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -22,57 +22,48 @@ import torch
 from torch import Tensor
 
 from .. import device as devices
+from ..cli.benchmark_flags import (
+    CANDIDATES,
+    CHANNELS_LAST,
+    CLIENTS,
+    COMPILED,
+    ENGINES,
+    INT8,
+    ONNXRUNTIME,
+    OPENVINO,
+    OURS,
+    OURS_COMPILED,
+    OURS_TRACED,
+    OURS_UNFOLDED,
+    PEERS,
+    TIMM,
+)
 from ..deploy import Predictor, load, onnx, save, to_inference, trace
 from ..deploy.engines import record_engine
 from ..errors import CannotWrite
+from ..tuning import apply_settings
 from . import report
 from .timing import ratio, times_in_turn
-from .tuned import add_tuned_argument, tuned_settings
+from .tuned import tuned_settings
 
-__all__ = ['CANDIDATES', 'COLUMNS', 'add_arguments', 'run']
+__all__ = ['CANDIDATES', 'COLUMNS', 'run']
 
 COLUMNS = ('images/s', "of timm's", 'p50 ms', 'p99 ms', 'MB')
-OURS, OURS_COMPILED, OURS_UNFOLDED = 'ours', 'ours-compiled', 'ours-unfolded'  # the last as train.py evaluates it
-OURS_TRACED = 'ours-traced'  # only on a CPU
-TIMM, COMPILED = 'timm', 'timm-compiled'
-CHANNELS_LAST, ONNXRUNTIME, OPENVINO = 'timm-channels-last', 'onnxruntime', 'openvino'
-ENGINES = {f'ours-{name}': name for name in ('onnxruntime', 'openvino')}  # this package's network on them
-PEERS = (CHANNELS_LAST, COMPILED, ONNXRUNTIME, OPENVINO)
-CANDIDATES = (OURS, *ENGINES, OURS_TRACED, OURS_COMPILED, OURS_UNFOLDED, TIMM, *PEERS)
-CLIENTS = 16
-INT8, CALIBRATION_IMAGES = 'int8', 2  # random ones, enough to measure the speed
+CALIBRATION_IMAGES = 2  # random ones, enough to measure the speed
 
 Infer = Callable[[Tensor], Any]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this subcommand."""
-    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16', INT8),
-                        help="dtype of all candidates but `timm`, which stays in float32; int8 is that of our "
-                             'engines, beside the others in bfloat16 (default: float32)')
-    parser.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images in a batch (default: 8)')
-    parser.add_argument('--rounds', type=int, default=7, metavar='N', help='turns of each candidate (default: 7)')
-    parser.add_argument('--warmup', type=int, default=2, metavar='N', help='batches before the first turn (default: 2)')
-    parser.add_argument('--latencies', type=int, default=50, metavar='N',
-                        help='single images timed for each candidate (default: 50)')
-    parser.add_argument('--only', nargs='+', choices=CANDIDATES, metavar='NAME',
-                        help=f'measure only these candidates: {", ".join(CANDIDATES)} (default: all installed)')
-    parser.add_argument('--predictor', action='store_true',
-                        help=f'also measure Predictor on each engine, with {CLIENTS} threads that send single images')
-    add_tuned_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print and return all figures."""
     device = devices.resolve_device(args.device)
     devices.configure(device)
-    if args.dtype != INT8:
-        tuned_settings(args.tuned, device, task='eval', batch_size=args.batch_size, img_size=args.img_size,
-                       precision=args.dtype)
+    settings = {} if args.dtype == INT8 else tuned_settings(
+        args.tuned, device, task='eval', batch_size=args.batch_size, img_size=args.img_size, precision=args.dtype)
     names = [name for name in args.only or CANDIDATES if args.only or _available(name, device, args.dtype)]
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), names, args.img_size, args.dtype)
-        memory = {name: _memory(Path(folder), name, device, args) for name in names}
+        memory = {name: _memory(Path(folder), name, device, args, settings) for name in names}
         runners = {name: create(name, Path(folder), device, args.dtype) for name in names}
         rates = _rates(runners, device, args)
         latencies = _latencies(runners, device, args)
@@ -222,12 +213,18 @@ def _latencies(runners: Mapping[str, Infer], device: torch.device, args: argpars
     return {name: [each * 1e3 for each in own] for name, own in seconds.items()}
 
 
-def _memory(folder: Path, name: str, device: torch.device, args: argparse.Namespace) -> float | None:
+def _memory(
+        folder: Path,
+        name: str,
+        device: torch.device,
+        args: argparse.Namespace,
+        settings: Mapping[str, Any],
+) -> float | None:
     """Return the megabytes of a process that serves batches with one candidate, or None if unknown."""
     print(f'memory of {name} …', file=sys.stderr, flush=True)
     context = multiprocessing.get_context('spawn')
     with context.Pool(1) as pool:
-        return pool.apply(_memory_here, (folder, name, device, args, torch.get_num_threads()))
+        return pool.apply(_memory_here, (folder, name, device, args, settings, torch.get_num_threads()))
 
 
 def _memory_here(
@@ -235,9 +232,12 @@ def _memory_here(
         name: str,
         device: torch.device,
         args: argparse.Namespace,
+        settings: Mapping[str, Any],
         threads: int,
 ) -> float | None:
     torch.set_num_threads(threads)
+    devices.configure(device)
+    apply_settings(settings, device)
     images = _images(args, device, args.batch_size)
     _in_turn({name: create(name, folder, device, args.dtype)}, images, 2, 1)
     if device.type != 'cpu':

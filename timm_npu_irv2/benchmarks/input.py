@@ -34,21 +34,11 @@ from ..errors import UserError
 from . import report
 from .timing import ratio
 
-__all__ = ['add_arguments', 'run']
+__all__ = ['run']
 
 OURS, FAST, TIMM, TORCHVISION = 'pillow', 'fast', 'timm', 'torchvision'
 STAGES = ('read', 'decode', 'augment', 'collate')
 COLUMNS = (*(f'{stage} µs' for stage in STAGES), 'images/s', "of timm's", 'loader images/s', "of timm's loader")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this subcommand."""
-    parser.add_argument('--data-dir', metavar='DIR', help='folder or tar of at least 50 photographs, for a stable mean')
-    parser.add_argument('-b', '--batch-size', type=int, default=32, metavar='N', help='images in a batch (default: 32)')
-    parser.add_argument('-j', '--workers', type=int, default=1, metavar='N', help='worker processes (default: 1)')
-    parser.add_argument('--images', type=int, default=512, metavar='N',
-                        help='images in a turn; the files repeat (default: 512)')
-    parser.add_argument('--rounds', type=int, default=5, metavar='N', help='turns of each loader (default: 5)')
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

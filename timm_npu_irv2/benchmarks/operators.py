@@ -12,21 +12,13 @@ from .. import device as devices
 from ..ops import activation, batch_norm_relu, normalize, residual
 from . import report
 from .timing import Work, ratio, times_in_turn
-from .tuned import add_tuned_argument, train_precision, tuned_settings
+from .tuned import train_precision, tuned_settings
 
-__all__ = ['add_arguments', 'run']
+__all__ = ['run']
 
 # The largest tensors of the three residual stages at 299 px, per image.
 _SHAPES = ((320, 35, 35), (1088, 17, 17), (2080, 8, 8))
 _SCALE = 0.17
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this subcommand."""
-    parser.add_argument('--amp', action='store_true', help='tensors in the 16-bit type of the device')
-    parser.add_argument('-b', '--batch-size', type=int, default=8, help='images in a batch (default: 8)')
-    parser.add_argument('--rounds', type=int, default=30, help='turns of each operator (default: 30)')
-    add_tuned_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,18 +13,9 @@ from ..cli.table import to_csv
 from ..errors import UserError, first_line
 from ..serialization import atomic_write, make_folder
 from .candidates import Workload, candidates
-from .tuned import add_tuned_argument, train_precision, tuned_settings
+from .tuned import train_precision, tuned_settings
 
-__all__ = ['add_arguments', 'run']
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this subcommand."""
-    parser.add_argument('--amp', action='store_true', help='train in the 16-bit type of the device')
-    parser.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images in a batch (default: 8)')
-    parser.add_argument('--steps', type=int, default=10, metavar='N', help='steps to profile (default: 10)')
-    parser.add_argument('--output', default='profile', metavar='DIR', help='folder of the tables (default: profile)')
-    add_tuned_argument(parser)
+__all__ = ['run']
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,13 +15,12 @@ from . import report
 from .candidates import Candidate, Workload, candidates
 from .counting import Journal, cost_of
 from .timing import ratio, times_in_turn
-from .tuned import add_tuned_argument, train_precision, tuned_settings
+from .tuned import train_precision, tuned_settings
 
-__all__ = ['COLUMNS', 'add_arguments', 'run']
+__all__ = ['COLUMNS', 'run']
 
 COLUMNS = ('calls', 'MB an image', 'MB a step', 'peak MB an image', 'synchronizations', 'host ms', 'chip kernels',
            'chip MB an image', 'chip MB a step')
-CHIPS = ('910b', '910a', '950')
 
 
 @dataclass(frozen=True)
@@ -31,27 +30,6 @@ class _Counts:
     bytes_per_step: float
     synchronizations: int | None
     chip: tuple[int, float, float] | None  # kernels, bytes of an image, bytes of a step
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this subcommand."""
-    parser.add_argument('--batch-sizes', type=int, nargs=2, default=(2, 8), metavar='N',
-                        help='two batch sizes, to separate bytes per image from bytes per step (default: 2 8)')
-    parser.add_argument('--memory-batch-sizes', type=int, nargs=2, default=(16, 24), metavar='N',
-                        help='two batch sizes for the peak of memory; not on the CPU (default: 16 24)')
-    parser.add_argument('--float32', action='store_true', help='train in float32 instead of 16 bits')
-    parser.add_argument('--recompute', action='store_true', help='add this network with --recompute cheap')
-    parser.add_argument('--zoo', action='store_true',
-                        help="add the recipe of the model zoo's script; only in 16 bits, and with Ascend's apex")
-    parser.add_argument('--variants', nargs='+', choices=('default', 'best'), default=['default'],
-                        help='default: the network as it comes; best: also with the variants that move the fewest '
-                             'bytes on an NPU by count (default: default)')
-    parser.add_argument('--chip', choices=CHIPS, default='910b',
-                        help="chip whose kernels are counted, on the stand-in for CANN (default: 910b)")
-    parser.add_argument('--host-rounds', type=int, default=0, metavar='N',
-                        help="also time the host, N times alternately; only where operators take no time: on the "
-                             'stand-in with --skip-operators')
-    add_tuned_argument(parser, default='off')  # else the counts would depend on a file that nobody sees
 
 
 def run(args: argparse.Namespace, journal: Journal | None = None) -> dict[str, Any]:

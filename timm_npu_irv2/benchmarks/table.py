@@ -7,12 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 
-__all__ = ['add_arguments', 'run']
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this subcommand."""
-    parser.add_argument('reports', nargs='+', type=Path, metavar='REPORT', help='report.json files of train.py')
+__all__ = ['run']
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -22,7 +17,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         UserError: A file is not a report.
     """
     rows: dict[str, list[Any]] = {}
-    for path in args.reports:
+    for path in map(Path, args.reports):
         try:
             report = json.loads(path.read_text())
             name = f"this package, {report['world_size']} × {report['device']['type']}"

@@ -12,19 +12,9 @@ from .. import device as devices
 from . import report
 from .candidates import Workload, candidates
 from .timing import in_turn, ratio
-from .tuned import add_tuned_argument, train_precision, tuned_settings
+from .tuned import train_precision, tuned_settings
 
-__all__ = ['add_arguments', 'run']
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this subcommand."""
-    parser.add_argument('--amp', action='store_true', help='train in the 16-bit type of the device')
-    parser.add_argument('-b', '--batch-size', type=int, default=8, help='images in a batch (default: 8)')
-    parser.add_argument('--rounds', type=int, default=7, help='turns of each network (default: 7)')
-    parser.add_argument('--steps', type=int, default=3, help='steps in a turn (default: 3)')
-    parser.add_argument('--warmup', type=int, default=2, help='steps before the first turn (default: 2)')
-    add_tuned_argument(parser)
+__all__ = ['run']
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,29 +29,12 @@ from .tune_plan import Alternative, plan
 from .tune_process import Worker, WorkerFailed
 from .tune_worker import Job
 
-__all__ = ['COLUMNS', 'add_arguments', 'run']
+__all__ = ['COLUMNS', 'run']
 
 COLUMNS = ('images/s', 'of the time before', 'least', 'greatest', 'error', 'result')
 MARGIN = 0.98  # an alternative must take less of the time than this, in the median
 TURN = 1.0  # seconds of a turn, at least
 Row = dict[str, Any]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this subcommand."""
-    parser.add_argument('--task', choices=('train', 'eval'), default='train',
-                        help='train: forward, backward and step; eval: logits, also by other engines (default: train)')
-    parser.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images in a batch (default: 8)')
-    parser.add_argument('--amp', action='store_true', help='mixed precision, as train.py --amp; for eval: 16 bits')
-    parser.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), help="16-bit type (default: the device's)")
-    parser.add_argument('--opt-level', choices=('O1', 'O2'), help='as train.py --opt-level; implies --amp')
-    parser.add_argument('--budget', type=int, default=540, metavar='SECONDS',
-                        help='time after which no further alternative is measured (default: 540)')
-    parser.add_argument('--rounds', type=int, default=5, metavar='N',
-                        help='turns of an alternative and of the fastest settings so far (default: 5)')
-    parser.add_argument('--only', nargs='+', metavar='GROUP', help='measure only these groups of settings')
-    parser.add_argument('--output', metavar='FILE',
-                        help="file of the result (default: one in the user's cache folder, where the scripts find it)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """``--tuned`` of the benchmarks: this network is measured with the settings that ``benchmark.py tune`` chose."""
 
-import argparse
 from typing import Any
 
 import torch
@@ -8,13 +7,7 @@ import torch
 from .. import device as devices
 from ..tuning import apply_settings, describe_outdated, resolve_tuned
 
-__all__ = ['add_tuned_argument', 'train_precision', 'tuned_settings']
-
-
-def add_tuned_argument(parser: argparse.ArgumentParser, default: str = 'auto') -> None:
-    """Add the option ``--tuned``."""
-    parser.add_argument('--tuned', default=default, metavar='auto|off|FILE',
-                        help=f'settings of `benchmark.py tune` for this network (default: {default})')
+__all__ = ['train_precision', 'tuned_settings']
 
 
 def train_precision(device: torch.device, half: bool) -> str:

@@ -6,7 +6,6 @@ Nothing here imports torch: a torch_npu of the wrong version breaks ``import tor
 come here for. Torch is tried in processes of its own.
 """
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -22,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ..chips import find_generation, load_facts
+from ..errors import UserError
+from ..escaping import printable
+from .arguments import Parser
 
 __all__ = ['Finding', 'diagnose', 'main']
 
@@ -278,9 +280,13 @@ def _host(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the diagnosis; return 1 if it names a problem."""
-    parser = argparse.ArgumentParser(prog='timm-npu-irv2 doctor', description='Diagnose this machine.')
+    parser = Parser(prog='timm-npu-irv2 doctor', description='Diagnose this machine.')
     parser.add_argument('--json', action='store_true', help='print the findings as JSON')
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except UserError as error:
+        print(printable(f'{parser.prog}: error: {error}'), file=sys.stderr)
+        return 2
     findings = diagnose()
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))

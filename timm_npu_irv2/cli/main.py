@@ -43,10 +43,10 @@ COMMANDS = {
     'quantize': Command('onnx_quantize.py', 'turn an ONNX file into int8'),
     'benchmark': Command('benchmark.py', 'measure the network beside its peers'),
     'tune': Command('benchmark.py', 'find the fastest settings on this device, for the other commands', ('tune',)),
-    'shards': Command('timm_npu_irv2.data.shard_writer', 'make WebDataset shards of images: shards DIR OUT'),
+    'shards': Command('make_shards.py', 'make WebDataset shards of images: shards DIR OUT'),
     'hub': Command('timm_npu_irv2.hub', 'publish and download models on the Hugging Face Hub'),
     'doctor': Command('timm_npu_irv2.cli.doctor', 'diagnose this machine: versions, devices, what does not fit'),
-    'weights': Command('timm_npu_irv2.weights', 'translate weights between dialects'),
+    'weights': Command('timm_npu_irv2.cli.weights', 'translate weights between dialects'),
 }
 
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if '_ARGCOMPLETE' in os.environ:  # the shell asks for completions
         from .completion import complete  # noqa: PLC0415 - the tables of options take a moment
 
-        complete({name: command.target for name, command in COMMANDS.items()})
+        complete({name: (command.target, command.arguments) for name, command in COMMANDS.items()})
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ('-h', '--help'):
         print(_help())
@@ -91,6 +91,7 @@ def _run(command: Command, words: Sequence[str]) -> int:
     """Run the command's target in this process, as ``python`` would."""
     arguments = [*command.arguments, *words]
     if not command.target.endswith(('.py', '.sh')):
+        _check_options(command.target, arguments)
         sys.argv = [command.target, *arguments]
         runpy.run_module(command.target, run_name='__main__', alter_sys=True)
         return 0
@@ -100,6 +101,15 @@ def _run(command: Command, words: Sequence[str]) -> int:
         os.execvp('bash', ['bash', str(script), *arguments])
     # Replacing the process lets the script find its neighbours and start others of its kind by its own path.
     os.execv(sys.executable, [sys.executable, str(script), *arguments])
+
+
+def _check_options(target: str, arguments: Sequence[str]) -> None:
+    """Answer --help and wrong options of a module before it is loaded, which takes seconds."""
+    from .command_lines import COMMAND_LINES  # noqa: PLC0415 - the tables of options take a moment
+    from .script import check_command_line  # noqa: PLC0415
+
+    if target in COMMAND_LINES:
+        check_command_line(COMMAND_LINES[target], arguments)
 
 
 def _help() -> str:

@@ -5,19 +5,20 @@ Every mistake raises a :class:`UserError` of one line.
 
 import argparse
 import ast
-import difflib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from ..errors import UserError
+from .arguments import Parser, suggestion
 
-__all__ = ['CommandLine', 'Flag', 'Group', 'as_yaml', 'config_file', 'key_values']
+__all__ = ['CommandLine', 'Flag', 'Group', 'Subcommands', 'as_yaml', 'config_file', 'key_values']
 
 MAX_INT = 2 ** 32  # what torch, timm and NumPy take as a size, a count or a seed
 
@@ -86,16 +87,20 @@ class CommandLine:
         description: First lines of ``--help``.
         groups: Table of options.
         refused: Known options that are not supported, with the reason.
+        takes_config: True if ``-c`` names a YAML file of options.
+        usage: First line of ``--help``; None to list all options.
     """
 
     prog: str
     description: str
     groups: tuple[Group, ...]
     refused: Mapping[str, str] = field(default_factory=dict)
+    takes_config: bool = True
+    usage: str | None = '%(prog)s [DIR] [-c FILE] [options]'
 
     def parser(self) -> argparse.ArgumentParser:
         """Return the parser of the table, without the rules of :meth:`parse`."""
-        return _build_parser(self.groups, self.prog, self.description)
+        return _build_parser(self)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse the words after the script's name, over the YAML file that ``-c`` names.
@@ -105,20 +110,62 @@ class CommandLine:
         """
         parser = self.parser()
         arguments = [_hyphens(word) for word in argv]
-        for word in arguments:
+        for word in itertools.takewhile('--'.__ne__, arguments):  # what follows is no option
             if (name := word.split('=')[0]) in self.refused:
                 raise UserError(f'{name}: {self.refused[name]}')
-        config = config_file(arguments)
+            if name.startswith('--') and name not in parser._option_string_actions:  # told before what is missing
+                parser.error(f'unrecognized arguments: {name}')
         args = argparse.Namespace()
-        if config is not None:
+        if self.takes_config and (config := config_file(arguments)) is not None:
             args = parser.parse_args(_config_words(parser, config, self.refused), args)
         args = parser.parse_args(arguments, args)
-        del args.config
+        args.__dict__.pop('config', None)
         for flag in _flags(self.groups):
             if flag.type is key_values:
                 setattr(args, flag.dest, dict(getattr(args, flag.dest) or {}))
             _check_range(flag, getattr(args, flag.dest))
         return args
+
+
+@dataclass(frozen=True)
+class Subcommands:
+    """A command line whose first word chooses one of several others.
+
+    Attributes:
+        prog: Name of the program.
+        description: First lines of ``--help``.
+        commands: Command lines by that word.
+    """
+
+    prog: str
+    description: str
+    commands: Mapping[str, CommandLine]
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse the words after the program's name; ``command`` in the result is the first one.
+
+        Raises:
+            UserError: The command line has a mistake.
+            SystemExit: After --help.
+        """
+        name = argv[0] if argv else ''
+        if name in ('-h', '--help'):
+            print(self.help())
+            raise SystemExit(0)
+        if name not in self.commands:
+            what = f"unknown command '{name}': use" if name else 'add'
+            raise UserError(f'{what} one of {", ".join(self.commands)}.')
+        args = self.commands[name].parse(argv[1:])
+        args.command = name
+        return args
+
+    def help(self) -> str:
+        """Return the text of ``--help``."""
+        width = max(map(len, self.commands))
+        lines = [f'  {name:<{width}}  {line.description.partition(". ")[0].rstrip(".")}'
+                 for name, line in self.commands.items()]
+        return '\n'.join([f'usage: {self.prog} COMMAND [options]', '', self.description, '', *lines, '',
+                          f'{self.prog} COMMAND --help lists the options of a command.'])
 
 
 def as_yaml(args: argparse.Namespace) -> str:
@@ -131,24 +178,14 @@ class _ConfigDumper(yaml.SafeDumper):
         return True
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises UserError with a suggestion instead of printing all options and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r'unrecognized arguments: (--[^\s=]+)', message)
-        if unknown:
-            message = f'unknown option {unknown[1]}{_suggestion(unknown[1], self._option_string_actions)}'
-        message = message.removeprefix('argument ')
-        raise UserError(message if len(message) <= 500 else f'{message[:500]} …')
-
-
-def _build_parser(groups: Iterable[Group], prog: str, description: str) -> _Parser:
-    parser = _Parser(
-        prog=prog, description=description, usage='%(prog)s [DIR] [-c FILE] [options]', allow_abbrev=False,
+def _build_parser(line: CommandLine) -> Parser:
+    parser = Parser(
+        prog=line.prog, description=line.description, usage=line.usage, allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
-    parser.add_argument('-c', '--config', metavar='FILE',
-                        help='YAML file of options; options on the command line take precedence')
-    for group in groups:
+    if line.takes_config:
+        parser.add_argument('-c', '--config', metavar='FILE',
+                            help='YAML file of options; options on the command line take precedence')
+    for group in line.groups:
         section = parser.add_argument_group(group.title)
         for flag in group.flags:
             _add_flag(section, flag)
@@ -187,14 +224,9 @@ def _hyphens(word: str) -> str:
     return name.replace('_', '-') + separator + value
 
 
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f'. Did you mean {close[0]}?' if close else '; --help lists all options.'
-
-
 def config_file(arguments: Sequence[str]) -> Path | None:
     """Return the file that ``-c`` names in the words after a script's name."""
-    finder = _Parser(add_help=False, allow_abbrev=False)
+    finder = Parser(add_help=False, allow_abbrev=False)
     finder.add_argument('-c', '--config', type=Path)
     return finder.parse_known_args(arguments)[0].config
 
@@ -216,7 +248,7 @@ def _config_words(parser: argparse.ArgumentParser, path: Path, refused: Mapping[
             if name == '--naflex-loader' and value:
                 raise UserError(f"config {path}: '{key}': {refused[name]}")
         elif name not in parser._option_string_actions or name in ('--config', '--help'):
-            raise UserError(f"config {path}: unknown key '{key}'{_suggestion(name, parser._option_string_actions)}")
+            raise UserError(f"config {path}: unknown key '{key}'{suggestion(name, parser._option_string_actions)}")
         else:
             words += _as_arguments(path, parser._option_string_actions[name], name, value)
     return words

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import Stopped, UserError
 from ..escaping import printable
-from .parser import CommandLine, config_file
+from .parser import CommandLine, Subcommands, config_file
+from .pretrained import check_pretrained
 
 if TYPE_CHECKING:
     from ..distributed import World
@@ -37,8 +38,8 @@ def start_log(is_primary: bool = True) -> None:
     warnings.filterwarnings('once' if is_primary else 'ignore', message='This DataLoader will create')
 
 
-def check_command_line(command_line: CommandLine, argv: Sequence[str], name: str = '') -> None:
-    """Answer --help and report a mistake in the options; either ends the program.
+def check_command_line(command_line: CommandLine | Subcommands, argv: Sequence[str], name: str = '') -> None:
+    """Answer --help, report a mistake in the options or published weights that cannot be had; each ends the program.
 
     A script calls this before it imports torch, which takes seconds, so this module does not import torch. Ctrl-C ends
     the program without a traceback until :func:`run_script` takes over.
@@ -51,7 +52,9 @@ def check_command_line(command_line: CommandLine, argv: Sequence[str], name: str
     try:
         config = config_file(argv)
         if config is None or config.is_file() or not config.exists():  # a pipe can be read only once
-            command_line.parse(argv)
+            args = command_line.parse(argv)
+            if 'RANK' not in os.environ:  # one of several processes would only repeat what the launcher has done
+                check_pretrained(args)
     except UserError as error:
         _report(name or command_line.prog, error)
         sys.exit(2)

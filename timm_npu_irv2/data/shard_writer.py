@@ -7,13 +7,11 @@ The same command goes on with an interrupted run, and writes shards again that a
 on the images and the options alone.
 """
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
 import io
 import json
-import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +23,6 @@ from tqdm import tqdm
 
 from .. import rules, schema
 from ..errors import CannotWrite, UserError
-from ..escaping import printable
 from ..serialization import atomic_file, atomic_write, make_folder, read_json
 from .classes import read_class_map
 from .fetch import checksum
@@ -33,7 +30,7 @@ from .folder import FolderReader
 from .samplers import derive_seed
 from .splits import find_split
 
-__all__ = ['check_shards', 'main', 'write_shards']
+__all__ = ['check_shards', 'write_shards']
 
 JPEG = 'jpeg', 'jpe', 'jfif'  # timm reads .jpg, .png and .webp alone
 RECORD = '_shards.jsonl'  # the settings, and a line for each shard that is written
@@ -270,44 +267,3 @@ def _describe(split: str, shards: Sequence[Shard]) -> dict[str, Any]:
         'filenames': [shard.name for shard in shards], 'shard_lengths': [shard.samples for shard in shards],
         'sha256': [shard.sha256 for shard in shards],
     }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog='timm-npu-irv2 shards', usage='%(prog)s DIR OUT [options]\n       %(prog)s --check OUT',
-        description='Make WebDataset shards of a folder of images, go on with an interrupted run, or write damaged '
-                    'shards again. --dataset wds/NAME --data-dir OUT reads them.')
-    parser.add_argument('paths', nargs='+', metavar='DIR OUT', help='folder with train/ and val/ or with class '
-                        'folders, or a tar file; folder of the shards')
-    parser.add_argument('--images-per-shard', type=int, default=1000, metavar='N', help='images in a shard (default: '
-                        '%(default)s)')
-    parser.add_argument('--seed', type=int, default=42, metavar='N', help='seed of the shuffle of the training images '
-                        '(default: %(default)s)')
-    parser.add_argument('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
-    parser.add_argument('--check', action='store_true', help='compare the shards of OUT with their checksums')
-    args = parser.parse_args(argv)
-    try:
-        if len(args.paths) != (1 if args.check else 2):
-            raise UserError('name the folder of the shards with --check, otherwise that of the images and that of the '
-                            'shards.')
-        if args.images_per_shard < 1:
-            raise UserError(f'--images-per-shard {args.images_per_shard}: expected 1 or more.')
-        if args.check:
-            print(printable(f'{args.paths[0]}: {check_shards(Path(args.paths[0]))} shards are whole'))
-            return 0
-        root, out = map(Path, args.paths)
-        total, written = write_shards(
-            root, out, images_per_shard=args.images_per_shard, seed=args.seed, class_map=args.class_map)
-        print(printable(f'{out}: {total} shards, of which {written} were written now'))
-    except UserError as error:
-        print(printable(f'{parser.prog}: error: {error}'), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f'{parser.prog}: interrupted; the same command goes on', file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

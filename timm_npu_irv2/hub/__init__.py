@@ -1,14 +1,16 @@
 """Published models: a checkpoint as a Hugging Face Hub repository in timm's format, pushed, pulled and loaded.
 
-    python -m timm_npu_irv2.hub export CHECKPOINT FOLDER [--ema] [--for npu|timm] [--dtype float16]
-    python -m timm_npu_irv2.hub push FOLDER OWNER/NAME [--private] [--revision BRANCH]
-    python -m timm_npu_irv2.hub pull OWNER/NAME [FOLDER] [--revision REVISION]
+    timm-npu-irv2 hub export CHECKPOINT FOLDER [--ema] [--for npu|timm] [--dtype float16]
+    timm-npu-irv2 hub push FOLDER OWNER/NAME [--private] [--revision BRANCH]
+    timm-npu-irv2 hub pull OWNER/NAME [FOLDER] [--revision REVISION]
 
 A repository holds ``model.safetensors``, ``config.json``, a model card and, where the checkpoint came with one, a
 picture of the training; nothing that has to be unpickled is written or read. HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME,
 HF_TOKEN and the token of ``hf auth login`` mean what they mean to huggingface_hub.
 """
-from .client import prepare, push, translate_hub_errors
+
+from ..published import translate_hub_errors
+from .client import prepare, push
 from .export import export
 from .load import check_published, create, create_model, from_pretrained, pull
 

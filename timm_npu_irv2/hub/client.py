@@ -1,11 +1,8 @@
 """Files to and from the Hugging Face Hub: upload, download, and its errors in one line."""
 
-import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -14,25 +11,15 @@ from huggingface_hub import (
     hf_hub_download,
     hf_hub_url,
 )
-from huggingface_hub import constants as hub_constants
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError
 
-from ..errors import UserError, one_line
+from ..errors import UserError
+from ..published import CONFIG, WEIGHTS, find_outage, translate_hub_errors
 from . import card
 
-__all__ = ['CARD', 'CONFIG', 'CURVES', 'OPTIONAL', 'REQUIRED', 'WEIGHTS', 'check_folder', 'download', 'find_outage',
-           'prepare', 'push', 'split_revision', 'translate_hub_errors']
+__all__ = ['CARD', 'CURVES', 'OPTIONAL', 'REQUIRED', 'check_folder', 'download', 'prepare', 'push']
 
-WEIGHTS, CONFIG, CARD, CURVES = 'model.safetensors', 'config.json', 'README.md', 'curves.png'
+CARD, CURVES = 'README.md', 'curves.png'
 REQUIRED, OPTIONAL = (CONFIG, WEIGHTS), (CARD, CURVES)
 
 
@@ -114,22 +101,6 @@ def download(repo: str, revision: str | None = None) -> Path:
     return folder
 
 
-def find_outage(repo: str, revision: str | None, name: str) -> Exception | None:
-    """Return why the hub cannot be asked about a file, so that only the cache can have it; None if it can be.
-
-    It asks once, for 4 seconds unless HF_HUB_ETAG_TIMEOUT is set. hf_hub_download alone takes half a minute to find out
-    that there is no network.
-    """
-    timeout = hub_constants.HF_HUB_ETAG_TIMEOUT if 'HF_HUB_ETAG_TIMEOUT' in os.environ else 4
-    try:
-        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), timeout=timeout)
-    except (HTTPError, OSError) as error:  # OfflineModeIsEnabled is one of the latter
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-            raise
-        return error
-    return None
-
-
 def _check_hash(path: Path, repo: str, commit: str) -> None:
     """Compare a file of the cache with the hash that the hub gave for it; huggingface_hub compares sizes only."""
     blob = path.resolve()
@@ -152,57 +123,4 @@ def check_folder(folder: Path) -> None:
     missing = [name for name in REQUIRED if not (folder / name).is_file()]
     if missing:
         raise UserError(f'{folder} is not an exported model: missing {", ".join(missing)}. '
-                        '`python -m timm_npu_irv2.hub export CHECKPOINT FOLDER` writes one.')
-
-
-@contextlib.contextmanager
-def translate_hub_errors(what: str) -> Iterator[None]:
-    """Turn an error of huggingface_hub into a UserError of one line.
-
-    Args:
-        what: The name of the repository or model, for the message.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except (HTTPError, OSError, RuntimeError, ValueError, EntryNotFoundError) as error:
-        raise UserError(f'{what}: {_reason(error)}') from error
-
-
-def _reason(error: BaseException) -> str:
-    where = hub_constants.ENDPOINT
-    chain, behind = [error], error.__cause__ or error.__context__
-    while behind is not None and behind not in chain:
-        chain.append(behind)
-        behind = behind.__cause__ or behind.__context__
-    status = next((each.response.status_code for each in chain if isinstance(each, HfHubHTTPError)), None)
-    kinds: list[tuple[Any, str]] = [
-        (GatedRepoError, 'its owner must grant access first: request it on its page, then run `hf auth login`.'),
-        (RepositoryNotFoundError, f'{where} has no such repository, or it is private: check the name, and log in with '
-                                  '`hf auth login` or HF_TOKEN.'),
-        (RevisionNotFoundError, 'it has no such branch, tag or commit: check the revision.'),
-        (OfflineModeIsEnabled, 'it is not in the cache, and HF_HUB_OFFLINE is set: unset it, or download it first.'),
-    ]
-    for kind, text in kinds:
-        if any(isinstance(each, kind) for each in chain):
-            return text
-    if status in (401, 403):
-        return (f'{where} refuses ({status}): log in with `hf auth login`, or set HF_TOKEN to a token that may '
-                'read and write here.')
-    if isinstance(chain[0], EntryNotFoundError) and not isinstance(chain[0], LocalEntryNotFoundError):
-        return (f'it has no {WEIGHTS} or no {CONFIG} in that revision; other formats are not read, since reading them '
-                'can run code.')
-    if status is not None:
-        return f'{where} answered {status}: {one_line(chain[0])}'
-    broken = next((each for each in chain if isinstance(each, HTTPError | LocalEntryNotFoundError)), None)
-    if broken is not None:
-        return (f'{where} cannot be reached, and it is not in the cache ({one_line(broken)}): check the network, '
-                'set HF_ENDPOINT to a mirror, or load from a folder with local-dir:.')
-    return one_line(chain[0])
-
-
-def split_revision(repo: str) -> tuple[str, str | None]:
-    """Split 'owner/name@revision'; the revision may be missing."""
-    name, _, revision = repo.partition('@')
-    return name, revision or None
+                        '`timm-npu-irv2 hub export CHECKPOINT FOLDER` writes one.')

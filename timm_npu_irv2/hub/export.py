@@ -19,10 +19,11 @@ from ..data.classes import clean_name, map_classes, number_classes
 from ..data.folder import iterate_images
 from ..data.splits import find_split
 from ..errors import UserError, one_line
+from ..published import CONFIG, WEIGHTS
 from ..serialization import atomic_write, make_folder, read_json, save_weights
 from . import card
 from .checkpoint import ARCHITECTURES, Checkpoint, read
-from .client import CARD, CONFIG, CURVES, WEIGHTS
+from .client import CARD, CURVES
 
 __all__ = ['export']
 

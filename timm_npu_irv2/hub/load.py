@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import try_to_load_from_cache
 from timm.models import get_pretrained_cfg
 from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
@@ -14,19 +13,10 @@ from torch import Tensor, nn
 from .. import rules, schema
 from ..data.pipeline import remember_training, trained_channels
 from ..errors import UserError, one_line
+from ..published import CONFIG, WEIGHTS, check_available, split_revision, translate_hub_errors
 from ..serialization import atomic_file, load_weights, make_folder, read_checkpoint, read_json
 from .checkpoint import ARCHITECTURES, OURS, read
-from .client import (
-    CONFIG,
-    OPTIONAL,
-    REQUIRED,
-    WEIGHTS,
-    check_folder,
-    download,
-    find_outage,
-    split_revision,
-    translate_hub_errors,
-)
+from .client import OPTIONAL, REQUIRED, check_folder, download
 
 __all__ = ['check_published', 'create', 'create_model', 'from_pretrained', 'pull']
 
@@ -151,9 +141,7 @@ def check_published(name: str) -> None:
         if address:
             _check_config(download(*split_revision(address)) if source == 'hf-hub' else Path(address), name)
         elif repo is not None:
-            unreachable = find_outage(repo, None, WEIGHTS)
-            if unreachable is not None and not isinstance(try_to_load_from_cache(repo, WEIGHTS), str):
-                raise unreachable
+            check_available(repo, None, WEIGHTS)
 
 
 def _hub_id(name: str) -> str | None:

@@ -146,7 +146,7 @@ def _process_rules(args: argparse.Namespace) -> _Rules:
         (args.push_to_hub and args.model.partition('.')[0] not in PUBLISHED,
          f'--push-to-hub publishes {" and ".join(PUBLISHED)}, not {args.model}.'),
         (args.push_to_hub and not args.epochs,
-         '--push-to-hub needs at least one epoch: `python -m timm_npu_irv2.hub` publishes a checkpoint.'),
+         '--push-to-hub needs at least one epoch: `timm-npu-irv2 hub` publishes a checkpoint.'),
         (args.elastic and args.resume != 'auto',
          '--elastic needs --resume auto: after a change of machines the run goes on from its newest checkpoint.'),
         (args.elastic and (args.no_resume_opt or args.start_epoch is not None),
