@@ -1,11 +1,9 @@
 """State dicts of Inception-ResNet-v2 in several dialects, recognised by their keys and translated bit for bit.
 
-===============  =======================================================================================================
-``npu``          this package: siblings and norms merged (``repeat.0.siblings.conv.weight``, ``repeat.0.bn.weight``)
-``npu_separate`` this package with norms that cannot be merged (``repeat.0.bn.1.weight``)
-``timm``         timm's ``inception_resnet_v2``: ``repeat.0.branch1.0.conv.weight``, classifier ``classif``
-``cadene``       Cadene's pretrained-models.pytorch and Ascend's model zoo: timm's names, classifier ``last_linear``
-===============  =======================================================================================================
+* ``npu``: this package; siblings and norms merged (``repeat.0.siblings.conv.weight``, ``repeat.0.bn.weight``)
+* ``npu_separate``: this package with norms that cannot be merged (``repeat.0.bn.1.weight``)
+* ``timm``: timm's ``inception_resnet_v2``; ``repeat.0.branch1.0.conv.weight``, classifier ``classif``
+* ``cadene``: Cadene's pretrained-models.pytorch and Ascend's model zoo; timm's names, classifier ``last_linear``
 
 Checkpoints of the model zoo wrap the last one in a ``state_dict`` key and a ``module.`` prefix, which
 :func:`.serialization.load_weights` removes.
