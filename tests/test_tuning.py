@@ -1,5 +1,6 @@
 """Results of tune: found for exactly their workload, refused if damaged, and applied where the user has not decided."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import torch
 
 from timm_npu_irv2 import UserError
 from timm_npu_irv2 import device as devices
+from timm_npu_irv2.benchmarks.tune_plan import plan
 from timm_npu_irv2.cli.tuned import choose_settings, settings_in, use_tuned
 from timm_npu_irv2.deploy.engines import fastest_engine
 from timm_npu_irv2.ops import use_variants, variants
@@ -20,6 +22,7 @@ from timm_npu_irv2.tuning import (
     apply_settings,
     describe_outdated,
     find_tuned,
+    is_complete,
     load_tuned,
     preserve_settings,
     save_tuned,
@@ -92,6 +95,32 @@ def test_a_file_that_is_no_result_is_one_line(tmp_path, change, message):
     path.write_text('{')
     with pytest.raises(UserError, match='cannot read'):
         load_tuned(path)
+
+
+@pytest.mark.parametrize('device, own', [
+    ('cpu', ['memory_format=contiguous']),
+    ('cuda', ['memory_format=contiguous', 'cudnn_benchmark=off', 'allow_tf32=off'])])
+def test_tune_tries_what_exists_on_a_device(device, own, monkeypatch):
+    installed = {'onnxruntime': object()}
+    monkeypatch.setattr(importlib.util, 'find_spec', installed.get)
+    forms = ['pointwise=large', 'pointwise=product', 'siblings=separate']
+    after = ['residual=addition', 'fused_optimizer=on', 'torchcompile=inductor', 'recompute=cheap']
+    names = [each.name for each in plan('train', torch.device(device), 'float32')]
+    assert names == forms + own + after
+    names = [each.name for each in plan('train', torch.device(device), 'O2 float16')]
+    assert names == forms + own + [each.replace('optimizer=on', 'optimizer=off') for each in after]
+    engines = ['engine=torch', *(['engine=onnxruntime'] if device == 'cpu' else [])]
+    names = [each.name for each in plan('eval', torch.device(device), 'float32')]
+    assert names == engines + forms + own + ['torchcompile=inductor']
+
+
+def test_a_result_is_complete_unless_its_search_was_interrupted_or_the_file_is_damaged(tmp_path):
+    path = save({'pointwise': 'product'})
+    assert is_complete(path) and not is_complete(tmp_path / 'missing.json')
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'interrupted': True}))
+    assert not is_complete(path) and find_tuned(CPU, **WORKLOAD).chosen == {'pointwise': 'product'}
+    path.write_text('{')
+    assert not is_complete(path)
 
 
 def test_settings_become_options_and_forms_and_one_line_of_the_log(caplog):

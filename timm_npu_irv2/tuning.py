@@ -26,7 +26,7 @@ from .ops.variants import CHOICES, is_in_environment
 from .serialization import atomic_write, cache_folder, make_folder
 
 __all__ = ['Tuned', 'Workload', 'apply_settings', 'describe_missing', 'describe_outdated', 'environment_of',
-           'find_tuned', 'load_tuned', 'preserve_settings', 'resolve_tuned', 'save_tuned']
+           'find_tuned', 'is_complete', 'load_tuned', 'preserve_settings', 'resolve_tuned', 'save_tuned']
 
 # Settings that torch_npu reads from the environment when it is loaded: {setting: (variable, {value: text})}.
 _ENVIRONMENT: dict[str, tuple[str, dict[Any, str]]] = {
@@ -173,6 +173,13 @@ def load_tuned(path: str | Path) -> Tuned:
     with rules.naming(path):
         schema.check_tuned(report)
     return Tuned(Workload(**report['workload']), report['chosen'], path, report)
+
+
+def is_complete(path: Path) -> bool:
+    """Return True if a file has the result of a search that nobody interrupted."""
+    with contextlib.suppress(UserError):
+        return not load_tuned(path).report.get('interrupted')
+    return False
 
 
 def resolve_tuned(choice: str, device: torch.device, **workload: Any) -> Tuned | None:

@@ -35,3 +35,12 @@ def test_tune_measures_what_runs_and_names_what_fails(start_on_standin, tmp_path
     process = start_on_standin(*ops, chip='Ascend910B2')
     _, errors = process.communicate()
     assert process.returncode == 2 and 'device Ascend910B3, not Ascend910B2' in errors.splitlines()[-1]
+
+
+def test_the_settings_that_exist_on_an_npu_are_named(start_on_standin):
+    process = start_on_standin(sys.executable, BENCHMARK, 'tune', '--device', 'npu', '--only', 'engine')
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert errors.splitlines()[-1].endswith(
+        'there are pointwise, siblings, lazy_fusion, task_queue, jit_compile, allow_internal_format, allow_hf32, '
+        'residual, fused_optimizer, torchcompile, recompute.'), errors

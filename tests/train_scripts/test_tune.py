@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_npu_irv2.tuning import Workload, save_tuned
+from timm_npu_irv2.tuning import Workload, is_complete, load_tuned, save_tuned
 
 from ..pictures import write_pictures
 
@@ -23,8 +23,8 @@ CPU, WORKLOAD = torch.device('cpu'), {'batch_size': 2, 'img_size': 75, 'precisio
 SMALL = ['--device', 'cpu', '--img-size', '75', '-b', '2', '--rounds', '1', '--budget', '6000']
 
 
-def start_in(folder: Path, name: str, *options: str) -> subprocess.Popen:
-    environment = {**os.environ, 'TIMM_NPU_IRV2_CACHE': str(folder / 'cache')}
+def start_in(folder: Path, name: str, *options: str, **variables: str) -> subprocess.Popen:
+    environment = {**os.environ, 'TIMM_NPU_IRV2_CACHE': str(folder / 'cache'), **variables}
     return subprocess.Popen(
         [sys.executable, str(SCRIPTS / name), *options], env=environment, cwd=folder, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True)
@@ -64,14 +64,15 @@ def test_what_was_measured_is_written_beside_the_default(tuned):
     assert (report['workload']['batch_size'], report['workload']['img_size']) == (2, 75)
 
 
-def test_ctrl_c_writes_what_was_measured_and_ends_the_workers(start, tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_write_what_was_measured_and_end_the_workers(start, tmp_path, number):
     output = tmp_path / 'result.json'
     process = start('benchmark.py', 'tune', *SMALL, '--output', str(output))
     workers = wait_for_workers(process, 1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=6000)
-    assert process.returncode == 130 and 'Traceback' not in errors, errors
-    assert json.loads(output.read_text())['interrupted'] is True
+    assert process.returncode == 128 + number and 'Traceback' not in errors, errors
+    assert load_tuned(output).report['interrupted'] is True and not is_complete(output)
     stop_at = time.monotonic() + 6000
     while any(map(runs, workers)):
         assert time.monotonic() < stop_at
@@ -114,6 +115,66 @@ def _workers(pid: int) -> list[int]:
                 if 'tune_worker' in Path(f'/proc/{child}/cmdline').read_text():
                     found.append(int(child))
     return found
+
+
+# A sitecustomize.py for the workers of tune, in which some variants are broken or slow.
+BROKEN = '''
+import os, signal, sys, time
+
+if any('tune_worker' in word for word in sys.orig_argv):
+    from timm_npu_irv2 import layers
+    from timm_npu_irv2.ops import variants
+
+    pointwise, convolve, folds = layers.pointwise_convolution, layers.Siblings.convolve, layers._folds_scales
+
+    def mixed_up(x, weight, bias):
+        return pointwise(x, weight.flip(0), bias)
+
+    def crash_or_slow(self, x):
+        if variants().siblings == 'separate':
+            os.kill(os.getpid(), signal.SIGSEGV)
+        time.sleep(0.1 if variants().pointwise == 'large' else 0.0)
+        return convolve(self, x)
+
+    def hang_or_slow():
+        if 'HANG' in os.environ and variants().residual == 'addition':
+            time.sleep(10 ** 6)
+        time.sleep(0.05 if variants().residual == 'folded' else 0.0)
+        return folds()
+
+    layers.pointwise_convolution, layers.Siblings.convolve = mixed_up, crash_or_slow
+    layers._folds_scales = hang_or_slow
+'''
+
+
+def tune_broken(folder: Path, *options: str, **variables: str) -> tuple[dict[str, dict], dict]:
+    """Return {variant: its row} of a run with broken variants, and the report."""
+    (folder / 'sitecustomize.py').write_text(BROKEN)
+    path = os.pathsep.join(filter(None, [str(folder), str(SCRIPTS.parent), os.environ.get('PYTHONPATH')]))
+    process = start_in(folder, 'benchmark.py', 'tune', *SMALL, '--output', 'result.json', *options, PYTHONPATH=path,
+                       **variables)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    found = rows(folder / 'result.json')
+    assert all(name in output and row['result'] in output for name, row in found.items())
+    return found, json.loads((folder / 'result.json').read_text())
+
+
+def test_wrong_crashing_and_slow_variants_are_named_and_a_fast_one_is_taken(tmp_path):
+    found, report = tune_broken(tmp_path, '--only', 'pointwise', 'siblings', 'residual')
+    assert found['pointwise=large']['result'] == 'not faster'
+    assert found['pointwise=product']['result'].startswith('wrong: an error of ')
+    assert found['siblings=separate']['result'] == 'failed: it was ended by SIGSEGV'
+    assert found['residual=addition']['result'] == 'taken' and found['choice, of the default']['result'] == 'verified'
+    assert report['chosen'] == {'residual': 'addition'} and report['of_default_time']['median'] < 1
+
+
+@pytest.mark.long
+def test_a_variant_that_hangs_leaves_time_for_the_others(tmp_path):
+    found, report = tune_broken(tmp_path, '--only', 'residual', 'fused_optimizer', '--budget', '400', HANG='1')
+    assert found['residual=addition']['result'].startswith('failed: it did not answer within ')
+    assert found['fused_optimizer=on']['result'] in ('taken', 'not faster')
+    assert 'residual' not in report['chosen']
 
 
 def test_a_group_that_does_not_exist_is_one_line(start):

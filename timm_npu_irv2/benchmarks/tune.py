@@ -7,6 +7,7 @@ choice is measured in turn with the default once more. Each choice runs in a pro
 
 import argparse
 import contextlib
+import signal
 import statistics
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from .. import device as devices
 from ..cli.checks import check_output_file
 from ..deploy.engines import record_engine
 from ..errors import UserError
-from ..tuning import Workload, describe_missing, environment_of, save_tuned
+from ..tuning import Workload, describe_missing, environment_of, is_complete, save_tuned
 from . import report
 from .timing import Ratio, ratio
 from .tune_plan import Alternative, plan
@@ -34,6 +35,8 @@ __all__ = ['COLUMNS', 'run']
 COLUMNS = ('images/s', 'of the time before', 'least', 'greatest', 'error', 'result')
 MARGIN = 0.98  # an alternative must take less of the time than this, in the median
 TURN = 1.0  # seconds of a turn, at least
+GRACE = 60.0  # seconds after the budget in which the fastest settings so far must end their turn
+SHARE = 0.5  # part of the time left that an alternative may take: one that hangs leaves some for the others
 Row = dict[str, Any]
 
 
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         UserError: An option does not fit, or the default settings do not run.
-        KeyboardInterrupt: After what was measured has been written.
+        KeyboardInterrupt: After what was measured has been written; its argument is the number of the signal.
     """
     device = devices.resolve_device(args.device)
     half = (args.amp_dtype or str(devices.half_dtype(device)).removeprefix('torch.')) if _is_half(args) else ''
@@ -54,14 +57,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix='timm_npu_irv2-') as folder:
         job = Job(str(device), args.task, args.batch_size, args.img_size, half, level, {}, f'{folder}/reference.pt')
         tuner = Tuner(job, alternatives, rounds=args.rounds, budget=args.budget)
-        interrupted = tuner.run()
-    path = None
-    if args.output or tuner.chosen or not interrupted:  # else an earlier result would be lost
+        stopped_by = tuner.run()
+    interrupted, path = stopped_by != 0, None
+    # An interrupted search replaces no complete one, and none of which nothing was chosen yet replaces any.
+    if args.output or not interrupted or (tuner.chosen and not is_complete(workload.path)):
         path = save_tuned(workload, tuner.report(interrupted), Path(args.output) if args.output else None)
     if not interrupted and not args.output and device.type == 'cpu' and any(
             row['name'].startswith('engine=') for row in tuner.rows):
         record_engine(workload.precision, tuner.chosen.get('engine', 'torch'), {'measured': tuner.rows})
-    return _conclude(workload, tuner, path, interrupted)
+    return _conclude(workload, tuner, path, stopped_by)
 
 
 def _is_half(args: argparse.Namespace) -> bool:
@@ -75,7 +79,7 @@ def _select(alternatives: Sequence[Alternative], groups: Sequence[str] | None) -
     return [each for each in alternatives if groups is None or each.group in groups]
 
 
-def _conclude(workload: Workload, tuner: 'Tuner', path: Path | None, interrupted: bool) -> dict[str, Any]:
+def _conclude(workload: Workload, tuner: 'Tuner', path: Path | None, stopped_by: int) -> dict[str, Any]:
     title = (f'{workload.task}, {workload.precision}, batch {workload.batch_size}, {workload.img_size} px, '
              f'{workload.device} ({workload.name})')
     rows = {row['name']: [row.get('images_per_second'), *(row.get('ratio') or (None,) * 3),
@@ -86,8 +90,8 @@ def _conclude(workload: Workload, tuner: 'Tuner', path: Path | None, interrupted
     print(f'  chosen: {chosen or "the default settings"}; {f"written to {path}" if path else "nothing was written"}')
     if missing := describe_missing(tuner.chosen):
         print(f' {missing}')
-    if interrupted:
-        raise KeyboardInterrupt
+    if stopped_by:
+        raise KeyboardInterrupt(stopped_by)
     return {'title': title, 'columns': COLUMNS, 'rows': rows, 'chosen': tuner.chosen, 'file': str(path),
             'environment': environment_of(tuner.chosen)}
 
@@ -115,18 +119,18 @@ class Tuner:
         self._longest = 0.0  # seconds that an alternative took
         self._verified: Ratio | None = None
 
-    def run(self) -> bool:
-        """Measure everything; return True if the user stopped it."""
+    def run(self) -> int:
+        """Measure everything; return the number of the signal that stopped it, 0 for none."""
         bar = tqdm(total=len(self._alternatives) + 2, unit='choice', file=sys.stderr, disable=None)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.closing(bar))
+        with contextlib.closing(bar):
             try:
-                self._measure(bar)
-            except KeyboardInterrupt:
+                with _interrupted_by(signal.SIGTERM):  # a scheduler sends it before it ends a job
+                    self._measure(bar)
+            except KeyboardInterrupt as stop:
                 for row in self.rows[-1:]:
                     row.setdefault('result', 'interrupted')
-                return True
-        return False
+                return next(iter(stop.args), signal.SIGINT)
+        return 0
 
     def report(self, interrupted: bool) -> dict[str, Any]:
         """Return the entries of the result's file."""
@@ -172,23 +176,27 @@ class Tuner:
         if started + 2.2 * self._longest > self._deadline:  # it, and the verification at the end
             row['result'] = 'not measured: the budget is spent'
             return best
+        share = 1.0 if 'torchcompile' in alternative.settings else SHARE  # compiling takes minutes
+        deadline = started + min(self._deadline - self._longest - started, share * (self._deadline - started))
         worker = Worker(replace(self._job, settings={**self.chosen, **alternative.settings}))
         faster = False
         try:
-            faster = self._compare(worker, best, row)
+            faster = self._compare(worker, best, deadline, row)
+            self._longest = max(self._longest, time.monotonic() - started)
         except WorkerFailed as failure:
-            row['result'] = f'failed: {failure}'
+            if failure.worker is best:
+                raise UserError(f'the fastest settings so far stopped beside {alternative.name}: {failure}. Run tune '
+                                'again, with a smaller --batch-size if memory was short.') from failure
+            row['result'] = f'failed: {failure}{_advice(failure)}'
         finally:
             (best if faster else worker).close()
-        self._longest = max(self._longest, 0.0 if 'error' not in row else time.monotonic() - started)
         if not faster:
             return best
         self.chosen = {**self.chosen, **alternative.settings}
         return worker
 
-    def _compare(self, worker: Worker, best: Worker, row: Row) -> bool:
+    def _compare(self, worker: Worker, best: Worker, deadline: float, row: Row) -> bool:
         """Fill in the row of an alternative's worker, and return True if it is right and faster."""
-        deadline = self._deadline - self._longest
         row['error'], wrong = worker.start(deadline)
         if wrong:
             row['result'] = f'wrong: {wrong}'
@@ -200,9 +208,11 @@ class Tuner:
 
     def _in_turn(self, worker: Worker, other: Worker, deadline: float, row: Row) -> Ratio:
         times: dict[Worker, list[float]] = {worker: [], other: []}
+        # The other one has run before. An answer of it that nobody waited for would be taken for the next one.
+        deadlines = {worker: deadline, other: self._deadline + self._longest + GRACE}
         for index in range(self._rounds):
             for each in (worker, other)[::-1 if index % 2 else 1]:
-                times[each].append(each.time(self._steps, deadline))
+                times[each].append(each.time(self._steps, deadlines[each]))
         found = ratio(times[worker], times[other])
         row['ratio'] = found
         row['images_per_second'] = self._steps * self._job.batch_size / statistics.median(times[worker])
@@ -219,11 +229,31 @@ class Tuner:
                 default.start(self._deadline + self._longest)
                 self._verified = self._in_turn(best, default, self._deadline + 2 * self._longest, row)
             except WorkerFailed as failure:
-                row['result'] = f'failed: {failure}'
+                self.chosen = {}
+                row['result'] = f'failed: {failure}: the default settings remain'
                 return
         if self._verified.median >= 1:
             self.chosen = {}
         row['result'] = 'verified' if self.chosen else 'not faster after all: the default settings remain'
+
+
+def _advice(failure: WorkerFailed) -> str:
+    if 'out of memory' not in str(failure).lower() and 'SIGKILL' not in str(failure):
+        return ''
+    return ' (two choices are in memory while they take turns: use a smaller --batch-size)'
+
+
+@contextlib.contextmanager
+def _interrupted_by(number: signal.Signals) -> Iterator[None]:
+    """Raise KeyboardInterrupt in the block on another signal, too, with its number."""
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,15 @@ _OWN_VARIABLES = ('TIMM_NPU_IRV2_VARIANTS', 'TIMM_NPU_IRV2_KERNELS')  # the job 
 
 
 class WorkerFailed(Exception):
-    """A worker that ended, or that did not answer in time."""
+    """A worker that ended, or that did not answer in time.
+
+    Attributes:
+        worker: The worker.
+    """
+
+    def __init__(self, reason: str, worker: 'Worker') -> None:
+        super().__init__(reason)
+        self.worker = worker
 
 
 class Worker:
@@ -82,22 +90,27 @@ class Worker:
         Raises:
             WorkerFailed: There is none.
         """
+        started = time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(self._answers, selectors.EVENT_READ)
             while b'\n' not in self._received:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise WorkerFailed('it took more time than was left')
+                    raise WorkerFailed(f'it did not answer within {time.monotonic() - started:.0f} s', self)
                 read = os.read(self._answers, 65536)
                 if not read:
-                    raise WorkerFailed(self._reason())
+                    raise WorkerFailed(self._reason(), self)
                 self._received += read
         line, _, self._received = self._received.partition(b'\n')
         return json.loads(line)
 
     def _reason(self) -> str:
-        """Return the line of the error that the process wrote, else its last line or the code with which it ended."""
+        """Return the line of the error that the process wrote, else the signal or the code with which it ended."""
         code = self._process.wait()
         self._errors.seek(0)
-        lines = [line.rstrip() for line in self._errors.read()[-10000:].splitlines() if line.strip()]
+        lines = [line.strip() for line in self._errors.read()[-10000:].splitlines() if line.strip()]
         errors = [line for line in lines if _ERROR.match(line)]  # the message of torch_npu has further lines
-        return [f'it ended with exit code {code}', *lines[-1:], *errors[-1:]][-1].strip()[:300]
+        if errors:
+            return errors[-1][:300]
+        if code < 0:  # its last line may be any warning
+            return f'it was ended by {signal.Signals(-code).name}'
+        return ': '.join([f'it ended with exit code {code}', *lines[-1:]])[:300]

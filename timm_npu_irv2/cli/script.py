@@ -74,8 +74,8 @@ def run_script(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[s
     except Stopped as stopped:
         logging.getLogger(name).info(stopped)
         return 128 + stopped.number
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return 128 + next(iter(stop.args), signal.SIGINT)
 
 
 @contextlib.contextmanager
