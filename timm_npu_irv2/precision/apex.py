@@ -53,7 +53,7 @@ class Apex(MasterPrecision):
                 shared = self.masters.of(parameter)
                 if shared.dtype == torch.float32:
                     shared.copy_(copied.get_parameter(name))
-                    copied.register_parameter(name, shared)
+                    copied._parameters[name] = shared  # apex's masters are tensors, which register_parameter refuses
 
     def step(self, loss, optimizer, *, parameters=None, clip_grad=None, clip_mode='norm', create_graph=False,
              need_update=True) -> None:

@@ -57,7 +57,7 @@ def _make_masters(optimizer):
     for group in optimizer.param_groups:
         for i, parameter in enumerate(group['params']):
             if parameter.dtype == torch.float16:
-                master = torch.nn.Parameter(parameter.detach().float())
+                master = parameter.detach().float().requires_grad_()  # as apex's: no Parameter
                 optimizer._halves.append(parameter)
                 optimizer._masters.append(master)
                 group['params'][i] = master
