@@ -23,7 +23,7 @@ if [[ ${1:-} == --npu ]]; then
         exit 2
     }
     echo "$obstacle"
-    exec "$python" -m pytest -q tests/npu/test_real_npu.py -rA ${arguments[@]+"${arguments[@]}"}
+    exec "$python" -m pytest -q tests/npu/test_real_npu.py ${arguments[@]+"${arguments[@]}"}
 fi
 
 environments=${TEST_ENVIRONMENTS:-$PWD}

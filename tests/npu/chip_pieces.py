@@ -1,5 +1,5 @@
 """A step at O2 of a small network on the chip of this process: `python -m tests.npu.chip_pieces MOMENTUM` prints the
-operators that it called and what the log says, as JSON."""
+operators that it called, what the log says and the form of 1×1 convolutions, as JSON."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def main() -> None:
         for _ in range(2):
             optimizer.zero_grad()
             precision.step(nn.functional.cross_entropy(network(images), targets), optimizer)
-    print(json.dumps({'calls': Counter(record.calls()), 'log': lines,
+    print(json.dumps({'calls': Counter(record.calls()), 'log': lines, 'pointwise': devices.pointwise_form(device.type),
                       'finite': all(p.isfinite().all().item() for p in network.parameters())}))
 
 

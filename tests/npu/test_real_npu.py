@@ -1,9 +1,10 @@
-"""The network on a real NPU, with tolerances for its numerics: `bash tests/run.sh --npu`. It prints a table to report.
+"""The network on a real NPU, with tolerances for its numerics: `bash tests/run.sh --npu`. It prints a table to report:
+the relative error of each case against timm's network on the CPU in float32, and the largest one allowed.
 
 REAL_NPU=cpu runs the same tests on a CPU, where they must pass too.
 """
 
-import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
@@ -17,24 +18,36 @@ from timm_npu_irv2.ops.variants import CHOICES
 from timm_npu_irv2.precision import create_precision
 
 from ..ascend.environment import running_on
-from .real_device import describe
+from .real_device import CHOSEN, describe, find
 
-CHOSEN = os.environ.get('REAL_NPU', 'npu')
-if CHOSEN != 'cpu' and running_on() is not None:
+if CHOSEN == 'npu' and running_on() is not None:
     pytest.skip('is for a real NPU: bash tests/run.sh --npu', allow_module_level=True)
 FORMS = [{name: value} for name in ('pointwise', 'siblings', 'residual') for value in CHOICES[name]]
+
+
+def words(form: dict[str, str]) -> str:
+    return '='.join(*form.items())
+
+
 # Relative errors. Convolutions round float32 to HF32 (10 bits) on A2, and to float16 on the 910A.
 LOGITS, HALF_LOGITS = 2e-2, 1e-1
 
 
 @pytest.fixture(scope='module')
 def device() -> torch.device:
-    if CHOSEN != 'cpu':
-        try:
-            print(describe())
-        except UserError as error:
-            pytest.skip(str(error))
-    return devices.resolve_device(CHOSEN)
+    try:
+        return find()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope='module')
+def report(device, request) -> Iterator[Callable[[str, float, float], None]]:
+    """report(case, error, limit): a row of the table that is printed at the end."""
+    rows: list[str] = []
+    yield lambda name, error, limit: rows.append(f'| {name} | {error:.2e} | {limit:.0e} |')
+    with request.config.pluginmanager.getplugin('capturemanager').global_and_fixture_disabled():
+        print('\n', f'| {describe()} | error | allowed |', '|---|---|---|', *rows, sep='\n')
 
 
 @pytest.fixture(scope='module')
@@ -56,25 +69,21 @@ def ours(case, device) -> torch.nn.Module:
     return model.to(device, memory_format=devices.memory_format(device))
 
 
-def report(name: str, figure: float, limit: float) -> None:
-    print(f'| {name} | {figure:.2e} | {limit:.0e} |')
-
-
 @pytest.mark.parametrize('half', [False, True], ids=['float32', '16 bits'])
-@pytest.mark.parametrize('form', FORMS, ids=lambda form: '='.join(*form.items()))
-def test_logits_are_timms(case, device, form, half):
+@pytest.mark.parametrize('form', FORMS, ids=words)
+def test_logits_are_timms(case, device, report, form, half):
     model, limit = ours(case, device).eval(), HALF_LOGITS if half else LOGITS
     dtype = devices.half_dtype(device) if half else torch.float32
     with use_variants(**form), torch.no_grad():
         logits = model.to(dtype)(case[1].to(device, dtype)).float().cpu()
     error = ((logits - case[3]).norm() / case[3].norm()).item()
-    report(f'logits, {form}, {dtype}', error, limit)
+    report(f'logits, {words(form)}, {dtype}'.replace('torch.', ''), error, limit)
     assert error < limit
 
 
 @pytest.mark.parametrize('level', ['O0', 'O1', 'O2'])
-@pytest.mark.parametrize('form', FORMS, ids=lambda form: '='.join(*form.items()))
-def test_the_loss_of_a_step_is_timms_and_falls(case, device, form, level):
+@pytest.mark.parametrize('form', FORMS, ids=words)
+def test_the_loss_of_a_step_is_timms_and_falls(case, device, report, form, level):
     half = level != 'O0'
     scale = 128.0 if half and devices.half_dtype(device) == torch.float16 else None
     precision = create_precision(device, amp=half, opt_level=level, loss_scale=scale)
@@ -91,5 +100,5 @@ def test_the_loss_of_a_step_is_timms_and_falls(case, device, form, level):
             precision.step(loss, optimizer)
             losses.append(loss.item())
     error = abs(losses[0] / case[4] - 1)
-    report(f'first loss, {form}, {level}', error, HALF_LOGITS)
+    report(f'first loss, {words(form)}, {level}', error, HALF_LOGITS)
     assert error < HALF_LOGITS and losses[-1] < losses[0]
