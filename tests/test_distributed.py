@@ -161,6 +161,35 @@ def test_signals_are_caught_and_the_old_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_closed_terminal_stops_the_run_unless_it_was_started_with_nohup():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, expected in ((signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, 0)):
+            signal.signal(signal.SIGHUP, handler)
+            with StopRequest(World()) as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.poll() == expected
+            assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_taken_where_nobody_reads_the_messages():
+    """As after ``2>&1 | head -1``."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    errors = os.dup(2)
+    os.dup2(write_end, 2)
+    try:
+        with StopRequest(World()) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.poll() == signal.SIGTERM
+    finally:
+        os.dup2(errors, 2)
+        for number in errors, write_end:
+            os.close(number)
+
+
 def test_an_insistent_interrupt_is_an_interrupt(monkeypatch):
     now = [0.0]
     monkeypatch.setattr('timm_npu_irv2.distributed.time.monotonic', lambda: now[0])
@@ -221,7 +250,8 @@ def fail_in_one(world: World) -> list[tuple[str, str, bool]]:
     return [failure_of(work) for work in (
         lambda: together(lambda: find(0), world), lambda: together(lambda: find(1), world),
         lambda: evaluate(model, batches(0), world), lambda: evaluate(model, batches(1), world),
-        lambda: agree(lambda: next(raising(UserError('full'))), world))]
+        lambda: agree(lambda: next(raising(UserError('full'))), world),
+        lambda: agree(lambda: next(raising(KeyError('gone'))), world))]
 
 
 def raising(error: Exception):
@@ -233,9 +263,10 @@ def test_a_failure_in_one_process_ends_the_work_of_all_and_one_reports_it(two):
     first, second = two['failures']
     torn = 'torn.jpg cannot be read.'
     assert first == [('KeyError', "'lost'", False), ('UserError', "rank 1: 'lost'", True), ('UserError', torn, False),
-                     ('UserError', f'rank 1: {torn}', True), ('UserError', 'full', False)]
+                     ('UserError', f'rank 1: {torn}', True), ('UserError', 'full', False),
+                     ('KeyError', "'gone'", False)]
     assert second == [('UserError', "'lost'", True), ('KeyError', "'lost'", False), ('UserError', torn, True),
-                      ('UserError', torn, False), ('UserError', 'full', True)]
+                      ('UserError', torn, False), ('UserError', 'full', True), ('UserError', "'gone'", True)]
 
 
 class EnterFolders:

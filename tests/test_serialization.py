@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from timm_npu_irv2 import serialization
+from timm_npu_irv2.cli.checks import check_output_file
 from timm_npu_irv2.data.decode import read_image
 from timm_npu_irv2.data.folder import ImageFile
 from timm_npu_irv2.errors import CannotWrite, UserError
@@ -107,6 +108,7 @@ WRITES = '''
 import sys, torch
 from pathlib import Path
 from timm_npu_irv2 import serialization
+from timm_npu_irv2.cli.checks import check_output_file
 weights = {'a': torch.randn(1_000_000)}
 for write in (lambda path: serialization.write_checkpoint({'state_dict': weights}, path / 'last.pth.tar'),
               lambda path: serialization.save_weights(weights, path / 'a.safetensors'),
@@ -227,3 +229,45 @@ def test_a_link_under_the_name_of_the_temporary_file_is_not_written_to(tmp_path,
     with pytest.raises(CannotWrite):
         atomic_write(tmp_path / 'file', 'new')
     assert victim.read_text() == 'precious'
+
+
+@pytest.mark.parametrize('through_a_link', [False, True])
+def test_a_file_takes_not_the_place_of_a_device_or_a_pipe(tmp_path, through_a_link):
+    """An answer for /dev/null would make it a file, for every program of the machine."""
+    place = tmp_path / 'null'
+    os.mkfifo(place)
+    path = place
+    if through_a_link:
+        path = tmp_path / 'link'
+        path.symlink_to(place)
+    with pytest.raises(CannotWrite, match='it is a pipe or a device'):
+        atomic_write(path, 'a')
+    with pytest.raises(UserError, match=r'--picture: cannot write .*: it is a pipe or a device'):
+        check_output_file('--picture', str(path))
+    assert place.is_fifo() and path.is_symlink() == through_a_link
+
+
+@pytest.mark.parametrize(('content', 'message'), [
+    (None, 'No such file'), (b'caf\xe9', "can't decode byte"), ('pipe', 'a pipe or a device'),
+])
+def test_a_text_that_cannot_be_read_is_one_line(tmp_path, content, message):
+    path = tmp_path / 'a.txt'
+    if content == 'pipe':
+        os.mkfifo(path)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f'^--option .*a.txt: .*{message}'):
+        serialization.read_text(path, f'--option {path}')
+
+
+def test_a_text_without_end_is_not_read_to_its_end(tmp_path):
+    with (tmp_path / 'a.txt').open('wb') as file:
+        file.truncate(2**28)
+    with pytest.raises(UserError, match='it has more than'):
+        serialization.read_text(tmp_path / 'a.txt', 'the text')
+
+
+def test_a_damaged_image_of_a_long_path_does_not_spoil_the_checkpoint(tmp_path):
+    state = {'state_dict': {'a': torch.zeros(1)}, 'bad_images': {'folder/' * 500 + 'a.png': 'it is torn'}}
+    serialization.write_checkpoint(state, tmp_path / 'a.pth.tar')
+    assert serialization.read_checkpoint(tmp_path / 'a.pth.tar')['bad_images'] == state['bad_images']

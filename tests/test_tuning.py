@@ -83,6 +83,7 @@ def test_another_version_or_number_of_threads_is_another_workload(monkeypatch):
     ({'chosen': {'pointwise': 'sum'}}, r"chosen.pointwise is 'sum', expected one of"),
     ({'chosen': {'command': 'rm'}}, r"chosen has the unknown entry 'command'"),
     ({'chosen': {'jit_compile': 1}}, 'chosen.jit_compile is 1'),
+    ({'chosen': {'engine': 'auto'}}, "chosen.engine is 'auto', expected one of"),
     ({'format': 2}, 'format is 2'),
     ({'workload': {'task': 'train'}}, 'is missing'),
 ])
@@ -92,9 +93,18 @@ def test_a_file_that_is_no_result_is_one_line(tmp_path, change, message):
     with pytest.raises(UserError, match=message) as caught:
         load_tuned(path)
     assert '\n' not in str(caught.value)
-    path.write_text('{')
-    with pytest.raises(UserError, match='cannot read'):
-        load_tuned(path)
+    for content in '{', '[' * 100_000, '\0':
+        path.write_text(content)
+        with pytest.raises(UserError, match=r'cannot be read as JSON.*Run `benchmark\.py tune` again'):
+            load_tuned(path)
+
+
+def test_a_pipe_among_the_results_is_not_waited_for():
+    folder = save({}, batch_size=3).parent
+    os.mkfifo(folder / 'train-pipe.json')
+    with pytest.raises(UserError, match='a pipe or a device'):
+        load_tuned(folder / 'train-pipe.json')
+    assert describe_outdated(CPU, **WORKLOAD) == ''
 
 
 @pytest.mark.parametrize('device, own', [

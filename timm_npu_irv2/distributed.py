@@ -32,7 +32,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from . import device as devices
 from . import rendezvous
-from .errors import UserError, one_line
+from .errors import UserError, text_of
 
 __all__ = ['StopRequest', 'World', 'agree', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
            'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'on_primary', 'restarted', 'share_array', 'shutdown',
@@ -208,7 +208,7 @@ def from_primary(value: T, world: World) -> T:
 
 
 def agree(compute: Callable[[], T], world: World) -> T:
-    """Return what ``compute`` returns on rank 0 in every process, or raise its UserError in every process.
+    """Return what ``compute`` returns on rank 0 in every process, or raise its error in every process.
 
     Rank 0 computes in a thread and tells the others every few seconds to go on waiting, so that the time limit of a
     collective is none of ``compute``.
@@ -231,13 +231,11 @@ def agree(compute: Callable[[], T], world: World) -> T:
     while from_primary(thread.is_alive(), world):
         if world.is_primary:
             thread.join(SIGN_OF_LIFE)
-    if world.is_primary and not isinstance(outcome, UserError) and isinstance(outcome, BaseException):
-        raise outcome
-    outcome = from_primary(outcome, world)
-    if isinstance(outcome, UserError):
-        outcome.is_echo = not world.is_primary
-        raise outcome
-    return outcome
+    failed = isinstance(outcome, BaseException)
+    told: Any = from_primary(UserError.echo(text_of(outcome)) if failed else outcome, world)
+    if failed or isinstance(told, UserError):
+        raise outcome if failed else told
+    return told
 
 
 def share_array(array: np.ndarray | None, world: World) -> np.ndarray:
@@ -268,8 +266,7 @@ def together(compute: Callable[[], T], world: World) -> T:
     except Exception as error:
         failure = error
     reasons: list[str] = [''] * world.size
-    own = '' if failure is None else str(failure) if isinstance(failure, UserError) else one_line(failure)
-    dist.all_gather_object(reasons, own, group=world.control)
+    dist.all_gather_object(reasons, '' if failure is None else text_of(failure), group=world.control)
     if failure is not None:
         raise failure
     for rank, reason in enumerate(reasons):
@@ -299,7 +296,7 @@ def restarted() -> bool:
 
 
 class StopRequest:
-    """A handler of SIGTERM and SIGINT that stops all processes after the same step.
+    """A handler of SIGTERM, SIGINT and SIGHUP (a closed terminal) that stops all processes after the same step.
 
     Each process tells the others at every step if it was asked to stop, and acts on the answers of the step before.
     That exchange has then had the time of a whole step, so nothing waits for it.
@@ -307,17 +304,18 @@ class StopRequest:
     A second SIGINT, at least a second after the first (torchrun sends two), is a plain KeyboardInterrupt.
     """
 
-    signals = (signal.SIGTERM, signal.SIGINT)
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._received = 0
-        self._received_at = 0.0
+        self._received, self._received_at = 0, 0.0
         self._pending: tuple[Tensor, Any] | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> 'StopRequest':
-        self._previous = {number: signal.signal(number, self._receive) for number in self.signals}
+        for number in self.signals:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as it is with nohup
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -329,8 +327,7 @@ class StopRequest:
         """End the last exchange before the interpreter does: its thread would abort the process otherwise."""
         if self._pending is None:
             return
-        _, work = self._pending
-        self._pending = None
+        (_, work), self._pending = self._pending, None
         with contextlib.suppress(RuntimeError):  # the others may have failed
             work.wait(timedelta(seconds=5))
 
@@ -340,8 +337,9 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self._received:
             self._received, self._received_at = number, now
-            if self._world.is_primary:  # os.write, since a signal may interrupt a write to sys.stderr
-                os.write(2, f'\n{signal.Signals(number).name}: finishing this step and saving it.\n'.encode())
+            if self._world.is_primary:
+                with contextlib.suppress(OSError):  # os.write, since a signal may interrupt a write to sys.stderr
+                    os.write(2, f'\n{signal.Signals(number).name}: finishing this step and saving it.\n'.encode())
 
     def poll(self) -> int:
         """Return the number of the signal to stop for, the same in every process, or 0, once in every step."""

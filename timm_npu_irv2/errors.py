@@ -2,7 +2,8 @@
 
 import signal
 
-__all__ = ['CannotWrite', 'DeviceUnavailable', 'Stopped', 'UnknownDialect', 'UserError', 'first_line', 'one_line']
+__all__ = ['CannotWrite', 'DeviceUnavailable', 'Stopped', 'UnknownDialect', 'UserError', 'first_line', 'one_line',
+           'text_of']
 
 
 class UserError(Exception):
@@ -62,3 +63,8 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """Return another library's whole message in one line of at most 300 characters, to be quoted in a UserError."""
     return ' '.join((str(error) or type(error).__name__).split())[:300]
+
+
+def text_of(error: BaseException) -> str:
+    """Return the message of an error in one line: that of a UserError as it is."""
+    return str(error) if isinstance(error, UserError) else one_line(error)

@@ -33,9 +33,11 @@ from .rules import (
     text,
 )
 
-__all__ = ['check_checkpoint', 'check_config', 'check_engine_config', 'check_inference_config', 'check_model_arguments',
-           'check_report', 'check_shards', 'check_tuned', 'restored_optimizer']
+__all__ = ['ENGINES', 'MOST_CLASSES', 'check_checkpoint', 'check_config', 'check_engine_config',
+           'check_inference_config', 'check_model_arguments', 'check_report', 'check_shards', 'check_tuned',
+           'restored_optimizer']
 
+ENGINES = 'torch', 'openvino', 'onnxruntime', 'om'
 MOST_EPOCHS, MOST_CLASSES, MOST_CHANNELS, LARGEST_IMAGE = 10**6, 10**6, 1024, 2**14
 
 # Models and their preprocessing
@@ -263,7 +265,7 @@ _CHECKPOINT = record({'state_dict': _state}, {
     'optimizer': optional(_OPTIMIZER),
     'amp_scaler': optional(_loss_scale),
     'seconds': _seconds,
-    'bad_images': mapping(text()),
+    'bad_images': mapping(text(), key=text()),  # by their paths
     'saver': _SAVER,
 })
 
@@ -312,7 +314,7 @@ _SETTINGS: dict[str, Rule] = {
     'fused_optimizer': one_of(True, False),
     'recompute': one_of('cheap', 'all'),
     'torchcompile': one_of('inductor'),
-    'engine': text(100, r'[a-z]+'),
+    'engine': one_of(*ENGINES),
     'task_queue': one_of(0, 1, 2),
     **dict.fromkeys(('allow_internal_format', 'jit_compile', 'allow_hf32', 'allow_tf32', 'cudnn_benchmark',
                      'lazy_fusion'), one_of(True, False)),

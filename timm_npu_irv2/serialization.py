@@ -27,13 +27,13 @@ from torch import Tensor
 from . import rules, schema
 from .errors import CannotWrite, UserError, first_line
 
-__all__ = ['EXTENSION', 'atomic_file', 'atomic_link', 'atomic_write', 'cache_folder', 'load_weights', 'make_folder',
-           'open_regular', 'peek_checkpoint', 'read_checkpoint', 'read_json', 'save_weights', 'stage_checkpoint',
-           'weights_checksum', 'write_checkpoint']
+__all__ = ['EXTENSION', 'atomic_file', 'atomic_link', 'atomic_write', 'cache_folder', 'describe_obstacle',
+           'load_weights', 'make_folder', 'open_regular', 'peek_checkpoint', 'read_checkpoint', 'read_json',
+           'read_text', 'save_weights', 'stage_checkpoint', 'weights_checksum', 'write_checkpoint']
 
 EXTENSION = '.pth.tar'
 MOST_INFLATED = 20  # times the size of the file: torch stores without compression, and random numbers do not compress
-LONGEST_JSON = 64 * 2**20  # bytes
+LONGEST_TEXT = 64 * 2**20  # bytes of a text file
 
 _SYMLINK_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -69,6 +69,8 @@ def atomic_file(path: str | os.PathLike, remedy: str = '') -> Iterator[BinaryIO]
         CannotWrite: The disk is full, or the folder refuses the file. What was there before still is.
     """
     path = Path(path)
+    if obstacle := describe_obstacle(path):
+        raise CannotWrite(f'cannot write {path}: {obstacle}.')
     with _translate_write_errors(path, remedy):
         file, temporary = _create_temporary(path)
     try:
@@ -116,6 +118,15 @@ def atomic_link(source: Path, target: Path) -> None:
             temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)  # it is still there if the target was a name of the source already
+
+
+def describe_obstacle(path: str | os.PathLike) -> str:
+    """Return why a file may not take the place of what is there, such as /dev/null; '' if it may."""
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir may raise
+        return 'it is a folder'
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 - likewise
+        return 'it is a pipe or a device'
+    return ''
 
 
 def make_folder(folder: Path) -> None:
@@ -317,6 +328,26 @@ def load_weights(path: str | os.PathLike, use_ema: bool = False) -> dict[str, Te
     return content.get('state_dict_ema' if use_ema else 'state_dict') or content['state_dict']
 
 
+def read_text(path: str | os.PathLike, what: str) -> str:
+    """Return the content of a text file in UTF-8, without a byte order mark.
+
+    Args:
+        path: File.
+        what: Option and file, for the message.
+
+    Raises:
+        UserError: The file is missing, too large, not in UTF-8, or a pipe or a device.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(LONGEST_TEXT + 1)
+        if len(content) > LONGEST_TEXT:
+            raise ValueError(f'it has more than {LONGEST_TEXT} bytes')
+        return content.decode('utf-8-sig')
+    except (OSError, ValueError) as error:
+        raise UserError(f'{what}: {getattr(error, "strerror", None) or first_line(error)}.') from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return what a JSON file holds.
 
@@ -325,7 +356,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         with open_regular(path) as file:
-            content = json.loads(file.read(LONGEST_JSON))
+            content = json.loads(file.read(LONGEST_TEXT))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, 'strerror', None) or first_line(error)
         raise UserError(f'{path} cannot be read as JSON: {reason}') from error

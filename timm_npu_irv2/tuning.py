@@ -20,10 +20,10 @@ import torch
 from . import device as devices
 from . import rules, schema
 from .chips import cpu_name
-from .errors import UserError, one_line
+from .errors import UserError
 from .ops import set_variants, use_variants
 from .ops.variants import CHOICES, is_in_environment
-from .serialization import atomic_write, cache_folder, make_folder
+from .serialization import atomic_write, cache_folder, make_folder, read_json
 
 __all__ = ['Tuned', 'Workload', 'apply_settings', 'describe_missing', 'describe_outdated', 'environment_of',
            'find_tuned', 'is_complete', 'load_tuned', 'preserve_settings', 'resolve_tuned', 'save_tuned']
@@ -167,9 +167,9 @@ def load_tuned(path: str | Path) -> Tuned:
     """
     path = Path(path)
     try:
-        report = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'cannot read {path}: {one_line(error)}. Run `benchmark.py tune` again.') from error
+        report = read_json(path)
+    except UserError as error:
+        raise UserError(f'{error} Run `benchmark.py tune` again.') from error
     with rules.naming(path):
         schema.check_tuned(report)
     return Tuned(Workload(**report['workload']), report['chosen'], path, report)

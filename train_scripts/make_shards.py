@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
             root, out, images_per_shard=args.images_per_shard, seed=args.seed, class_map=args.class_map)
     except KeyboardInterrupt:
         print(f'{MAKE_SHARDS.prog}: interrupted; the same command goes on', file=sys.stderr)
-        return 130
+        raise
     print(printable(f'{out}: {total} shards, of which {written} were written now'))
     return 0
 

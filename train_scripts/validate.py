@@ -25,6 +25,7 @@ if __name__ == '__main__':
 import contextlib
 import json
 import logging
+import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -188,8 +189,9 @@ def find_candidates(model: str, checkpoints: Sequence[str] = ()) -> list[Candida
         return [Candidate(name, '') for name in list_models(pretrained=True, exclude_filters=excluded)]
     if ':' in model or is_model(model):
         return [Candidate(model, '')]
-    if Path(model).is_file():
-        return [Candidate(line.strip(), '') for line in Path(model).read_text().splitlines() if line.strip()]
+    if os.path.isfile(model):  # noqa: PTH113 - Path.is_file may raise
+        lines = serialization.read_text(model, f'--model {model}').splitlines()
+        return [Candidate(line.strip(), '') for line in lines if line.strip()]
     names = list_models(model, pretrained=True) if any(mark in model for mark in '*?[') else []
     if not names:
         raise UserError(f'--model {model}: timm has no such model; `timm.list_models()` lists them.')

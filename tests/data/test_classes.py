@@ -116,3 +116,40 @@ def test_a_class_map_with_a_name_twice_is_refused(tmp_path):
 
 def test_outputs_without_a_class_are_called_unused():
     assert label_names({'cat': 0, 'lynx': 0, 'dog': 2}, 4) == ['cat', 'unused_1', 'dog', 'unused_3']
+
+
+@pytest.mark.parametrize(('table', 'message'), [
+    ({'cat': -1}, 'is -1, expected an integer'), ({'cat': 2**40}, 'expected an integer from 0'),
+    ({'cat': '0'}, "is '0'"), ({'cat': 0.5}, 'is 0.5'), ({'cat': None}, 'is None'), ({'cat': True}, 'is True'),
+    ({('cat',): 0}, 'a name in the table'), (['cat'], 'expected a dict'), ({'c' * 2000: 0}, 'at most 1000 characters'),
+])
+def test_a_class_map_of_other_values_is_refused(tmp_path, table, message):
+    (tmp_path / 'map.pkl').write_bytes(pickle.dumps(table))
+    with pytest.raises(UserError, match=message) as caught:
+        read_class_map(tmp_path / 'map.pkl')
+    assert '\n' not in str(caught.value) and 'map.pkl' in str(caught.value)
+
+
+@pytest.mark.parametrize('name', [
+    'pipe.txt', 'pipe.pkl', 'folder.txt', 'folder.pkl', 'a' * 5000 + '.txt', 'missing.txt'])
+def test_a_class_map_that_cannot_be_read_is_one_line(tmp_path, name):
+    for ending in 'txt', 'pkl':
+        os.mkfifo(tmp_path / f'pipe.{ending}')
+        (tmp_path / f'folder.{ending}').mkdir()
+    with pytest.raises(UserError, match='--class-map') as caught:
+        read_class_map(tmp_path / name)
+    assert '\n' not in str(caught.value)
+
+
+def test_many_names_that_are_there_twice_are_found(tmp_path):
+    """The time does not grow with the square of their number, for which this list would take an hour."""
+    names = [f'{number}' for number in range(200_000)]
+    (tmp_path / 'map.txt').write_text('\n'.join([*names, *names]))
+    with pytest.raises(UserError, match="'0' is in several lines"):
+        read_class_map(tmp_path / 'map.txt')
+
+
+def test_a_class_map_with_a_name_that_no_checkpoint_takes_is_refused(tmp_path):
+    (tmp_path / 'map.txt').write_text('cat\n' + 'd' * 1001)
+    with pytest.raises(UserError, match='at most 1000 characters'):
+        read_class_map(tmp_path / 'map.txt')

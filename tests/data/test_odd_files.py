@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -248,3 +249,29 @@ def test_inference_gives_a_bad_file_no_answer_of_its_neighbour(tmp_path, folder,
     assert [images.name(index) for indices, _ in batches for index in indices] == ['0.png', '2.png']
     with pytest.raises(UserError, match=r'^image .*1\.jpg cannot be read'):
         decode('stop')
+
+
+@pytest.mark.parametrize('content', ['pipe', 'pipe.tar', 'folder', 'x' * 70_000])
+def test_what_is_no_list_of_images_is_one_line(tmp_path, content):
+    path = tmp_path / ('list.tar' if content == 'pipe.tar' else 'list.txt')
+    if content.startswith('pipe'):
+        os.mkfifo(path)
+    elif content == 'folder':
+        path = tmp_path / 'images.lst'
+        path.mkdir()
+    else:
+        path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        find_files([str(path)], 'RGB')
+    assert '\n' not in str(caught.value)
+
+
+def test_a_line_that_is_no_path_is_an_image_that_cannot_be_read(tmp_path):
+    names = ['a\0b.png', 'x' * 5000, 'y' * 300 + '.png', '~', '/dev/zero', '']
+    (tmp_path / 'list.txt').write_text('\n'.join(['a.png', *names]))
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+    images = find_files([str(tmp_path / 'list.txt')], 'RGB')
+    batches = list(decode_stream(
+        iter(range(len(images))), lambda index: np.zeros((3, *images[index].size), np.uint8), images.name, batch_size=4,
+        num_threads=1, on_bad_image='skip'))
+    assert [index for indices, _ in batches for index in indices] == [0]

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import pickle
 import tarfile
 import tempfile
@@ -251,6 +252,14 @@ def test_a_list_of_shards_names_files_beside_it_alone(shards, monkeypatch, name)
     with pytest.raises(UserError, match=r'_info\.json is refused: splits\[\'train\'\]\.filenames\[0\] is'):
         open_loader(shards, split='train')
     assert not (shards / 'acted').exists()
+
+
+@pytest.mark.parametrize('name', ['0.tar', '_info.json'])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(shards, name):
+    (shards / name).unlink(missing_ok=True)
+    os.mkfifo(shards / name)
+    with pytest.raises(UserError, match=f'{name} cannot be read: it is a folder, a pipe or a device'):
+        open_loader(shards, split='{0..1}.tar')
 
 
 def test_numbers_become_those_of_the_network_where_the_list_has_their_names(shards):

@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 
 from tests.conftest import OURS, create_pair, relative_error
-from timm_npu_irv2 import UserError
+from timm_npu_irv2 import UserError, schema
 from timm_npu_irv2.cli.script import run_script
 from timm_npu_irv2.deploy import EngineNetwork, InferenceNetwork, Predictor, load, save, to_inference
 from timm_npu_irv2.deploy import onnx as graph
+from timm_npu_irv2.deploy.engines import ENGINES as REGISTERED
 from timm_npu_irv2.deploy.engines import fastest_engine, record_engine, record_path
 from timm_npu_irv2.deploy.engines.base import open_by_size
 from timm_npu_irv2.deploy.engines.cpu import warn_of_overflow
@@ -243,6 +244,9 @@ def test_a_damaged_folder_is_one_line(network, tmp_path):
     path.unlink()
     with pytest.raises(UserError, match='No such file'):
         load(folder)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match='a pipe or a device'):
+        load(folder)
     config = json.loads((folder / 'config.json').read_text())
     (folder / 'config.json').write_text(json.dumps({**config, 'engine': 'abacus'}))
     with pytest.raises(UserError, match="the engine 'abacus', which this version does not have"):
@@ -287,9 +291,15 @@ def test_auto_is_the_engine_of_the_last_record_for_its_dtype_and_threads(model, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, 'get_num_threads', lambda: 99)
         assert fastest_engine('float32') is None
-    record_path('float32').write_text('{"engines": {"torch": 3}}')
-    with pytest.raises(UserError, match='is damaged'):
-        to_inference(model, engine='auto')
+    for content in '{"engines": {"torch": 3}}', '{"engine": "auto"}', '{"engine": 1}', '[' * 100_000, '':
+        record_path('float32').write_text(content)
+        with pytest.raises(UserError, match=r'float32-.*json .*Run `benchmark\.py infer` again') as caught:
+            to_inference(model, engine='auto')
+        assert '\n' not in str(caught.value)
+
+
+def test_the_engines_that_a_file_may_name_are_those_there_are():
+    assert set(schema.ENGINES) == set(REGISTERED)
 
 
 @pytest.mark.parametrize(('options', 'message'), [

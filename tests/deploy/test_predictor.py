@@ -388,3 +388,24 @@ def test_any_input_is_answered_or_refused(small, inputs):
                 assert '\n' not in str(error)
             else:
                 assert all(0 <= answer['indices'][0] < 256 for answer in answers)
+
+
+def test_closing_does_not_wait_for_ever_for_a_network_that_does_not_return(small):
+    slow = Slow()
+    predictor = Predictor(small, compiled=slow, batch_size=1)
+    with pytest.raises(UserError, match='timeout'):
+        predictor.close(timeout=float('nan'))
+    with ThreadPoolExecutor(2) as threads:
+        computed = threads.submit(predictor.predict, marked(1))
+        assert slow.begun.wait(300)
+        waiting = threads.submit(predictor.predict, marked(2))
+        while predictor.waiting < 1:
+            time.sleep(0.001)
+        with pytest.raises(TimeoutError, match=r'has not returned within 0\.01 seconds'):
+            predictor.close(timeout=0.01)
+        for call, message in (computed, 'before the network returned'), (waiting, 'before it computed this image'):
+            with pytest.raises(RuntimeError, match=message):
+                call.result(300)
+        slow.go.set()
+        predictor.close()  # waits for the thread, which has lost no answer and raised nothing
+    assert slow.log == [1]

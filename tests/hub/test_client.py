@@ -1,10 +1,13 @@
 """The way to the hub and back, against a real server (server.py)."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import relative_error
-from tests.hub.server import TOKEN, Repository
+from tests.hub.server import TOKEN, HubServer, Repository
 from timm_npu_irv2 import hub
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.hub.__main__ import main
@@ -94,6 +97,45 @@ def test_a_file_with_a_wrong_hash_is_refused_and_forgotten(for_timm, online, tmp
     assert not (tmp_path / 'copy').exists()
     online.faults.corrupt = False
     assert set(contents(hub.pull('me/insects', tmp_path / 'copy'))) == FILES
+
+
+def cached(online: HubServer, for_timm: Path) -> Path:
+    """Return the weights of a repository in the cache: a link to a blob."""
+    online.add('me/insects', contents(for_timm))
+    path = download('me/insects') / 'model.safetensors'
+    assert path.is_symlink()
+    return path
+
+
+def test_a_link_in_the_cache_to_another_file_leaves_that_file_where_it_is(for_timm, online, tmp_path):
+    """Somebody has put a link to own weights in the place of those of the repository."""
+    path, own = cached(online, for_timm), tmp_path / 'own.safetensors'
+    own.write_bytes(b'precious')
+    path.unlink()
+    path.symlink_to(own)
+    with pytest.raises(UserError, match=r'is a link to another file, .*own\.safetensors: remove the link'):
+        download('me/insects')
+    assert own.read_bytes() == b'precious' and path.is_symlink()
+
+
+def test_a_damaged_file_that_cannot_be_removed_is_named(for_timm, online, monkeypatch):
+    path = cached(online, for_timm)
+    path.resolve().write_bytes(path.read_bytes()[:-1] + b'x')
+
+    def refuse(self, missing_ok=False):
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    monkeypatch.setattr(Path, 'unlink', refuse)
+    with pytest.raises(UserError, match=r'is damaged.* It cannot be removed from the cache \(Read-only file system\)'):
+        download('me/insects')
+
+
+def test_a_pipe_in_the_cache_is_not_waited_for(for_timm, online):
+    blob = cached(online, for_timm).resolve()
+    blob.unlink()
+    os.mkfifo(blob)
+    with pytest.raises(UserError, match='me/insects'):
+        download('me/insects')
 
 
 def test_a_repository_that_has_moved_is_found(for_timm, online):

@@ -85,11 +85,13 @@ def test_reports_become_rows_of_the_readmes_table(tmp_path):
     (tmp_path / 'report.json').write_text(json.dumps(report))
     result = benchmark('table', tmp_path / 'report.json')
     assert result.stdout == '| this package, 8 × npu | 79.14 | 2603.1 | 2 | O2 |\n'
-    (tmp_path / 'report.json').write_text(json.dumps({**report, 'top1': None}))  # without validation
-    assert benchmark('table', tmp_path / 'report.json').stdout == '| this package, 8 × npu | – | 2603.1 | 2 | O2 |\n'
-    (tmp_path / 'report.json').write_text('{}')
-    result = benchmark('table', tmp_path / 'report.json')
-    assert result.returncode == 2 and 'is not a report of train.py' in result.stderr
+    (tmp_path / 'report.json').write_text(json.dumps({**report, 'top1': None, 'precision': 'a|b\x1b'}))
+    result = benchmark('table', tmp_path / 'report.json')  # of a run without validation
+    assert result.stdout == '| this package, 8 × npu | – | 2603.1 | 2 | a\\|b\\\\x1b |\n'
+    for content in '{}', json.dumps({**report, 'images_per_second': 'x'}), '[' * 100_000:
+        (tmp_path / 'report.json').write_text(content)
+        result = benchmark('table', tmp_path / 'report.json')
+        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and 'report.json' in result.stderr
 
 
 def test_measuring_an_npu_without_data_is_refused_in_a_line():

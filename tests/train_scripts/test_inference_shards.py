@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import importlib
 import io
 import json
@@ -11,6 +12,7 @@ import sys
 import tarfile
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -283,3 +285,17 @@ def test_processes_with_different_settings_write_nothing(tmp_path):
     with pytest.raises(UserError, match='rank 1 has another checkpoint than rank 0'):
         open_shards(tmp_path / 'out', 'csv', 5, 10, 'digest', [{'checkpoint': 'a'}, {'checkpoint': 'b'}], resume=False)
     assert not any(path.is_file() for path in tmp_path.rglob('*'))
+
+
+def test_of_two_runs_that_begin_at_the_same_time_one_is_refused(tmp_path):
+    """The second one waits while the first one looks for an earlier run and writes its own record."""
+    options = dict(format='csv', size=5, images=10, digest='x', settings=[{}], resume=False)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as threads:
+        second = threads.submit(open_shards, tmp_path, **options)
+        wait([second], timeout=0.2)  # it comes to the folder meanwhile; if not, it is refused all the same
+        (tmp_path / '_run.json').write_text('{}')
+        os.close(folder)
+        with pytest.raises(UserError, match='has the results of an earlier run'):
+            second.result(300)

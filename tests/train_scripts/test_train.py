@@ -402,14 +402,15 @@ def test_a_killed_worker_is_one_line(start, tmp_path):
     assert_no_file_is_half_written(tmp_path / 'run')
 
 
-def test_a_signal_to_all_processes_stops_them_with_a_checkpoint(start, tmp_path):
-    """A cluster's SIGTERM reaches the workers too."""
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_stops_them_with_a_checkpoint(start, tmp_path, number):
+    """A cluster's SIGTERM, or a terminal that is closed, reaches the workers too."""
     words = ['--epochs', '500', '-j', '2', '--use-multi-epochs-loader']
     process = start(*words)
     wait_for(tmp_path / 'run' / 'checkpoint-0.pth.tar', process)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     out = output_of(process)
-    assert process.returncode == 128 + signal.SIGTERM, out
+    assert process.returncode == 128 + number, out
     assert 'Traceback' not in out and 'goes on from there' in out
     assert_no_file_is_half_written(tmp_path / 'run')
 

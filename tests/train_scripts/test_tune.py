@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
+from timm_npu_irv2.benchmarks import tune
+from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.tuning import Workload, is_complete, load_tuned, save_tuned
 
 from ..pictures import write_pictures
@@ -115,6 +118,33 @@ def _workers(pid: int) -> list[int]:
                 if 'tune_worker' in Path(f'/proc/{child}/cmdline').read_text():
                     found.append(int(child))
     return found
+
+
+def test_what_was_measured_is_printed_where_it_cannot_be_written(monkeypatch, capsys, tmp_path):
+    """The disk is full after minutes of measuring."""
+    class Measured:
+        chosen, rows = {'pointwise': 'product'}, [
+            {'name': 'pointwise=product', 'images_per_second': 7.0, 'ratio': (0.5, 0.4, 0.6), 'result': 'taken'}]
+
+        def __init__(self, *_, **__):
+            (tmp_path / 'out').rmdir()
+            (tmp_path / 'out').write_text('')  # a folder no more
+
+        def run(self):
+            return 0
+
+        def report(self, interrupted):
+            return {'chosen': self.chosen}
+
+    (tmp_path / 'out').mkdir()
+    monkeypatch.setattr(tune, 'Tuner', Measured)
+    args = Namespace(
+        device='cpu', img_size=75, batch_size=2, task='train', amp=False, amp_dtype=None, opt_level=None, rounds=1,
+        budget=1, only=['pointwise'], output=str(tmp_path / 'out' / 'result.json'))
+    with pytest.raises(UserError, match=r'^cannot write .*out'):
+        tune.run(args)
+    printed = capsys.readouterr().out
+    assert 'pointwise=product' in printed and 'nothing was written' in printed
 
 
 # A sitecustomize.py for the workers of tune, in which some variants are broken or slow.

@@ -60,6 +60,21 @@ def test_what_a_resumed_run_repeats_is_hidden(run):
     assert steps == list(range(1, 3 * PER_EPOCH + 1))
 
 
+def test_a_service_that_fails_in_the_middle_does_not_end_the_run(run, monkeypatch, capfd):
+    """wandb is not installed here; of it this takes the function that logs a row."""
+    def fail(row):
+        rows.append(row)
+        raise ConnectionError('the network is gone')
+
+    rows: list[dict] = []
+    monkeypatch.setattr('timm_npu_irv2.training.tracking.check_installed', lambda *_: None)
+    monkeypatch.setattr('timm_npu_irv2.training.tracking.start_wandb', lambda *_: fail)
+    folder = run('--epochs', '2', '--log-wandb')
+    assert len((folder / 'summary.csv').read_text().splitlines()) == 3
+    assert [row['epoch'] for row in rows] == [0]
+    assert capfd.readouterr().err.count('Weights & Biases: the run goes on without it: the network is gone') == 1
+
+
 def test_a_missing_package_is_found_before_the_run(monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorboard', None)
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)

@@ -1,13 +1,19 @@
 """``benchmark.py table``: rows for the table of figures in docs/model_zoo.md, from report.json files."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from .. import rules, schema
+from ..escaping import markdown_text
+from ..serialization import read_json
 
 __all__ = ['run']
+
+_REPORT = rules.record({
+    'world_size': rules.number(), 'device': rules.record({'type': rules.text()}), 'precision': rules.text(),
+    'epochs': rules.number(), 'images_per_second': rules.number(), 'top1': rules.optional(rules.number()),
+})
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -18,13 +24,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     rows: dict[str, list[Any]] = {}
     for path in map(Path, args.reports):
-        try:
-            report = json.loads(path.read_text())
-            name = f"this package, {report['world_size']} × {report['device']['type']}"
-            rows[name] = [report['top1'], report['images_per_second'], report['epochs'], report['precision']]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{path} is not a report of train.py ({type(error).__name__}: {error}).') from error
+        report = read_json(path)
+        with rules.naming(path):
+            schema.check_report(report)
+            _REPORT(report, '')
+        name = f"this package, {report['world_size']} × {report['device']['type']}"
+        rows[name] = [report[key] for key in ('top1', 'images_per_second', 'epochs', 'precision')]
     for name, (top1, rate, epochs, precision) in rows.items():
-        accuracy = '–' if top1 is None else f'{top1:.2f}'  # without validation
-        print(f'| {name} | {accuracy} | {rate:.1f} | {epochs} | {precision} |')
+        accuracy = '–' if top1 is None else f'{top1:.2f}'  # a run without validation
+        print(f'| {markdown_text(name)} | {accuracy} | {rate:.1f} | {epochs} | {markdown_text(precision)} |')
     return {'title': 'Training', 'columns': ('top-1', 'images/s', 'epochs', 'precision'), 'rows': rows}

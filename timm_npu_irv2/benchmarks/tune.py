@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .. import device as devices
 from ..cli.checks import check_output_file
 from ..deploy.engines import record_engine
-from ..errors import UserError
+from ..errors import CannotWrite, UserError
 from ..tuning import Workload, describe_missing, environment_of, is_complete, save_tuned
 from . import report
 from .timing import Ratio, ratio
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         UserError: An option does not fit, or the default settings do not run.
+        CannotWrite: After what was measured has been printed.
         KeyboardInterrupt: After what was measured has been written; its argument is the number of the signal.
     """
     device = devices.resolve_device(args.device)
@@ -58,14 +59,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         job = Job(str(device), args.task, args.batch_size, args.img_size, half, level, {}, f'{folder}/reference.pt')
         tuner = Tuner(job, alternatives, rounds=args.rounds, budget=args.budget)
         stopped_by = tuner.run()
-    interrupted, path = stopped_by != 0, None
-    # An interrupted search replaces no complete one, and none of which nothing was chosen yet replaces any.
-    if args.output or not interrupted or (tuner.chosen and not is_complete(workload.path)):
-        path = save_tuned(workload, tuner.report(interrupted), Path(args.output) if args.output else None)
-    if not interrupted and not args.output and device.type == 'cpu' and any(
-            row['name'].startswith('engine=') for row in tuner.rows):
-        record_engine(workload.precision, tuner.chosen.get('engine', 'torch'), {'measured': tuner.rows})
-    return _conclude(workload, tuner, path, stopped_by)
+    interrupted, path, failure = stopped_by != 0, None, None
+    try:
+        # An interrupted search replaces no complete one, and none of which nothing was chosen yet replaces any.
+        if args.output or not interrupted or (tuner.chosen and not is_complete(workload.path)):
+            path = save_tuned(workload, tuner.report(interrupted), Path(args.output) if args.output else None)
+        if not interrupted and not args.output and device.type == 'cpu' and any(
+                row['name'].startswith('engine=') for row in tuner.rows):
+            record_engine(workload.precision, tuner.chosen.get('engine', 'torch'), {'measured': tuner.rows})
+    except CannotWrite as error:
+        failure = error
+    result = _conclude(workload, tuner, path, stopped_by)  # what took minutes is shown, whatever the disk says
+    if failure is not None:
+        raise failure
+    return result
 
 
 def _is_half(args: argparse.Namespace) -> bool:

@@ -12,6 +12,7 @@ from timm.models import get_pretrained_cfg
 
 from .. import device as devices
 from ..errors import UserError, one_line
+from ..serialization import describe_obstacle
 from .flags import OUR_MODEL, TRAIN_FLAGS
 
 __all__ = ['check_compile_backend', 'check_image_size', 'check_installed', 'check_output_file', 'check_rules',
@@ -78,8 +79,10 @@ def check_output_file(option: str, path: str, make_folder: bool = False) -> None
         folder = next(each for each in above if os.path.exists(each))  # noqa: PTH110 - Path.exists may raise
     if not folder.is_dir():
         raise UserError(f'{option}: cannot write {path}: there is no folder {folder}.')
-    if Path(path).is_dir():
-        raise UserError(f'{option}: cannot write {path}: it is a folder.')
+    if obstacle := describe_obstacle(path):
+        raise UserError(f'{option}: cannot write {path}: {obstacle}.')
+    if os.path.exists(path) and not os.access(path, os.W_OK):  # noqa: PTH110 - Path.exists may raise
+        raise UserError(f'{option}: cannot write {path}: it is read-only.')
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f'{option}: cannot write {path}: no permission for the folder {folder}.')
 

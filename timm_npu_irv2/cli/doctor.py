@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chips import find_generation, load_facts
-from ..errors import UserError
-from ..escaping import printable
+from ..program import run_script
 from .arguments import Parser
 
 __all__ = ['Finding', 'diagnose', 'main']
@@ -282,13 +281,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the diagnosis; return 1 if it names a problem."""
     parser = Parser(prog='timm-npu-irv2 doctor', description='Diagnose this machine.')
     parser.add_argument('--json', action='store_true', help='print the findings as JSON')
-    try:
-        args = parser.parse_args(argv)
-    except UserError as error:
-        print(printable(f'{parser.prog}: error: {error}'), file=sys.stderr)
-        return 2
+    return run_script(parser.prog, lambda words: _print_findings(as_json=parser.parse_args(words).json),
+                      sys.argv[1:] if argv is None else argv)
+
+
+def _print_findings(as_json: bool) -> int:
     findings = diagnose()
-    if args.json:
+    if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         width = max(len(finding.name) for finding in findings)

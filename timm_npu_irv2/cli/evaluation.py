@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..errors import UserError
+from ..serialization import read_text
 
 __all__ = ['check_deployed', 'classes_in', 'describe_precision', 'engine_options', 'engine_rules', 'prepare_model',
            'select_classes']
@@ -103,8 +103,8 @@ def select_classes(model: nn.Module, path: str, num_classes: int) -> nn.Module:
         UserError: The file cannot be read, or an index is out of range.
     """
     try:
-        labels = [int(line) for line in Path(path).read_text().split()]
-    except (OSError, ValueError) as error:
+        labels = [int(line) for line in read_text(path, f'--valid-labels {path}').split()]
+    except ValueError as error:
         raise UserError(f'--valid-labels {path}: {error}') from error
     if not labels or not 0 <= min(labels) <= max(labels) < num_classes:
         raise UserError(f'--valid-labels {path}: expected class indices from 0 to {num_classes - 1}, one per line.')

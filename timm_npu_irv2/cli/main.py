@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from ..escaping import printable
+from ..program import run_script
 
 __all__ = ['COMMANDS', 'Command', 'main', 'scripts_dir']
 
@@ -69,22 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .completion import complete  # noqa: PLC0415 - the tables of options take a moment
 
         complete({name: (command.target, command.arguments) for name, command in COMMANDS.items()})
-    words = list(sys.argv[1:] if argv is None else argv)
+    return run_script(PROGRAM, _dispatch, list(sys.argv[1:] if argv is None else argv))
+
+
+def _dispatch(words: Sequence[str]) -> int:
     if not words or words[0] in ('-h', '--help'):
         print(_help())
         return 0 if words else 2
     if words[0] == '--version':
         print(f'{PROGRAM} {sys.modules[__name__.partition(".")[0]].__version__}')
         return 0
-    try:
-        if words[0] not in COMMANDS:
-            raise UserError(f"unknown command '{words[0]}': use one of {', '.join(COMMANDS)}.")
-        return _run(COMMANDS[words[0]], words[1:])
-    except UserError as error:
-        print(printable(f'{PROGRAM}: error: {error}'), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if words[0] not in COMMANDS:
+        raise UserError(f"unknown command '{words[0]}': use one of {', '.join(COMMANDS)}.")
+    return _run(COMMANDS[words[0]], words[1:])
 
 
 def _run(command: Command, words: Sequence[str]) -> int:

@@ -6,12 +6,12 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import Stopped, UserError
+from ..errors import UserError
 from ..escaping import printable
+from ..program import open_streams, report, run_script, translate_system_errors
 from .parser import CommandLine, Subcommands, config_file
 from .pretrained import check_pretrained
 
@@ -49,6 +49,7 @@ def check_command_line(command_line: CommandLine | Subcommands, argv: Sequence[s
         argv: Words after the script's name.
         name: Name of the program in messages, by default that of the script.
     """
+    open_streams()
     try:
         config = config_file(argv)
         if config is None or config.is_file() or not config.exists():  # a pipe can be read only once
@@ -56,26 +57,10 @@ def check_command_line(command_line: CommandLine | Subcommands, argv: Sequence[s
             if 'RANK' not in os.environ:  # one of several processes would only repeat what the launcher has done
                 check_pretrained(args)
     except UserError as error:
-        _report(name or command_line.prog, error)
+        report(name or command_line.prog, error)
         sys.exit(2)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def run_script(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run ``main`` and return the exit code: its own, 2 after a UserError, 128 + number after a signal."""
-    try:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of check_command_line
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        return main(argv)
-    except UserError as error:
-        _report(name, error)
-        return 2
-    except Stopped as stopped:
-        logging.getLogger(name).info(stopped)
-        return 128 + stopped.number
-    except KeyboardInterrupt as stop:
-        return 128 + next(iter(stop.args), signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -89,35 +74,12 @@ def leave_at_end(world: 'World', name: str) -> Iterator[None]:
         name: Name of the script.
     """
     try:
-        yield
+        with translate_system_errors():
+            yield
     except UserError as error:
-        _report(name, error)
+        report(name, error)
         raise
     finally:
         from ..distributed import shutdown  # noqa: PLC0415 - loads torch, see check_command_line
 
         shutdown(world)
-
-
-def _report(name: str, error: UserError) -> None:
-    """Print the line of an error, once, and from one of several processes."""
-    if not error.is_reported and _is_first_report(error):
-        print(printable(f'{name}: error: {error}'), file=sys.stderr, flush=True)
-    error.is_reported = True
-
-
-def _is_first_report(error: UserError) -> bool:
-    """Return True in the first of several processes that asks: most errors occur in all of them.
-
-    Without torchrun, it is True in every process that has found the error itself.
-    """
-    file = os.environ.get('TORCHELASTIC_ERROR_FILE')  # <a new folder>/attempt_<number>/<rank>/error.json
-    if not file:
-        return not error.is_echo
-    try:
-        os.close(os.open(Path(file).parents[1] / 'reported', os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except FileExistsError:
-        return False
-    except OSError:
-        return True
-    return True

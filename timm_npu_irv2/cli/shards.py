@@ -4,10 +4,13 @@ Shard i has the results of images i·size, …, (i + 1)·size - 1 of a list of i
 appears whole or not at all. ``_run.json`` beside the shards says what they are of.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import math
+import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -187,8 +190,28 @@ def open_shards(
         CannotWrite: The folder cannot be written to.
     """
     make_folder(folder)
+    with _alone_in(folder):
+        return _open_shards(folder, format, size, images, digest, settings, resume)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let no other process begin a run in the folder meanwhile."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_shards(
+        folder: Path, format: str, size: int | None, images: int, digest: str, settings: Sequence[dict[str, Any]],
+        resume: bool,
+) -> Shards:
     record, earlier = folder / RECORD, None
-    if record.exists():
+    if os.path.lexists(record):
         if not resume:
             raise UserError(f'{folder} has the results of an earlier run: go on with it with --resume, or name another '
                             'folder with --results-dir.')

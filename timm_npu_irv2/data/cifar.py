@@ -1,6 +1,5 @@
 """CIFAR-10 and CIFAR-100 as their authors distribute them: pickles of Python 2, which are read without running them."""
 
-import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image
 from timm.data.readers.reader import Reader
 
 from ..errors import UserError, first_line
+from ..serialization import open_regular
 from .classes import clean_name, map_classes
 from .splits import check_split_name
 
@@ -162,7 +162,8 @@ class _Unpickler(pickle.Unpickler):
 def _read(path: Path) -> dict[str, Any]:
     """Return the dict in a pickle of CIFAR's, with texts as its keys."""
     try:
-        content = _Unpickler(io.BytesIO(path.read_bytes()), encoding='latin1').load()
+        with open_regular(path) as file:
+            content = _Unpickler(file, encoding='latin1').load()
         return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
         raise UserError(f'{path} cannot be read: {getattr(error, "strerror", None) or first_line(error)}.') from error

@@ -3,19 +3,23 @@
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from timm.data import CustomDatasetInfo, ImageNetInfo, infer_imagenet_subset
 from timm.data.dataset_info import DatasetInfo
 from timm.data.readers.class_map import load_class_map
 
+from .. import rules
 from ..errors import UserError, first_line
+from ..schema import MOST_CLASSES
+from ..serialization import open_regular, read_text
 
 __all__ = ['class_indices', 'class_info', 'class_order', 'clean_name', 'label_names', 'map_classes', 'natural_key',
            'natural_prefix', 'number_classes', 'read_class_map']
 
+LONGEST_NAME = 1000  # characters, as in a checkpoint
 _NUMBER = re.compile(r'\d+')
 
 
@@ -96,19 +100,31 @@ def read_class_map(path: str | os.PathLike, root: str | os.PathLike = '') -> dic
     Raises:
         UserError: No such file, or it is no class map.
     """
-    source = Path(path) if Path(path).exists() else Path(root) / path
+    source = path if os.path.exists(path) else os.path.join(root, path)  # noqa: PTH110, PTH118 - Path.exists may raise
+    if os.fspath(source).lower().endswith('.txt'):
+        table = _read_class_lines(source, path)
+    else:
+        table = _read_pickled_map(source, path)
+    with rules.naming(f'--class-map {path}'):
+        key = rules.either(rules.number(integer=True), rules.text(LONGEST_NAME))
+        rules.mapping(rules.number(0, MOST_CLASSES, integer=True), key=key)(table, 'the table')
+    return {clean_name(name) if isinstance(name, str) else name: index for name, index in table.items()}
+
+
+def _read_class_lines(source: str | os.PathLike, path: str | os.PathLike) -> dict[str, int]:
+    lines = [clean_name(line) for line in read_text(source, f'--class-map {path}').splitlines()]
+    if twice := [name for name, count in Counter(filter(None, lines)).items() if count > 1]:
+        raise UserError(f"--class-map {path}: '{min(twice)}' is in several lines.")
+    return {name: index for index, name in enumerate(lines) if name}
+
+
+def _read_pickled_map(source: str | os.PathLike, path: str | os.PathLike) -> dict[str, int]:
     try:
-        if source.suffix.lower() != '.txt':
-            return {clean_name(name) if isinstance(name, str) else name: index
-                    for name, index in load_class_map(str(source)).items()}
-        lines = [clean_name(line) for line in source.read_text(encoding='utf-8').splitlines()]
+        open_regular(source).close()  # a pipe would have to be waited for
+        return load_class_map(os.fspath(source))
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
         reason = getattr(error, 'strerror', None) or first_line(error)
         raise UserError(f'--class-map {path}: {reason}') from error
-    twice = {name for name in lines if name and lines.count(name) > 1} if len(set(lines)) < len(lines) else set()
-    if twice:
-        raise UserError(f"--class-map {path}: '{min(twice)}' is in several lines.")
-    return {name: index for index, name in enumerate(lines) if name}
 
 
 def label_names(class_to_idx: Mapping[str, int] | None, num_classes: int) -> list[str] | None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import CannotWrite, UserError, one_line
+from ..serialization import open_regular
 
 __all__ = ['Missing', 'checksum', 'decompress', 'fetch', 'is_compressed', 'is_remote', 'local_path', 'shorten']
 
@@ -124,7 +125,7 @@ def _check(target: Path, file: BinaryIO, sha256: str) -> None:
 def checksum(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open('rb') as file:
+    with open_regular(path) as file:
         while piece := file.read(PIECE):
             digest.update(piece)
     return digest.hexdigest()
@@ -173,7 +174,7 @@ class _Stream:
 
 def is_compressed(path: Path) -> bool:
     """Return True if a file is compressed by gzip, bzip2 or xz."""
-    with path.open('rb') as file:
+    with open_regular(path) as file:
         return any(file.read(6).startswith(magic) for magic in DECOMPRESSORS if not file.seek(0))
 
 

@@ -16,6 +16,7 @@ from timm.data.readers.reader import Reader
 
 from ..distributed import World, agree, share_array
 from ..errors import UserError, first_line
+from ..serialization import open_regular
 from .classes import clean_name, map_classes, natural_key, number_classes
 from .listing import ImageFile, Listing, pack
 from .tar_index import iterate_members
@@ -157,7 +158,7 @@ def _walk(folder: str, inside: str, above: tuple[str, ...]) -> Iterator[tuple[st
 
 def _images_in_tar(root: str, endings: Collection[str]) -> dict[str, tuple[int, int]]:
     """Return offset and size of the images in a tar file by name."""
-    with tarfile.open(root, 'r:') as archive:
+    with open_regular(root) as file, tarfile.open(fileobj=file, mode='r:') as archive:
         found, lost = _places_in_tar(archive, endings)
     if lost:
         _logger.warning(f'{root}: left out {len(lost)} links that lead to no image in it, such as {lost[0]}; tar '

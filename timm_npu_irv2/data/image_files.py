@@ -1,7 +1,9 @@
 """Images to classify, by name: files, folders and data sets, decoded by threads."""
 
+import io
 import itertools
 import logging
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError, one_line
+from ..serialization import open_regular
 from .decode import read_image, to_pil_mode
 from .folder import ImageFile, find_images, iterate_images
 
@@ -25,6 +28,7 @@ _logger = logging.getLogger(__name__)
 
 Item = TypeVar('Item')
 LISTS = ('.txt', '.lst')  # endings of lists of paths
+LONGEST_LINE = 65536  # characters; a path has at most 4096 bytes
 
 
 class NamedImages(Protocol):
@@ -151,18 +155,18 @@ def _images_at(
         listed: bool = False,
 ) -> Iterator[ImageFile]:
     """Yield the images in one place; in a list, a file that is missing is an image that cannot be read."""
-    path = Path(place)
-    if not path.exists() and (shards := _expand(place)):
+    path, exists = Path(place), os.path.exists(place)  # noqa: PTH110 - Path.exists may raise
+    if not exists and (shards := _expand(place)):
         for shard in shards:
             yield from _images_at(shard, search)
-    elif not path.exists() and not listed:
+    elif not exists and not listed:
         raise UserError(f'{place}: no such file or folder.')
-    elif path.is_dir() or path.suffix.lower() == '.tar':
+    elif os.path.isdir(place) or path.suffix.lower() == '.tar':  # noqa: PTH112 - as above
         yield from search(path.as_posix(), tars=True)
     elif path.suffix.lower() in LISTS and not listed:
         for line in _lines(path):
-            beside = path.parent / line
-            known = line if Path(line).exists() or not beside.exists() else str(beside)
+            beside = str(path.parent / line)
+            known = beside if os.path.exists(beside) and not os.path.exists(line) else line  # noqa: PTH110 - as above
             yield from _images_at(known, search, listed=True)
     else:
         yield ImageFile(path.parent.as_posix(), path.name)
@@ -180,9 +184,16 @@ def _expand(place: str) -> list[str]:
 def _lines(path: Path) -> Iterator[str]:
     """Yield the lines of a text file that are not empty, whatever ends them, without a byte order mark."""
     try:
-        with path.open(encoding='utf-8-sig', errors='surrogateescape') as file:  # names of files may be any bytes
-            yield from (line.rstrip('\r\n') for line in file if line.strip())
+        with io.TextIOWrapper(
+                open_regular(path), encoding='utf-8-sig', errors='surrogateescape') as file:  # names may be any bytes
+            while line := file.readline(LONGEST_LINE):
+                if len(line) == LONGEST_LINE:
+                    raise UserError(f'{path} is no list of images: a line is longer than any path.')
+                if line.strip():
+                    yield line.rstrip('\r\n')
     except OSError as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f'{path}: {error.strerror}') from error
 
 

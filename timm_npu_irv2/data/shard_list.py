@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import rules, schema
 from ..errors import UserError, one_line
+from ..serialization import open_regular
 from .fetch import Missing, fetch, is_remote, local_path, shorten
 from .shard_files import ShardFiles
 
@@ -99,7 +100,8 @@ def _read(url: str) -> bytes:
             path = Path(folder) / 'info'
             fetch(url, path)
         try:
-            return path.read_bytes()
+            with open_regular(path) as file:
+                return file.read()
         except FileNotFoundError as error:
             raise Missing(f'{path} does not exist.') from error
         except OSError as error:

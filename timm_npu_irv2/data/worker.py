@@ -127,10 +127,10 @@ def start_method(num_workers: int) -> str | None:
 
 
 def start_worker(worker_id: int, main_process: int) -> None:
-    """Keep a worker alive through Ctrl-C and SIGTERM, so that the main process can finish its last step, but no longer.
+    """Keep a worker alive through a signal that stops the run, so that the main process can finish its last step.
 
-    Both signals reach the whole process group. The main process ends its workers in time; a worker that it cannot end
-    exits ``GRACE`` seconds after SIGTERM.
+    Ctrl-C, SIGTERM and SIGHUP reach the whole process group. The main process ends its workers in time; a worker that
+    it cannot end exits ``GRACE`` seconds after SIGTERM or SIGHUP.
 
     A worker has copies of the sockets over which its rank talks to the others, so these do not notice the loss of that
     rank while the worker lives. torch's watchdog misses a main process that was killed before the worker had started.
@@ -141,7 +141,9 @@ def start_worker(worker_id: int, main_process: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    for number in signal.SIGTERM, signal.SIGHUP:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is with nohup
+            signal.signal(number, lambda number, frame: signal.alarm(GRACE))
     threading.Thread(target=_end_with, args=(main_process,), name='watchdog', daemon=True).start()
     sys.excepthook = _report_error
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import rules, schema
 from ..errors import UserError
 from ..ops.normalize import normalize_images
 from ..serialization import read_json
@@ -66,7 +65,7 @@ def open_deployed(path: Path, device: torch.device | str | None = None) -> Deplo
         raise UserError(f'{path}: no such file.')
     compiled = path.suffix.lower() == '.om'
     source = _source_of(path) if compiled else path
-    config, shape, classes, dtype = _describe(source)
+    config, shape, classes, dtype = onnx.describe(source)
     engine: Any = ENGINES['om' if compiled else 'onnxruntime']
     engine.dtypes()  # names what is not installed
     if dtype == 'int8' and not compiled:
@@ -96,24 +95,6 @@ def _source_of(path: Path) -> Path:
                     'preprocessing and the classes.')
 
 
-def _describe(path: Path) -> tuple[dict[str, Any], list[Any], int, str]:
-    """Return an ONNX file's preprocessing, shape of the input (None for any), number of classes, and dtype."""
-    config = onnx.preprocessing(path)
-    graph = onnx.optional('onnx').load(str(path), load_external_data=False).graph
-    shape, outputs = _shape_of(graph.input[0]), _shape_of(graph.output[0])
-    with rules.naming(path):
-        arguments = {'num_classes': outputs[-1], 'in_chans': shape[1], 'global_pool': 'avg'}
-        schema.check_inference_config({'dtype': 'float32', 'arguments': arguments, 'pretrained_cfg': config})
-        rules.record({'mean': rules.many(rules.number()), 'std': rules.many(rules.number()),
-                      'uint8': rules.one_of(True, False)})(config, '')
-    quantized = any(node.op_type == 'QuantizeLinear' for node in graph.node)
-    return config, shape, outputs[-1], 'int8' if quantized else 'float32'
-
-
-def _shape_of(value: Any) -> list[Any]:
-    return [axis.dim_value or None for axis in value.type.tensor_type.shape.dim]
-
-
 class FileNetwork(nn.Module):
     """A network that a runtime computes from a file of its own.
 
@@ -139,7 +120,7 @@ class FileNetwork(nn.Module):
             path: Path,
             session: Session,
             config: dict[str, Any],
-            shape: list[Any],
+            shape: list[int | None],
             num_classes: int,
     ) -> None:
         super().__init__()

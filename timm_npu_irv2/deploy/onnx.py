@@ -10,18 +10,19 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
+from .. import rules, schema
 from ..cli.onnx_flags import OPSET
 from ..errors import UserError, first_line
-from ..serialization import atomic_write
+from ..serialization import atomic_write, open_regular
 from .network import InferenceNetwork
 
-__all__ = ['INPUT', 'OPSET', 'SOC_VERSIONS', 'AtcCommand', 'check', 'export', 'optional', 'preprocessing', 'session',
-           'write']
+__all__ = ['INPUT', 'OPSET', 'SOC_VERSIONS', 'AtcCommand', 'Description', 'check', 'compute', 'describe', 'export',
+           'optional', 'preprocessing', 'session', 'write']
 
 INPUT, OUTPUT = 'images', 'logits'
 PREPROCESSING = 'timm_npu_irv2.preprocessing'  # key in the metadata of the file
@@ -133,21 +134,78 @@ def session(path: str | os.PathLike, threads: int = 0, size: tuple[int, int] | N
         raise UserError(f'{path} cannot be read as an ONNX model: {first_line(error)}') from error
 
 
-def preprocessing(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the preprocessing in the metadata of a file that :func:`export` wrote: timm's names, and ``uint8``.
+class Description(NamedTuple):
+    """A description of a file that :func:`export` or :mod:`.quantization` wrote.
+
+    Attributes:
+        preprocessing: Preprocessing by timm's names, and ``uint8``: True if the file normalises the images itself.
+        shape: Shape of the input (N, C, H, W); None for any length.
+        num_classes: Number of logits.
+        dtype: 'int8' or 'float32'.
+    """
+
+    preprocessing: dict[str, Any]
+    shape: list[int | None]
+    num_classes: int
+    dtype: str
+
+
+def describe(path: str | os.PathLike) -> Description:
+    """Return the description of a file.
 
     Raises:
-        UserError: The file is not an ONNX model, or has no such metadata.
+        UserError: The file is not an ONNX model, has no preprocessing in its metadata, or not the input and the output
+            of an exported network.
     """
-    damaged = optional('google.protobuf.message').DecodeError  # protobuf comes with onnx
+    onnx, damaged = optional('onnx'), optional('google.protobuf.message').DecodeError  # protobuf comes with onnx
     try:
-        model = optional('onnx').load(str(path))
-    except (OSError, damaged) as error:
+        with open_regular(path) as file:
+            model = onnx.load_from_string(file.read())  # without weights in other files
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        config = json.loads(metadata.get(PREPROCESSING, 'null'))
+    except (OSError, damaged, RecursionError, ValueError) as error:
         raise UserError(f'{path} cannot be read as an ONNX model: {first_line(error)}') from error
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    if PREPROCESSING not in metadata:
+    if config is None:
         raise UserError(f'{path} does not contain its preprocessing: export it with train_scripts/onnx_export.py.')
-    return json.loads(metadata[PREPROCESSING])
+    inputs, outputs = ([(each.name, _shape_of(each)) for each in group[:1]]
+                       for group in (model.graph.input, model.graph.output))
+    if [(name, len(shape)) for name, shape in (*inputs, *outputs)] != [(INPUT, 4), (OUTPUT, 2)]:
+        raise UserError(f"{path} is not an exported network: expected an input '{INPUT}' (N, C, H, W) and an output "
+                        f"'{OUTPUT}' (N, classes). Export it with train_scripts/onnx_export.py.")
+    (_, shape), (_, logits) = *inputs, *outputs
+    with rules.naming(path):
+        arguments = {'num_classes': logits[1], 'in_chans': shape[1], 'global_pool': 'avg'}
+        schema.check_inference_config({'dtype': 'float32', 'arguments': arguments, 'pretrained_cfg': config})
+        rules.record({'mean': rules.many(rules.number()), 'std': rules.many(rules.number()),
+                      'uint8': rules.one_of(True, False)})(config, '')
+    quantized = any(node.op_type == 'QuantizeLinear' for node in model.graph.node)
+    return Description(config, shape, cast(int, logits[1]), 'int8' if quantized else 'float32')
+
+
+def preprocessing(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the preprocessing of a file, see :func:`describe`."""
+    return describe(path).preprocessing
+
+
+def _shape_of(value: Any) -> list[int | None]:
+    return [axis.dim_value or None for axis in value.type.tensor_type.shape.dim]
+
+
+def compute(runner: Any, images: np.ndarray, path: str | os.PathLike) -> np.ndarray:
+    """Return the first output of a session.
+
+    Args:
+        runner: What :func:`session` returned.
+        images: Images (N, C, H, W).
+        path: File of the session, for messages.
+
+    Raises:
+        UserError: ONNX Runtime cannot compute it.
+    """
+    try:
+        return runner.run(None, {runner.get_inputs()[0].name: images})[0]
+    except Exception as error:  # its exceptions have no public base class
+        raise UserError(f'ONNX Runtime cannot run {path}: {first_line(error)}') from error
 
 
 def check(network: InferenceNetwork, path: str | os.PathLike, batch_sizes: Sequence[int] = (1, 3)) -> float:
@@ -170,7 +228,7 @@ def check(network: InferenceNetwork, path: str | os.PathLike, batch_sizes: Seque
             images = (images / np.float32(127.5) - 1).astype(np.float32)
         with torch.inference_mode():
             expected = network(torch.from_numpy(images)).numpy()
-        (output,) = runner.run(None, {given.name: images})
+        output = compute(runner, images, path)
         errors.append(float(np.linalg.norm(output - expected) / np.linalg.norm(expected)))
     return max(errors)
 

@@ -1,5 +1,6 @@
 """A predictor for servers: images in, classes out, with batches formed from simultaneous calls."""
 
+import contextlib
 import io
 import math
 import os
@@ -7,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, NamedTuple
 
@@ -80,6 +81,7 @@ class Predictor:
             pipeline = ImagePipeline.for_model(network, {'input_img_mode': input_img_mode})
             self._mode, self._transform = pipeline.input_img_mode, pipeline.transform()
         self._queue: deque[_Waiting] = deque()
+        self._running: list[_Waiting] = []  # batch that is being computed
         self._changed = threading.Condition()  # of the queue, or of _closed
         self._closed = False
         self._process = os.getpid()
@@ -114,8 +116,7 @@ class Predictor:
         """
         if os.getpid() != self._process:
             raise RuntimeError('a predictor does not survive a fork: make one in each process.')
-        if timeout is not None and not 0 <= timeout <= threading.TIMEOUT_MAX:
-            raise UserError(f'timeout {timeout}: expected seconds, at least 0, or None.')
+        _check_timeout(timeout)
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         inputs = [self._prepare(image, index) for index, image in enumerate(_as_list(images))]
         answers: list[Future[dict[str, Any]]] = []
@@ -133,20 +134,34 @@ class Predictor:
         """Number of images that wait to be computed."""
         return len(self._queue)
 
-    def close(self, drain: bool = True) -> None:
+    def close(self, drain: bool = True, *, timeout: float | None = None) -> None:
         """End the thread.
 
         Args:
             drain: Answer the images that are waiting; False lets their calls fail with a RuntimeError.
+            timeout: Seconds to wait for the network, which cannot be interrupted; None for no limit.
+
+        Raises:
+            UserError: The timeout is no time.
+            TimeoutError: ``timeout`` has passed. All calls fail with a RuntimeError, that of the batch that is being
+                computed included; the thread ends when the network returns, and does not keep the program from ending.
         """
         if os.getpid() != self._process:
             return
+        _check_timeout(timeout)
         with self._changed:
             self._closed = True
             if not drain:
                 self._fail_waiting()
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            return
+        with self._changed:
+            self._fail_waiting()
+            for each in self._running:
+                _fail(each.answer, 'the predictor was closed before the network returned.')
+        raise TimeoutError(f'the network has not returned within {timeout} seconds.')
 
     def __enter__(self) -> 'Predictor':
         return self
@@ -175,10 +190,7 @@ class Predictor:
         if image.dtype != torch.uint8 or tuple(image.shape) != self._shape:
             raise UserError(f'image {index} is a tensor {image.dtype} {tuple(image.shape)}: the network takes '
                             f'torch.uint8 {self._shape}.')
-        if image.layout != torch.strided or image.is_meta:
-            raise UserError(f'image {index} is a tensor of layout {image.layout} on {image.device}: expected a dense '
-                            'tensor with data.')
-        with torch.inference_mode():
+        with torch.inference_mode():  # a tensor that is sparse, or has no data, refuses to be copied
             return torch.empty(self._shape, dtype=torch.uint8).copy_(image.detach().as_subclass(Tensor))
 
     def _submit(self, images: list[Tensor], deadline: float, block: bool) -> list[Future[dict[str, Any]]]:
@@ -209,7 +221,9 @@ class Predictor:
         """Compute batch after batch until the predictor is closed."""
         try:
             while batch := self._next_batch():
-                self._answer([each for each in batch if each.answer.set_running_or_notify_cancel()])
+                self._running = [each for each in batch if each.answer.set_running_or_notify_cancel()]
+                self._answer(self._running)
+                self._running = []
         finally:
             with self._changed:
                 self._closed = True
@@ -233,7 +247,7 @@ class Predictor:
         while self._queue:
             answer = self._queue.popleft().answer
             if answer.set_running_or_notify_cancel():
-                answer.set_exception(RuntimeError('the predictor was closed before it computed this image.'))
+                _fail(answer, 'the predictor was closed before it computed this image.')
 
     def _answer(self, batch: list[_Waiting]) -> None:
         """Answer a batch; if the network fails, each image on its own, so that one cannot fail the others."""
@@ -246,17 +260,18 @@ class Predictor:
                 for each in batch:
                     self._answer([each])
             elif isinstance(error, Exception):
-                batch[0].answer.set_exception(error)
+                _fail(batch[0].answer, error)
             else:
                 failure = RuntimeError(f'the network raised {type(error).__name__}: {error}')
                 failure.__cause__ = error
-                batch[0].answer.set_exception(failure)
+                _fail(batch[0].answer, failure)
             return
         for each, answer in zip(batch, answers, strict=True):
             if math.isfinite(sum(answer['probabilities'])):
-                each.answer.set_result(answer)
+                with contextlib.suppress(InvalidStateError):  # close() has ended the call
+                    each.answer.set_result(answer)
             else:
-                each.answer.set_exception(RuntimeError('the logits of the network are NaN or infinite.'))
+                _fail(each.answer, 'the logits of the network are NaN or infinite.')
 
     @torch.inference_mode()
     def _compute(self, images: Tensor) -> list[dict[str, Any]]:
@@ -273,6 +288,17 @@ class Predictor:
 
     def _label(self, index: int) -> str:
         return self._classes.index_to_description(index) if self._classes is not None else str(index)
+
+
+def _fail(answer: Future[dict[str, Any]], error: Exception | str) -> None:
+    """Let the call that waits for an answer fail, unless it has ended."""
+    with contextlib.suppress(InvalidStateError):
+        answer.set_exception(RuntimeError(error) if isinstance(error, str) else error)
+
+
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and not 0 <= timeout <= threading.TIMEOUT_MAX:
+        raise UserError(f'timeout {timeout}: expected seconds, at least 0, or None.')
 
 
 def _as_list(images: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from ..data.decode import read_image
 from ..data.folder import ImageFile, find_images
 from ..data.pipeline import ImagePipeline
 from ..errors import UserError, first_line
-from .onnx import optional, session, write
+from .onnx import compute, optional, session, write
 
 __all__ = ['METHODS', 'Inputs', 'Loss', 'ModelInputs', 'Recipe', 'compare', 'quantize', 'quantize_best']
 
@@ -171,12 +171,17 @@ def quantize(
     layers = [node.name for node in optional('onnx').load(str(model)).graph.node if node.op_type in ('Conv', 'Gemm')]
     with tempfile.TemporaryDirectory() as folder, _silence_tools():
         temporary = Path(folder) / 'int8.onnx'
-        tools.quantize_static(
-            str(model), str(temporary), reader, quant_format=tools.QuantFormat.QDQ, per_channel=per_channel,
-            reduce_range=reduce_range, activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8,
-            calibrate_method=getattr(tools.CalibrationMethod, {'minmax': 'MinMax'}.get(method, method.title())),
-            nodes_to_exclude=[layers[0], layers[-1]] if float_ends else [],
-            extra_options={'CalibStridedMinMax': 1})  # any method: activations of one batch in memory, not of all
+        try:
+            tools.quantize_static(
+                str(model), str(temporary), reader, quant_format=tools.QuantFormat.QDQ, per_channel=per_channel,
+                reduce_range=reduce_range, activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8,
+                calibrate_method=getattr(tools.CalibrationMethod, {'minmax': 'MinMax'}.get(method, method.title())),
+                nodes_to_exclude=[layers[0], layers[-1]] if float_ends else [],
+                extra_options={'CalibStridedMinMax': 1})  # any method: activations of one batch in memory, not of all
+        except OSError:  # of the disk
+            raise
+        except Exception as error:  # the tools check a model by whatever fails first
+            raise UserError(f'{model} cannot be quantised: {first_line(error)}') from error
         write(optional('onnx').load(str(temporary)), output)
 
 
@@ -257,8 +262,7 @@ def quantize_best(
 def _logits(model: str | os.PathLike, inputs: Inputs) -> np.ndarray:
     """Return the logits (N, classes) of batches of one image."""
     runner = session(model)
-    name = runner.get_inputs()[0].name
-    logits = [runner.run(None, {name: batch})[0] for batch, _ in inputs]
+    logits = [compute(runner, batch, model) for batch, _ in inputs]
     if not logits:
         raise UserError('none of the images can be read.')
     return np.concatenate(logits)
@@ -275,9 +279,8 @@ def compare(float32: str | os.PathLike, int8: str | os.PathLike, inputs: ModelIn
     Raises:
         UserError: None of the images can be read.
     """
-    runners = [session(float32), session(int8)]
-    name = runners[0].get_inputs()[0].name
-    results = [(target, [runner.run(None, {name: batch})[0][0] for runner in runners]) for batch, target in inputs]
+    runners = [(session(path), path) for path in (float32, int8)]
+    results = [(target, [compute(runner, batch, path)[0] for runner, path in runners]) for batch, target in inputs]
     if not results:
         raise UserError('none of the images can be read.')
     exact, approximate = np.stack([logits for _, logits in results], 1)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..errors import UserError
 from ..published import CONFIG, WEIGHTS, find_outage, translate_hub_errors
+from ..serialization import open_regular
 from . import card
 
 __all__ = ['CARD', 'CURVES', 'OPTIONAL', 'REQUIRED', 'check_folder', 'download', 'prepare', 'push']
@@ -104,18 +105,25 @@ def download(repo: str, revision: str | None = None) -> Path:
 def _check_hash(path: Path, repo: str, commit: str) -> None:
     """Compare a file of the cache with the hash that the hub gave for it; huggingface_hub compares sizes only."""
     blob = path.resolve()
+    if path.is_symlink() and blob.parent != (path.parents[2] / 'blobs').resolve():
+        raise UserError(f'{repo}: {path} in the cache is a link to another file, {blob}: remove the link.')
     expected = blob.name if path.is_symlink() else (  # the cache names its blobs by their hashes
         get_hf_file_metadata(hf_hub_url(repo, path.name, revision=commit)).etag)
-    content = blob.read_bytes()
+    with open_regular(blob) as file:
+        content = file.read()
     if len(expected or '') == 64:  # a file of Git LFS
         actual = hashlib.sha256(content).hexdigest()
     else:  # Git's hash of a blob
         actual = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-    if actual != expected:
+    if actual == expected:
+        return
+    advice = 'It was removed from the cache. Try again; if it fails again, the file on the hub is damaged.'
+    try:
         path.unlink()
         blob.unlink(missing_ok=True)
-        raise UserError(f'{repo}: {path.name} is damaged: its hash is {actual[:12]}…, not {str(expected)[:12]}…. It '
-                        'was removed from the cache. Try again; if it fails again, the file on the hub is damaged.')
+    except OSError as error:
+        advice = f'It cannot be removed from the cache ({error.strerror}): remove {path}.'
+    raise UserError(f'{repo}: {path.name} is damaged: its hash is {actual[:12]}…, not {str(expected)[:12]}…. {advice}')
 
 
 def check_folder(folder: Path) -> None:

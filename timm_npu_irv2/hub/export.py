@@ -20,7 +20,7 @@ from ..data.folder import iterate_images
 from ..data.splits import find_split
 from ..errors import UserError, one_line
 from ..published import CONFIG, WEIGHTS
-from ..serialization import atomic_write, make_folder, read_json, save_weights
+from ..serialization import atomic_write, make_folder, read_json, read_text, save_weights
 from . import card
 from .checkpoint import ARCHITECTURES, Checkpoint, read
 from .client import CARD, CURVES
@@ -112,10 +112,7 @@ def _read_names(source: Path, trained: Sequence[str] | None) -> list[str]:
             return found
         map_classes(found, {name: index for index, name in enumerate(trained)})
         return list(trained)
-    try:
-        lines = [clean_name(line) for line in source.read_text(encoding='utf-8').splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'--class-names {source}: {one_line(error)}') from error
+    lines = [clean_name(line) for line in read_text(source, f'--class-names {source}').splitlines()]
     return [line for line in lines if line]
 
 

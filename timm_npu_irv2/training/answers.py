@@ -12,8 +12,9 @@ from timm.data import RealLabelsImagenet
 from torch import Tensor
 
 from ..data.loader import DeviceLoader
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..plots import Prediction, draw_prediction_grid, select_predictions
+from ..serialization import open_regular
 
 __all__ = ['ProcessAnswers', 'Tally', 'averaged_metrics', 'check_index', 'draw_answers', 'read_real_labels',
            'real_accuracy']
@@ -72,9 +73,11 @@ def read_real_labels(path: str, loader: Any) -> Mapping[str, Sequence[int]]:
     try:
         samples: Any = loader.samples
         names = samples.filenames(basename=True)
+        open_regular(path).close()  # a pipe would have to be waited for
         every = RealLabelsImagenet(names, path).real_labels
-    except (AssertionError, AttributeError, OSError, ValueError) as error:
-        reason = str(error) or 'the data set is not the 50000 images of ImageNet'
+    except Exception as error:  # timm takes what the file holds for lists of classes
+        reason = getattr(error, 'strerror', None) or (
+            one_line(error) if error.args else 'the data set is not the 50000 images of ImageNet')
         raise UserError(f'--real-labels {path}: {reason}') from error
     labels = {_stem(name): classes for name, classes in every.items()}
     if unknown := next((name for name in names if _stem(name) not in labels), None):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..cli.checks import check_installed, name_option
 from ..data.decode import to_pil_mode
+from ..errors import one_line
 from .engine import Trainer
 from .report import Progress
 
@@ -60,7 +61,11 @@ class Logs:
         """Log a row of summary.csv."""
         self._progress.epoch_done(row)
         if self._wandb is not None:
-            self._wandb(row)
+            try:
+                self._wandb(row)
+            except Exception as error:  # the service, or the disk that it writes to, may fail in many ways
+                self._wandb = None
+                _logger.warning(f'Weights & Biases: the run goes on without it: {one_line(error)}')
         if self._board is not None:
             self._board.log_epoch(row, self._trainer.position.updates)
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from ... import rules, schema
 from ...chips import cpu_name
-from ...errors import UserError, first_line
-from ...serialization import atomic_write, cache_folder, make_folder
+from ...errors import UserError
+from ...serialization import atomic_write, cache_folder, make_folder, read_json
 
 __all__ = ['fastest_engine', 'record_engine', 'record_path']
 
@@ -34,9 +35,12 @@ def fastest_engine(dtype: str) -> str | None:
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file may raise PermissionError
         return None
     try:
-        return str(json.loads(path.read_text(encoding='utf-8'))['engine'])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f'{path} is damaged ({first_line(error)}): run `benchmark.py infer` again.') from error
+        record = read_json(path)
+        with rules.naming(path):
+            rules.record({'engine': rules.one_of(*schema.ENGINES)})(record, '')
+    except UserError as error:
+        raise UserError(f'{error} Run `benchmark.py infer` again, or remove it.') from error
+    return record['engine']
 
 
 def record_engine(dtype: str, engine: str, figures: Mapping[str, Any]) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError, first_line
 from ...ops.normalize import normalize_images
-from ...serialization import atomic_write, make_folder
+from ...serialization import atomic_write, make_folder, open_regular
 from .base import Engine
 from .cpu import warn_of_overflow
 
@@ -128,7 +128,8 @@ class EngineNetwork(nn.Module):
             raise UserError(f'{folder} was saved in {saved}, which cannot become {name}: leave dtype out.')
         path = folder / engine.model_file
         try:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            with open_regular(path) as file:
+                digest = hashlib.sha256(file.read()).hexdigest()
         except OSError as error:
             raise UserError(f'cannot read {path}: {error.strerror or first_line(error)}.') from error
         if digest != config['sha256']:

@@ -26,6 +26,6 @@ class ONNXRuntime(Engine):
 
         def open_session(size: tuple[int, int] | None) -> Session:
             session = graph.session(model, threads, size)
-            return lambda images: session.run(None, {graph.INPUT: images})[0]
+            return lambda images: graph.compute(session, images, model)
 
         return open_by_size(model, open_session)
