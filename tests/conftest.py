@@ -16,6 +16,9 @@ from torch import nn
 
 from .ascend.environment import environment, running_on
 
+# Programs under test leave an ignored SIGHUP alone, and would inherit it where nohup has started pytest.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 ROOT = Path(__file__).parents[1]
 REFERENCE = 'inception_resnet_v2'
 OURS = 'inception_resnet_v2_npu'

@@ -207,10 +207,10 @@ def build_run(
     layout = plan_layout(args, world, checkpoint)
     if (args.pretrained and not args.pretrained_path) or ':' in args.model:
         hub.check_published(args.model)
-    if args.kd_model_name:
-        hub.check_published(args.kd_model_name)
     random_seed(args.seed)  # the same initial weights in every process
     model = setup.build_model(args, None if args.initial_checkpoint else count_classes(args))
+    if args.kd_model_name and (args.kd_distill_type != 'token' or hasattr(model, 'set_distilled_training')):
+        hub.check_published(args.kd_model_name)
     parameters, num_classes = sum(p.numel() for p in model.parameters()), model.num_classes
     pipeline = ImagePipeline.for_model(model, vars(args))
     model = setup.place_model(

@@ -341,14 +341,22 @@ def test_a_kill_between_the_names_of_a_checkpoint_loses_none(tmp_path, lost):
 def test_a_file_that_cannot_be_put_in_its_place_ends_the_run_at_the_next_one(tmp_path, caplog):
     """The training has gone on meanwhile."""
     args = options()
-    (tmp_path / 'last.pth.tar').mkdir()
+    (tmp_path / 'checkpoint-0.pth.tar').mkdir()
     trainer, saver = trainer_of(args), saver_in(tmp_path, args)
     saver.save_epoch(trainer, 0, 10.0)
-    with pytest.raises(CannotWrite, match=r'cannot write .*last\.pth\.tar: .*directory'):
+    with pytest.raises(CannotWrite, match=r'cannot write .*checkpoint-0\.pth\.tar: .*directory'):
         saver.save_recovery(trainer)
     saver.save_epoch(trainer, 0, 10.0)
     saver.close()
     assert 'cannot write' in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['checkpoint-0.pth.tar', 'last.pth.tar']
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_is_refused_before_it_is_written(tmp_path):
+    args = options()
+    (tmp_path / 'last.pth.tar').mkdir()
+    with pytest.raises(CannotWrite, match=r'cannot write .*last\.pth\.tar: it is a folder'):
+        saver_in(tmp_path, args).save_epoch(trainer_of(args), 0, 10.0)
     assert [path.name for path in tmp_path.iterdir()] == ['last.pth.tar']
 
 
