@@ -209,6 +209,7 @@ def build_run(
         hub.check_published(args.model)
     random_seed(args.seed)  # the same initial weights in every process
     model = setup.build_model(args, None if args.initial_checkpoint else count_classes(args))
+    # Otherwise timm says that the student has no distillation head, which no network would change.
     if args.kd_model_name and (args.kd_distill_type != 'token' or hasattr(model, 'set_distilled_training')):
         hub.check_published(args.kd_model_name)
     parameters, num_classes = sum(p.numel() for p in model.parameters()), model.num_classes

@@ -170,7 +170,7 @@ def test_only_images_of_the_usual_size_are_known_to_have_it(model, tmp_path):
         assert session.get_inputs()[0].shape[2:] == (['height', 'width'] if size is None else list(size))
         return lambda images: session.run(None, {graph.INPUT: images})[0]
 
-    run = open_by_size(path, open_session)
+    run = open_by_size((SIZE, SIZE), open_session)
     assert opened == [(SIZE, SIZE)]  # the first call need not wait for it
     for height, width in (SIZE, SIZE), (80, 75), (75, 90), (SIZE, SIZE):
         assert run(np.zeros((1, 3, height, width), np.float32)).shape == (1, CLASSES)

@@ -13,9 +13,10 @@ from ...errors import UserError
 from .. import onnx as graph
 from .siblings import separate_siblings
 
-__all__ = ['Engine', 'Session', 'open_by_size']
+__all__ = ['Engine', 'Session', 'Size', 'open_by_size']
 
 Session = Callable[[np.ndarray], np.ndarray]  # (N, C, H, W) float32, normalised -> (N, num_classes) float32
+Size = tuple[int, int]
 
 
 class Engine(ABC):
@@ -40,13 +41,14 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def open(self, model: Path, dtype: str, device: str | None) -> Session:
+    def open(self, model: Path, dtype: str, device: str | None = None, size: Size | None = None) -> Session:
         """Load a file that :meth:`build` wrote and return a function that computes logits, from any thread.
 
         Args:
             model: File to load.
             dtype: Dtype to compute in, one of :meth:`dtypes`.
             device: Device to compute on; None for the default one.
+            size: (height, width) of most images, if it is known.
 
         Raises:
             UserError: The file or the device cannot be used.
@@ -86,16 +88,15 @@ class Engine(ABC):
         return None
 
 
-def open_by_size(model: Path, open_session: Callable[[tuple[int, int] | None], Session]) -> Session:
-    """Return a session that keeps one for the size in the file's preprocessing, and one for all others once they come.
+def open_by_size(usual: Size | None, open_session: Callable[[Size | None], Session]) -> Session:
+    """Return a session that keeps one for images of the usual size, and one for all others once they come.
 
     Runtimes are faster where they know height and width, for example by adding a residual in place.
 
     Args:
-        model: File that takes images of any size.
+        usual: (height, width); None if it is not known.
         open_session: Function from (height, width), or None for any size, to a session.
     """
-    usual = tuple(graph.preprocessing(model)['input_size'][1:])
     session = functools.cache(open_session)
     session(usual)
     return lambda images: session(usual if images.shape[2:] == usual else None)(images)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...errors import UserError, first_line
 from ...ops.normalize import normalize_images
 from ...serialization import atomic_write, make_folder, open_regular
-from .base import Engine
+from .base import Engine, Size
 from .cpu import warn_of_overflow
 
 __all__ = ['CONFIG', 'FORMAT', 'EngineNetwork']
@@ -60,8 +60,13 @@ class EngineNetwork(nn.Module):
         self._mean, self._std = (torch.tensor(pretrained_cfg[name], dtype=torch.float32) for name in ('mean', 'std'))
         self._engine_device, self._model = device, model
         self._folder: tempfile.TemporaryDirectory | None = None  # of the file, if it is this object's own
-        self._session = engine.open(model, dtype, device)
+        self._session = engine.open(model, dtype, device, self._size)
         self.eval()
+
+    @property
+    def _size(self) -> Size | None:
+        _, *size = self.pretrained_cfg.get('input_size') or (0,)
+        return tuple(size) or None  # two, by the schema
 
     @classmethod
     def in_folder(cls, folder: tempfile.TemporaryDirectory, engine: Engine, *args: Any) -> 'EngineNetwork':
@@ -150,4 +155,4 @@ class EngineNetwork(nn.Module):
         self._folder = tempfile.TemporaryDirectory(prefix='timm_npu_irv2-')
         self._model = Path(self._folder.name) / self.engine.model_file
         self._model.write_bytes(content)
-        self._session = self.engine.open(self._model, self.dtype, self._engine_device)
+        self._session = self.engine.open(self._model, self.dtype, self._engine_device, self._size)

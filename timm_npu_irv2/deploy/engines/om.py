@@ -15,7 +15,7 @@ import torch
 
 from ...errors import UserError
 from .. import onnx as graph
-from .base import Engine, Session
+from .base import Engine, Session, Size
 
 __all__ = ['OM']
 
@@ -57,7 +57,7 @@ class OM(Engine):
             raise UserError("engine 'om' runs on an Ascend card: leave out device='cpu', or use engine='openvino'.")
         return index or None
 
-    def open(self, model: Path, dtype: str, device: str | None = None) -> Session:
+    def open(self, model: Path, dtype: str, device: str | None = None, size: Size | None = None) -> Session:
         """Load the model onto the card, whose index ``device`` is."""
         _logger.warning("engine 'om' has not been tried on a card: compare its logits with those of engine 'torch'.")
         session, lock = _interface().InferSession(int(device or 0), str(model)), threading.Lock()

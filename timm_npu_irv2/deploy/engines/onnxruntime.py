@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from .. import onnx as graph
-from .base import Engine, Session, open_by_size
+from .base import Engine, Session, Size, open_by_size
 
 __all__ = ['ONNXRuntime']
 
@@ -20,12 +20,12 @@ class ONNXRuntime(Engine):
         graph.optional('onnxruntime', 'onnxruntime')
         return 'float32', 'int8'
 
-    def open(self, model: Path, dtype: str, device: str | None = None) -> Session:
+    def open(self, model: Path, dtype: str, device: str | None = None, size: Size | None = None) -> Session:
         """Load the model for as many threads as torch uses."""
         threads = torch.get_num_threads()
 
-        def open_session(size: tuple[int, int] | None) -> Session:
-            session = graph.session(model, threads, size)
+        def open_session(known: Size | None) -> Session:
+            session = graph.session(model, threads, known)
             return lambda images: graph.compute(session, images, model)
 
-        return open_by_size(model, open_session)
+        return open_by_size(size, open_session)

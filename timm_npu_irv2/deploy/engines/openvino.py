@@ -11,7 +11,7 @@ import torch
 from ... import device as devices
 from ...errors import UserError, first_line
 from ..onnx import optional
-from .base import Engine, Session, open_by_size
+from .base import Engine, Session, Size, open_by_size
 
 __all__ = ['OpenVINO']
 
@@ -33,17 +33,17 @@ class OpenVINO(Engine):
         fast = str(devices.fast_dtype('cpu')).removeprefix('torch.')
         return tuple(sorted(found, key=lambda name: name != fast))
 
-    def open(self, model: Path, dtype: str, device: str | None = None) -> Session:
+    def open(self, model: Path, dtype: str, device: str | None = None, size: Size | None = None) -> Session:
         """Compile the model for as many threads as torch uses; concurrent calls wait for each other."""
         options = {
             'PERFORMANCE_HINT': 'LATENCY',
             'INFERENCE_NUM_THREADS': torch.get_num_threads(),
             'INFERENCE_PRECISION_HINT': HINTS[dtype],
         }
-        return open_by_size(model, functools.partial(_open, model, options))
+        return open_by_size(size, functools.partial(_open, model, options))
 
 
-def _open(model: Path, options: dict[str, Any], size: tuple[int, int] | None) -> Session:
+def _open(model: Path, options: dict[str, Any], size: Size | None) -> Session:
     try:
         network = _core().read_model(str(model))
         if size is not None:
