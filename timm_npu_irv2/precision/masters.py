@@ -23,6 +23,7 @@ from .base import Precision
 __all__ = ['FlatMasters', 'MasterPrecision', 'Masters', 'float32_twin']
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
+ALIGNMENT = 8  # elements; kernels of GPUs load 16 bytes at a time, and fail on a half weight that starts elsewhere
 
 
 class Masters:
@@ -110,7 +111,8 @@ class FlatMasters(Masters):
     (BatchNorm's): ``[H of group 0, H of group 1, …, F of group 0, F of group 1, …]``. So all half gradients arrive by
     one concatenation and all half weights leave by one copy, and a group of the optimizer is at most two tensors.
 
-    Parameters that are frozen when the buffers are laid out stay out of them, and out of every step.
+    Each tensor starts at a multiple of ``ALIGNMENT``; the elements of the gaps are and remain zero. Parameters that are
+    frozen when the buffers are laid out stay out of them, and out of every step.
 
     Args:
         float32_model: The model's twin, whose parameters are the masters.
@@ -143,6 +145,7 @@ class FlatMasters(Masters):
         self._weights = _flatten(weights)
         self._gradient_buffer = torch.zeros_like(self._weights)
         self._published = self._weights[:_count(self._halves)].to(self._halves[0].dtype)
+        self._zeros = {buffer.dtype: buffer.new_zeros(ALIGNMENT) for buffer in (self._weights, self._published)}
         _become_views(weights, self._weights)
         _become_views(self._halves, self._published)
         self._make_aliases()
@@ -188,7 +191,7 @@ class FlatMasters(Masters):
         buffer = self._gradient_buffer
         for parameters, out in (self._halves, buffer[:split]), (self._floats, buffer[split:]):
             if parameters:
-                torch.cat(self._take_gradients(parameters), out=out)
+                torch.cat(_with_gaps(self._take_gradients(parameters), self._zeros[parameters[0].dtype]), out=out)
         for part in (part for parts in self._parts for part in parts):
             start = part.tensor.storage_offset()
             part.tensor.grad = buffer[start:start + part.tensor.numel()]
@@ -234,8 +237,7 @@ class FlatMasters(Masters):
         if value.numel() != part.tensor.numel():
             return [value.clone() for _ in part.members]
         value = value / self._state_scale[name] if name in self._state_scale else value.clone()
-        pieces = value.split([member.numel() for member in part.members])
-        return [_view_like(piece, member) for piece, member in zip(pieces, part.members, strict=True)]
+        return _views_like(value, part.members)
 
     def _flat_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the optimizer's state dict for the long tensors, the inverse of :meth:`_ordinary_state`."""
@@ -259,7 +261,7 @@ class FlatMasters(Masters):
         if not isinstance(values[0], Tensor) or values[0].shape != part.members[0].shape:
             return values[0]
         pieces = [_in_memory_order(v.to(m), m) for v, m in zip(values, part.members, strict=True)]
-        return torch.cat(pieces) * self._state_scale.get(name, 1.0)
+        return torch.cat(_with_gaps(pieces)) * self._state_scale.get(name, 1.0)
 
 
 class MasterPrecision(Precision):
@@ -304,8 +306,23 @@ def float32_twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo={id(m): m for m in model.modules() if isinstance(m, _BatchNorm)})
 
 
+def _room(tensor: Tensor) -> int:
+    """Return the number of elements from the start of ``tensor`` in a buffer to that of the next one."""
+    return -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
+
+
 def _count(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() for t in tensors)
+    return sum(_room(t) for t in tensors)
+
+
+def _with_gaps(vectors: Iterable[Tensor], zeros: Tensor | None = None) -> list[Tensor]:
+    """Return the vectors with zeros between them (parts of ``zeros``), as they follow one another in a buffer."""
+    pieces = []
+    for vector in vectors:
+        pieces.append(vector)
+        if gap := _room(vector) - vector.numel():
+            pieces.append(vector.new_zeros(gap) if zeros is None else zeros[:gap])
+    return pieces
 
 
 def _in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
@@ -321,13 +338,19 @@ def _view_like(vector: Tensor, like: Tensor) -> Tensor:
     return vector.as_strided(like.shape, like.stride())
 
 
+def _views_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of a buffer that hold ``tensors``, in their shapes and layouts."""
+    rooms = vector.split([_room(t) for t in tensors])
+    return [_view_like(room[:t.numel()], t) for room, t in zip(rooms, tensors, strict=True)]
+
+
 @torch.no_grad()
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([_in_memory_order(t.detach().float(), t) for t in tensors])
+    return torch.cat(_with_gaps(_in_memory_order(t.detach().float(), t) for t in tensors))
 
 
 @torch.no_grad()
 def _become_views(tensors: Sequence[Tensor], vector: Tensor) -> None:
     """Make ``tensors`` views of ``vector``, one after the other."""
-    for tensor, piece in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
-        tensor.data = _view_like(piece, tensor)
+    for tensor, view in zip(tensors, _views_like(vector, tensors), strict=True):
+        tensor.data = view
