@@ -84,6 +84,7 @@ def two(tmp_path_factory) -> dict[str, list]:
     works['folder'] = OpenFolder(folder)
     works['mid-epoch'] = ResumeInMidEpoch(folder)
     works['failures'] = fail_in_one
+    works['statistics'] = evaluate_distributed
     works['folders'] = EnterFolders(folder)
     return in_processes(2, works, folder)
 
@@ -267,6 +268,20 @@ def test_a_failure_in_one_process_ends_the_work_of_all_and_one_reports_it(two):
                      ('KeyError', "'gone'", False)]
     assert second == [('UserError', "'lost'", True), ('KeyError', "'lost'", False), ('UserError', torn, True),
                       ('UserError', torn, False), ('UserError', 'full', True), ('UserError', "'gone'", True)]
+
+
+def evaluate_distributed(world: World) -> list[float]:
+    """The statistics of this process after an evaluation of a model that DDP wraps."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(3))
+    model = torch.nn.parallel.DistributedDataParallel(network)
+    mean = network[1].running_mean.fill_(world.rank)
+    evaluate(model, [(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))], world)
+    return mean.tolist()
+
+
+def test_an_evaluation_goes_past_ddp_whose_forward_waits_for_processes_with_fewer_batches(two):
+    """It would have shared the statistics of rank 0, too."""
+    assert two['statistics'] == [[0, 0, 0], [1, 1, 1]]
 
 
 class EnterFolders:

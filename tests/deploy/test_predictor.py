@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -356,6 +356,33 @@ def test_a_child_of_a_fork_is_told(small):
         assert parent.poll(SECONDS) and 'fork' in parent.recv()
         process.join(SECONDS)
         assert process.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
+@pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')
+def test_a_child_of_a_fork_closes_though_another_thread_held_the_lock(small, monkeypatch):
+    """That thread does not exist in the child, so nobody would release the lock there."""
+    locked, go = threading.Event(), threading.Event()
+
+    class Delayed(Future):
+        """The answer to a call, made while the lock is held."""
+
+        def __init__(self):
+            super().__init__()
+            locked.set()
+            assert go.wait(SECONDS)
+
+    monkeypatch.setattr('timm_npu_irv2.deploy.predictor.Future', Delayed)
+    with Predictor(small, compiled=Echo([])) as predictor, ThreadPoolExecutor(1) as threads:
+        call = threads.submit(predictor.predict, marked(1))
+        assert locked.wait(SECONDS)
+        child = multiprocessing.get_context('fork').Process(target=predictor.close)
+        child.start()
+        child.join(SECONDS)
+        ended = child.exitcode
+        child.kill()
+        go.set()
+        assert call.result(SECONDS)[0]['indices'][0] == 1 and ended == 0
 
 
 @pytest.mark.parametrize('options', [

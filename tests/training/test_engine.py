@@ -299,8 +299,11 @@ def test_with_fewer_than_five_classes_top5_is_everything():
 def test_views_of_an_image_are_averaged_and_count_once():
     identity = nn.Identity()
     logits = torch.tensor([[0.0, 3.0], [2.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    metrics = evaluate(identity, [(logits, torch.tensor([1, 1, 0, 0]))], WORLD, tta=2)
+    seen = []
+    metrics = evaluate(identity, [(logits, torch.tensor([1, 1, 0, 0]))], WORLD, tta=2,
+                       on_batch=lambda index, output, target: seen.append((index, output.tolist(), target.tolist())))
     assert metrics['count'] == 2 and metrics['top1'] == 100
+    assert seen == [(0, [[1.0, 1.5], [1.0, 0.0]], [1, 0])]
 
 
 def test_an_empty_loader_is_no_division_by_zero():
@@ -310,3 +313,36 @@ def test_an_empty_loader_is_no_division_by_zero():
 def test_images_reach_a_half_precision_model_in_its_type():
     model = network().to(torch.bfloat16)
     assert evaluate(model, batches(2), WORLD)['count'] == 8
+
+
+def test_logits_are_computed_under_autocast_and_their_loss_in_float32():
+    seen = []
+    model, loader = network(), batches(3)
+    metrics = evaluate(model, loader, WORLD, autocast=lambda: torch.autocast('cpu', torch.bfloat16),
+                       on_batch=lambda index, output, target: seen.append(output))
+    assert {output.dtype for output in seen} == {torch.bfloat16}
+    target = torch.cat([target for _, target in loader])
+    expected = nn.functional.cross_entropy(torch.cat(seen).float(), target).item()
+    assert metrics['loss'] == pytest.approx(expected, rel=1e-6)
+
+
+def test_of_several_outputs_the_first_has_the_logits():
+    class WithFeatures(nn.Module):
+        def forward(self, images):
+            return images, images.flatten(1)
+
+    logits = torch.tensor([[0.0, 3.0], [2.0, 0.0]])
+    assert evaluate(WithFeatures(), [(logits, torch.tensor([1, 0]))], WORLD)['top1'] == 100
+
+
+def test_losses_are_added_up_in_float64():
+    model, loader = network(), batches(50, size=3)
+    with torch.no_grad():
+        losses = [nn.functional.cross_entropy(model(images), target).item() for images, target in loader]
+    assert evaluate(model, loader, WORLD)['loss'] == pytest.approx(math.fsum(losses) / 50, rel=1e-13)
+
+
+def test_an_evaluation_keeps_nothing_for_a_backward_pass():
+    seen = []
+    evaluate(network(), batches(2), WORLD, on_batch=lambda index, output, target: seen.append(output.requires_grad))
+    assert seen == [False, False]

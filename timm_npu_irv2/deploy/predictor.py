@@ -70,7 +70,7 @@ class Predictor:
     ) -> None:
         if not all(isinstance(each, int) and each >= 1 for each in (batch_size, topk, max_waiting)):
             raise UserError('a predictor needs a batch_size, a topk and a max_waiting that are integers of at least 1.')
-        if not (math.isfinite(max_wait) and 0 <= max_wait <= threading.TIMEOUT_MAX):
+        if not 0 <= max_wait <= threading.TIMEOUT_MAX:
             raise UserError(f'max_wait {max_wait}: expected seconds, at least 0.')
         self.topk, self.batch_size, self.max_wait, self.max_waiting = topk, batch_size, max_wait, max_waiting
         self._run = compiled if compiled is not None else network
