@@ -23,6 +23,17 @@ __all__ = ['BatchNormAct2d', 'BlockSequence', 'LayerFactory', 'PiecewiseNorm', '
            'Siblings', 'concatenate', 'conv_pool']
 
 
+class _Dictionary:
+    """The dictionary of a module's buffers once more.
+
+    Dynamo takes ``__dict__['_buffers']`` for the property of that name up to PyTorch 2.11, and a getter that looks there
+    calls itself without an end. In a plain dictionary torch.export would take the buffers for attributes and copy it.
+    """
+
+    def __init__(self, buffers: Dict[str, Optional[Tensor]]) -> None:
+        self.buffers = buffers
+
+
 @register_notrace_module
 class BatchNormAct2d(TimmBatchNormAct2d):
     """timm's BatchNorm + activation, with the number of batches counted on the host.
@@ -33,6 +44,7 @@ class BatchNormAct2d(TimmBatchNormAct2d):
     """
 
     __jit_unused_properties__ = ('num_batches_tracked', '_buffers')
+    __jit_ignored_attributes__ = ('_dictionary',)
 
     def __init__(self, num_features: int, **kwargs) -> None:
         super().__init__(num_features, **kwargs)
@@ -40,7 +52,7 @@ class BatchNormAct2d(TimmBatchNormAct2d):
         self.counts_batches = True  # see recompute.py
 
     def _get_buffers(self) -> Dict[str, Optional[Tensor]]:
-        buffers = self.__dict__['_buffers']
+        buffers = self.__dict__['_dictionary'].buffers
         new_batches = self.__dict__.get('new_batches')
         if new_batches is not None and new_batches[0]:
             count = buffers.get('num_batches_tracked')
@@ -52,6 +64,7 @@ class BatchNormAct2d(TimmBatchNormAct2d):
 
     def _set_buffers(self, buffers: Dict[str, Optional[Tensor]]) -> None:
         self.__dict__['_buffers'] = buffers
+        self.__dict__['_dictionary'] = _Dictionary(buffers)
 
     def _get_count(self) -> Optional[Tensor]:
         if 'num_batches_tracked' not in self.__dict__.get('_buffers', ()):

@@ -14,17 +14,19 @@ from timm_npu_irv2.ops import _triton
 HALF, FLOAT, BYTE = '*fp16', '*fp32', '*u8'
 CONSTANTS = {'eps': 'fp32', 'scale': 'fp32'}
 PARAMETERS = dict(weight=FLOAT, bias=FLOAT, **CONSTANTS)
+STATISTICS, GRADIENTS = dict(mean=FLOAT, variance=FLOAT), dict(grad_weight=FLOAT, grad_bias=FLOAT)
+ROWS, TILE, SPANS = dict(block_c=1, block_s=2048), dict(block_c=64, block_s=32), dict(block_c=16, block_n=128)
 # {kernel: (types of its arguments, int32 for those left out; sizes of its blocks)}
 KERNELS = {
-    '_batch_norm_relu': (
-        dict(x=HALF, out=HALF, mean_out=FLOAT, variance_out=FLOAT, **PARAMETERS),
-        dict(block_c=1, block_s=1024),
+    '_moments': (dict(x=HALF, sums=FLOAT), ROWS),
+    '_statistics': (
+        dict(x=HALF, sums=FLOAT, running_mean=FLOAT, running_var=FLOAT, momentum='fp32', **STATISTICS),
+        dict(tracks=True, **SPANS),
     ),
-    '_batch_norm_relu_backward': (
-        dict(grad=HALF, x=HALF, mean_in=FLOAT, variance_in=FLOAT, grad_x=HALF, grad_weight=FLOAT, grad_bias=FLOAT,
-             **PARAMETERS),
-        dict(block_c=32, block_s=32),
-    ),
+    '_normalize_relu': (dict(x=HALF, out=HALF, **STATISTICS, **PARAMETERS), TILE),
+    '_gradient_sums': (dict(grad=HALF, x=HALF, sums=FLOAT, **STATISTICS, **PARAMETERS), TILE),
+    '_parameter_gradients': (dict(sums=FLOAT, **GRADIENTS), SPANS),
+    '_input_gradient': (dict(grad=HALF, x=HALF, grad_x=HALF, **GRADIENTS, **STATISTICS, **PARAMETERS), TILE),
     '_scaled_residual_relu': (dict(x=HALF, branch=HALF, out=HALF, scale='fp32'), dict(block=1024)),
     '_scaled_residual_relu_backward': (
         dict(grad=HALF, out=HALF, grad_x=HALF, grad_branch=HALF, scale='fp32'), dict(block=1024),

@@ -213,12 +213,6 @@ def test_batch_norm_relu_passes_gradcheck():
     assert torch.autograd.gradcheck(trained, (x, weight, bias))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason='the operator exists as a Triton kernel only')
-def test_batch_norm_relu_passes_opcheck_on_triton(kernels):
-    operator = torch.ops.timm_npu_irv2.batch_norm_relu.default
-    torch.library.opcheck(operator, (*norm_inputs(requires_grad=True), EPS, SCALE), rtol=1e-3, atol=1e-4)
-
-
 # ---- images --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('memory_format', LAYOUTS)
@@ -248,4 +242,4 @@ def test_triton_kernels_compile_for_a_gpu(tmp_path):
     environment = {**os.environ, 'TRITON_CACHE_DIR': str(tmp_path)}
     found = subprocess.run([sys.executable, script], env=environment, check=False, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-4000:]
-    assert found.stdout.count('bytes of PTX') == 5
+    assert found.stdout.count('bytes of PTX') == 9

@@ -11,9 +11,12 @@ Triton kernels (``_triton.py``) need no such tensor. The backward computes from 
 positive, so it reads neither $y$ nor a mask.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import device as devices
 from ._kernels import triton_kernels
@@ -65,13 +68,9 @@ def batch_norm_relu(
     if not training or weight is None or bias is None or triton_kernels() is None:
         x = F.batch_norm(_without_gaps(x), running_mean, running_var, weight, bias, training, momentum, eps)
         return scaled_relu(x, scale, inplace=True)
-    out, mean, variance = _fused(x, weight, bias, eps, scale)
-    if running_mean is not None and running_var is not None:
-        count = x.numel() // x.shape[1]
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(variance.to(running_var.dtype) * (count / (count - 1)), momentum)
-    return out
+    if x.numel() == x.shape[1]:
+        raise ValueError(f'BatchNorm in training needs more than one value per channel, got shape {tuple(x.shape)}.')
+    return _BatchNormReLU.apply(x, weight, bias, running_mean, running_var, momentum, eps, scale)
 
 
 def _without_gaps(x: Tensor) -> Tensor:
@@ -83,50 +82,30 @@ def _without_gaps(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-@torch.library.custom_op('timm_npu_irv2::batch_norm_relu', mutates_args=())
-def _fused(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    if x.numel() == x.shape[1]:
-        raise ValueError(f'BatchNorm in training needs more than one value per channel, got shape {tuple(x.shape)}.')
-    kernels = triton_kernels()
-    assert kernels is not None, 'the operator exists as a Triton kernel only'
-    return kernels.batch_norm_relu(x, weight, bias, eps, scale)
+class _BatchNormReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+            ctx,
+            x: Tensor,
+            weight: Tensor,
+            bias: Tensor,
+            running_mean: Tensor | None,
+            running_var: Tensor | None,
+            momentum: float,
+            eps: float,
+            scale: float,
+    ) -> Tensor:
+        kernels: Any = triton_kernels()
+        out, mean, variance = kernels.batch_norm_relu(x, weight, bias, running_mean, running_var, momentum, eps, scale)
+        if running_mean is not None and running_var is not None:
+            torch.autograd.graph.increment_version((running_mean, running_var))  # the kernels write without autograd
+        ctx.save_for_backward(x, weight, bias, mean, variance)
+        ctx.eps, ctx.scale = eps, scale
+        return out
 
-
-@_fused.register_fake
-def _(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-
-
-@torch.library.custom_op('timm_npu_irv2::batch_norm_relu_backward', mutates_args=())
-def _fused_backward(
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = triton_kernels()
-    assert kernels is not None, 'the operator exists as a Triton kernel only'
-    return kernels.batch_norm_relu_backward(grad, x, weight, bias, mean, variance, eps, scale)
-
-
-@_fused_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-
-
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    x, weight, bias, ctx.eps, ctx.scale = inputs
-    _, mean, variance = output
-    ctx.mark_non_differentiable(mean, variance)
-    ctx.save_for_backward(x, weight, bias, mean, variance)
-
-
-def _backward(ctx, grad: Tensor, *_: Tensor) -> tuple:
-    return *_fused_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.scale), None, None
-
-
-_fused.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kernels: Any = triton_kernels()
+        found = kernels.batch_norm_relu_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.scale)
+        return *found, None, None, None, None, None
