@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def test_so_is_output_to_a_full_disk(body):
     with Path('/dev/full').open('w') as full:
         done = subprocess.run(command(body), stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=LIMIT,
                               env=environment())
-    line = 'x.py: error: No space left on device: free some space, or choose another folder.\n'
+    line = ('x.py: error: No space left on device: free some space where the output goes and in the folder for '
+            f'temporary files, {tempfile.gettempdir()} (TMPDIR chooses another one).\n')
     assert (done.returncode, done.stderr) == (2, line)
 
 
@@ -162,7 +164,7 @@ def start() -> Iterator:
         process.communicate()
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_ends_a_program_and_removes_what_is_temporary(start, number):
     process, folder = start(*command(WAITING))
     assert Path(folder).is_dir()

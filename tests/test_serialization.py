@@ -247,6 +247,16 @@ def test_a_file_takes_not_the_place_of_a_device_or_a_pipe(tmp_path, through_a_li
     assert place.is_fifo() and path.is_symlink() == through_a_link
 
 
+def test_a_stream_of_the_program_is_not_replaced_where_it_leads_to_a_file(tmp_path):
+    """``--results-file /dev/stdout > file`` would take /dev/stdout from every program of the machine."""
+    link = tmp_path / 'stdout'
+    with (tmp_path / 'file').open('w') as file:
+        link.symlink_to(f'/proc/self/fd/{file.fileno()}')
+        with pytest.raises(CannotWrite, match='it is one of the streams of the program'):
+            atomic_write(link, 'new')
+    assert link.is_symlink() and (tmp_path / 'file').read_text() == ''
+
+
 @pytest.mark.parametrize(('content', 'message'), [
     (None, 'No such file'), (b'caf\xe9', "can't decode byte"), ('pipe', 'a pipe or a device'),
 ])

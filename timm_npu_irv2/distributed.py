@@ -33,6 +33,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from . import device as devices
 from . import rendezvous
 from .errors import UserError, text_of
+from .program import NOTICES
 
 __all__ = ['StopRequest', 'World', 'agree', 'barrier', 'device_name', 'from_primary', 'gather_objects', 'initialize',
            'is_launched', 'is_lost_peer', 'launch', 'may_restart', 'on_primary', 'restarted', 'share_array', 'shutdown',
@@ -296,7 +297,7 @@ def restarted() -> bool:
 
 
 class StopRequest:
-    """A handler of SIGTERM, SIGINT and SIGHUP (a closed terminal) that stops all processes after the same step.
+    """A handler of SIGTERM, SIGINT and :data:`.NOTICES` that stops all processes after the same step.
 
     Each process tells the others at every step if it was asked to stop, and acts on the answers of the step before.
     That exchange has then had the time of a whole step, so nothing waits for it.
@@ -304,7 +305,7 @@ class StopRequest:
     A second SIGINT, at least a second after the first (torchrun sends two), is a plain KeyboardInterrupt.
     """
 
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signals = (signal.SIGTERM, signal.SIGINT, *NOTICES)
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -314,7 +315,7 @@ class StopRequest:
 
     def __enter__(self) -> 'StopRequest':
         for number in self.signals:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as it is with nohup
+            if number not in NOTICES or signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 

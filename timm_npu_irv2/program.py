@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,11 @@ from types import FrameType
 from .errors import Stopped, UserError, first_line
 from .escaping import printable
 
-__all__ = ['open_streams', 'report', 'run_script', 'translate_system_errors']
+__all__ = ['NOTICES', 'open_streams', 'report', 'run_script', 'translate_system_errors']
+
+# Signals that end a program unless they are ignored (as SIGHUP is with nohup): a terminal is closed, or a cluster gives
+# notice before it ends a job (Slurm's --signal=USR1@60, Grid Engine's -notify).
+NOTICES = signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
 
 _REMEDIES = {
     errno.EMFILE: 'raise the limit of open files with `ulimit -n`, or use fewer --workers',
@@ -51,7 +56,7 @@ def open_streams() -> None:
 def run_script(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run ``main`` and return the exit code: its own, 2 after an error of the user or the system, 128 + n for signal n.
 
-    The signals are Ctrl-C, SIGTERM, SIGHUP, and SIGPIPE where nobody reads the output any more.
+    The signals are Ctrl-C, SIGTERM, those of ``NOTICES``, and SIGPIPE where nobody reads the output any more.
     """
     open_streams()
     try:
@@ -111,6 +116,9 @@ def _describe(error: OSError) -> str:
                           if isinstance(place, str | bytes))
     text = f'{places}: {error.strerror}' if places else error.strerror or first_line(error)
     remedy = _REMEDIES.get(error.errno or 0)
+    if not places and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = ('free some space where the output goes and in the folder for temporary files, '
+                  f'{tempfile.gettempdir()} (TMPDIR chooses another one)')
     return f'{text}: {remedy}.' if remedy else f'{text}.'
 
 
@@ -133,7 +141,7 @@ def _is_first_report(error: UserError) -> bool:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and SIGHUP raise an exception in the block, so that nothing temporary is left behind.
+    """Let Ctrl-C, SIGTERM and ``NOTICES`` raise an exception in the block, so that nothing temporary is left behind.
 
     A second signal of the same kind ends the program at once. Processes of a launcher, which may wait for each other in
     a library when SIGTERM comes, and signals that are ignored (nohup) stay as they are.
@@ -143,7 +151,7 @@ def _interruptible() -> Iterator[None]:
         return
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of check_command_line
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    numbers = () if 'LOCAL_RANK' in os.environ else (signal.SIGTERM, signal.SIGHUP)
+    numbers = () if 'LOCAL_RANK' in os.environ else (signal.SIGTERM, *NOTICES)
     owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:

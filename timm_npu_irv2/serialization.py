@@ -18,7 +18,7 @@ import stat
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import safetensors.torch
 import torch
@@ -28,8 +28,8 @@ from . import rules, schema
 from .errors import CannotWrite, UserError, first_line
 
 __all__ = ['EXTENSION', 'atomic_file', 'atomic_link', 'atomic_write', 'cache_folder', 'describe_obstacle',
-           'load_weights', 'make_folder', 'open_regular', 'peek_checkpoint', 'read_checkpoint', 'read_json',
-           'read_text', 'save_weights', 'stage_checkpoint', 'weights_checksum', 'write_checkpoint']
+           'load_weights', 'make_folder', 'open_record', 'open_regular', 'peek_checkpoint', 'read_checkpoint',
+           'read_json', 'read_text', 'save_weights', 'stage_checkpoint', 'weights_checksum', 'write_checkpoint']
 
 EXTENSION = '.pth.tar'
 MOST_INFLATED = 20  # times the size of the file: torch stores without compression, and random numbers do not compress
@@ -121,7 +121,10 @@ def atomic_link(source: Path, target: Path) -> None:
 
 
 def describe_obstacle(path: str | os.PathLike) -> str:
-    """Return why a file may not take the place of what is there, such as /dev/null; '' if it may."""
+    """Return why a path cannot be that of a file to write or read, such as /dev/null; '' if it can be."""
+    with contextlib.suppress(OSError, ValueError):
+        if str(Path(path).readlink()).startswith('/proc/'):  # /dev/stdout leads to a file where output goes to one
+            return 'it is one of the streams of the program'
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir may raise
         return 'it is a folder'
     if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 - likewise
@@ -137,6 +140,26 @@ def make_folder(folder: Path) -> None:
     """
     with _translate_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def open_record(path: Path) -> TextIO:
+    """Open a text file that is added to, and is created unless it exists. No link is followed to another file.
+
+    Raises:
+        UserError: Something lies there that stands for another file, whose content would be lost.
+        OSError: The folder refuses the file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | _SYMLINK_SAFE, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f'{path} is a symbolic link: remove it, or choose another folder.') from error
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        os.close(descriptor)
+        raise UserError(f'{path} is not a file of its own: remove it, or choose another folder.')
+    return os.fdopen(descriptor, 'r+', encoding='utf-8', errors='replace')
 
 
 def cache_folder() -> Path:
@@ -277,7 +300,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f'{path}: no such file.')
+        raise UserError(f'{path}: {describe_obstacle(path) or "no such file"}.')
     try:
         content = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
     except UserError:

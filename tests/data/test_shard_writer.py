@@ -132,6 +132,29 @@ def test_wrong_input_is_one_line(images, tmp_path, capsys, words, message):
     assert contents(places['made']) == before
 
 
+@pytest.mark.parametrize(('kind', 'message'), [
+    ('link', '_shards.jsonl is a symbolic link: remove it'),
+    ('pipe', '_shards.jsonl is not a file of its own: remove it'),
+    ('binary', 'has tar files, but no _shards.jsonl that says what they are of'),
+    ('nested', 'has tar files, but no _shards.jsonl that says what they are of'),
+])
+def test_a_record_that_is_not_its_own_is_one_line_and_nothing_is_lost(images, tmp_path, capsys, kind, message):
+    out, victim = make(images, tmp_path / 'out'), tmp_path / 'victim'
+    victim.write_text('precious')
+    record = out / '_shards.jsonl'
+    record.unlink()
+    {'link': lambda: record.symlink_to(victim), 'pipe': lambda: os.mkfifo(record),
+     'binary': lambda: record.write_bytes(bytes(range(256))),
+     'nested': lambda: record.write_text('[' * 100_000)}[kind]()
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    capsys.readouterr()
+    assert main([str(images), str(out), '--images-per-shard', '3']) == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and message in error
+    assert victim.read_text() == 'precious'
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
 def test_a_list_without_checksums_is_one_line(images, tmp_path, capsys):
     out = make(images, tmp_path / 'out')
     info = json.loads((out / '_info.json').read_text())

@@ -1,11 +1,15 @@
 """Images that are damaged, dangerous or unusual: right, or stopped at, or skipped and told; never silently another."""
 
+import gc
 import io
 import multiprocessing
+import os
+import resource
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -145,6 +149,68 @@ def test_the_four_colours_of_print_become_three(tmp_path):
     image.convert('CMYK').save(tmp_path / 'a.jpg', quality=100)
     pixels = np.asarray(to_pil_mode(Image.open(tmp_path / 'a.jpg'), 'RGB')).astype(int)
     assert np.abs(pixels - (200, 30, 60)).max() <= 4
+
+
+LIMIT = 600  # seconds, for a machine that is busy
+
+
+def error_of(loader) -> list[str]:
+    """Return the text of the UserError that ends an iteration; [] if it has not ended in time."""
+    found: list[str] = []
+
+    def iterate() -> None:
+        try:
+            list(loader)
+            found.append('no error')
+        except UserError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=iterate, daemon=True)
+    thread.start()
+    thread.join(LIMIT)
+    return found
+
+
+def test_a_batch_for_which_there_is_no_shared_memory_is_an_error_of_one_line(folder):
+    """A container has 64 MiB unless it is told otherwise. A limit on the size of files stands for that."""
+    _, loader = loaders(options(folder, '-j', '1'))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # the batch has 4 × 3 × 32 × 32 bytes
+    try:
+        found = error_of(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        loader.close()
+    assert len(found) == 1 and '\n' not in found[0], found
+    assert found[0].startswith('a worker cannot send a batch: ') and 'docker run --shm-size' in found[0]
+
+
+def test_workers_that_cannot_all_start_end_with_one_line(folder, capfd):
+    _, loader = loaders(options(folder, '-j', '8'))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(entry.name) for entry in Path('/proc/self/fd').iterdir()}
+    free = [os.open(os.devnull, os.O_RDONLY) for _ in range(max(used) + 13 - len(used))]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free) + 1, limits[1]))
+    for descriptor in free[-12:]:  # some can start
+        os.close(descriptor)
+    try:
+        found = error_of(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in free[:-12]:
+            os.close(descriptor)
+    assert len(found) == 1 and found[0].startswith('--workers 8 cannot be started: '), found
+    assert 'ulimit -n' in found[0] and not multiprocessing.active_children()
+    gc.collect()  # torch's destructor
+    assert 'Traceback' not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_a_name_of_several_lines_is_told_whole(folder, workers):
+    path = folder / 'val' / 'class0' / 'a\nb.png'
+    path.write_bytes(b'')
+    _, loader = loaders(options(folder, '-j', workers))
+    assert error_of(loader) == [f'image {path} cannot be read: it is empty, or in no format that Pillow reads']
 
 
 def test_an_empty_class_folder_is_named(folder):

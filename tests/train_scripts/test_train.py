@@ -402,9 +402,9 @@ def test_a_killed_worker_is_one_line(start, tmp_path):
     assert_no_file_is_half_written(tmp_path / 'run')
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_all_processes_stops_them_with_a_checkpoint(start, tmp_path, number):
-    """A cluster's SIGTERM, or a terminal that is closed, reaches the workers too."""
+    """A cluster's SIGTERM or notice, or a terminal that is closed, reaches the workers too."""
     words = ['--epochs', '500', '-j', '2', '--use-multi-epochs-loader']
     process = start(*words)
     wait_for(tmp_path / 'run' / 'checkpoint-0.pth.tar', process)

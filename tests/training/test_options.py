@@ -214,6 +214,13 @@ def test_a_wrong_config_is_named_in_one_line(tmp_path, text, said):
     assert said in refusal(*config(tmp_path, text))
 
 
+def test_a_config_without_end_is_not_read_whole(tmp_path):
+    """As that of /dev/zero, for which no memory would be enough."""
+    (tmp_path / 'c.yaml').write_text('# comment\n' * 110_000)
+    with pytest.raises(UserError, match=r'c\.yaml: it has more than 1048576 bytes'):
+        parse_args(['-c', str(tmp_path / 'c.yaml')])
+
+
 def test_a_missing_config_is_named(tmp_path):
     assert 'nowhere.yaml' in refusal('-c', str(tmp_path / 'nowhere.yaml'))
 

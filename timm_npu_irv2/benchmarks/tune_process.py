@@ -113,4 +113,5 @@ class Worker:
             return errors[-1][:300]
         if code < 0:  # its last line may be any warning
             return f'it was ended by {signal.Signals(-code).name}'
-        return ': '.join([f'it ended with exit code {code}', *lines[-1:]])[:300]
+        silent = f'it could not say why: is there space for temporary files in {tempfile.gettempdir()}?'
+        return ': '.join([f'it ended with exit code {code}', *(lines[-1:] or [silent])])[:300]

@@ -20,6 +20,8 @@ from .arguments import Parser, suggestion
 
 __all__ = ['CommandLine', 'Flag', 'Group', 'Subcommands', 'as_yaml', 'config_file', 'key_values']
 
+LONGEST_CONFIG = 2**20  # bytes of a YAML file; a device has no end
+
 MAX_INT = 2 ** 32  # what torch, timm and NumPy take as a size, a count or a seed
 
 
@@ -234,7 +236,11 @@ def config_file(arguments: Sequence[str]) -> Path | None:
 def _config_words(parser: argparse.ArgumentParser, path: Path, refused: Mapping[str, str]) -> list[str]:
     """Return the YAML file as a command line, so that the same rules apply to both."""
     try:
-        options = yaml.load(path.read_text(encoding='utf-8'), _ConfigLoader) or {}
+        with path.open('rb') as file:  # perhaps a pipe
+            content = file.read(LONGEST_CONFIG + 1)
+        if len(content) > LONGEST_CONFIG:
+            raise ValueError(f'it has more than {LONGEST_CONFIG} bytes')
+        options = yaml.load(content.decode(), _ConfigLoader) or {}
     except RecursionError as error:
         raise UserError(f'cannot read the config {path}: it is nested too deeply.') from error
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -19,7 +19,7 @@ from timm.data import Mixup
 from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from .. import device as devices
 from ..distributed import World
@@ -40,7 +40,14 @@ from .samplers import (
     preserve_rng_state,
     reseed,
 )
-from .worker import BatchDataset, LoadedBatch, start_method, start_worker, translate_worker_errors
+from .worker import (
+    BatchDataset,
+    LoadedBatch,
+    WorkerDataLoader,
+    start_method,
+    start_worker,
+    translate_worker_errors,
+)
 
 __all__ = ['DeviceLoader', 'create_eval_loader', 'create_train_loader', 'create_train_sampler']
 
@@ -89,7 +96,7 @@ class DeviceLoader:
         self.class_to_idx = class_to_idx(batches.samples)
         self.bad_images: dict[str, str] = {}
         self._skipped: set[int] = set()
-        self._loader = DataLoader(
+        self._loader = WorkerDataLoader(
             batches,
             batch_size=None,
             sampler=sampler,

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from .. import rules, schema
 from ..errors import CannotWrite, UserError
-from ..serialization import atomic_file, atomic_write, make_folder, read_json
+from ..serialization import atomic_file, atomic_write, make_folder, open_record, read_json
 from .classes import read_class_map
 from .fetch import checksum
 from .folder import FolderReader
@@ -147,15 +148,19 @@ def _find_splits(root: Path, class_map: str) -> dict[str, FolderReader]:
 def _open_record(out: Path, settings: dict[str, Any]) -> Iterator[tuple[TextIO, dict[str, Shard]]]:
     """Yield the record of a folder, which no other process may write to meanwhile, and the shards that are written."""
     path = out / RECORD
-    if not path.exists() and any(out.glob('*.tar')):
-        raise UserError(f'{out} has tar files, but no {RECORD} that says what they are of: name another folder.')
+    foreign = (UserError(f'{out} has tar files, but no {RECORD} that says what they are of: name another folder.')
+               if any(out.glob('*.tar')) else None)
+    if foreign and not os.path.lexists(path):
+        raise foreign
     try:
-        with path.open('a+', encoding='utf-8') as record:
+        with open_record(path) as record:
             fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            record.seek(0)
             earlier, done = _read_record(record)
             if earlier is None:
-                record.truncate(0)
+                if foreign:
+                    raise foreign
+                record.seek(0)
+                record.truncate()
                 print(json.dumps(settings), file=record, flush=True)
             elif earlier != settings:
                 raise UserError(f'{out} was begun with {_difference(earlier, settings)}: do as then, or name another '
@@ -168,7 +173,7 @@ def _open_record(out: Path, settings: dict[str, Any]) -> Iterator[tuple[TextIO, 
     except OSError as error:
         if isinstance(error, UserError):
             raise
-        raise CannotWrite(f'cannot write {path}: {error.strerror}.') from error
+        raise CannotWrite(f'cannot write {path}: {error.strerror or error}.') from error
 
 
 def _read_record(record: TextIO) -> tuple[dict[str, Any] | None, dict[str, Shard]]:
@@ -180,8 +185,8 @@ def _read_record(record: TextIO) -> tuple[dict[str, Any] | None, dict[str, Shard
                 settings = dict(entry)
             else:
                 done[entry['name']] = Shard(**entry)
-        except (KeyError, TypeError, ValueError):  # a line that was being written when the process was killed
-            continue
+        except (KeyError, TypeError, ValueError, RecursionError):
+            continue  # a line that was being written when the process was killed
     return settings, done
 
 

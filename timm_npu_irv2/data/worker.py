@@ -5,7 +5,7 @@ it is skipped, logged and counted.
 """
 
 import contextlib
-import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
@@ -17,18 +17,23 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from ..errors import UserError, first_line
+from ..program import NOTICES
 from .decode import to_pil_mode
 from .samplers import Batch, SampleKey, derive_seed, preserve_rng_state, reseed
 from .wds import LeftOut
 
-__all__ = ['BatchDataset', 'LoadedBatch', 'WorkerLost', 'is_lost_worker', 'start_method', 'start_worker',
-           'translate_worker_errors']
+__all__ = ['BatchDataset', 'LoadedBatch', 'WorkerDataLoader', 'WorkerLost', 'is_lost_worker', 'start_method',
+           'start_worker', 'translate_worker_errors']
 
 GRACE = 30  # seconds; torchrun, too, waits as long between SIGTERM and SIGKILL
 POLL = 1  # seconds between two looks of a worker at its main process
+RESOURCES = ('use fewer --workers or a smaller --batch-size, or raise the limits of open files (`ulimit -n`) and of '
+             'shared memory (/dev/shm; `docker run --shm-size`)')
 
 
 class LoadedBatch(NamedTuple):
@@ -117,6 +122,27 @@ class BatchDataset(Dataset[LoadedBatch]):
         return f'{index} of the data set'
 
 
+class WorkerDataLoader(DataLoader):
+    """A DataLoader that ends the workers it has started, with an error of one line, where not all can start."""
+
+    def _get_iterator(self) -> _BaseDataLoaderIter:
+        return _WorkerIterator(self) if self.num_workers else super()._get_iterator()
+
+
+class _WorkerIterator(_MultiProcessingDataLoaderIter):
+    def __init__(self, loader: DataLoader) -> None:
+        # torch sets these in the course of its constructor, and its destructor needs them wherever that fails.
+        self._shutdown, self._worker_pids_set = False, False
+        self._workers, self._index_queues, self._workers_status = [], [], [True] * loader.num_workers
+        self._workers_done_event = threading.Event()  # type: ignore[assignment]  # it only has to have a `set`
+        try:
+            super().__init__(loader)
+        except OSError as error:
+            self._shutdown_workers()
+            raise UserError(f'--workers {loader.num_workers} cannot be started: {first_line(error)}: {RESOURCES}, or '
+                            'load in the main process with --workers 0.') from error
+
+
 def start_method(num_workers: int) -> str | None:
     """Return 'fork' for workers on Linux, None for Python's own way elsewhere, or if the program has chosen 'spawn'.
 
@@ -129,8 +155,8 @@ def start_method(num_workers: int) -> str | None:
 def start_worker(worker_id: int, main_process: int) -> None:
     """Keep a worker alive through a signal that stops the run, so that the main process can finish its last step.
 
-    Ctrl-C, SIGTERM and SIGHUP reach the whole process group. The main process ends its workers in time; a worker that
-    it cannot end exits ``GRACE`` seconds after SIGTERM or SIGHUP.
+    Ctrl-C, SIGTERM and :data:`.NOTICES` reach the whole process group. The main process ends its workers in time; a
+    worker that it cannot end exits ``GRACE`` seconds after such a signal.
 
     A worker has copies of the sockets over which its rank talks to the others, so these do not notice the loss of that
     rank while the worker lives. torch's watchdog misses a main process that was killed before the worker had started.
@@ -141,11 +167,20 @@ def start_worker(worker_id: int, main_process: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for number in signal.SIGTERM, signal.SIGHUP:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is with nohup
+    for number in signal.SIGTERM, *NOTICES:
+        if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: signal.alarm(GRACE))
     threading.Thread(target=_end_with, args=(main_process,), name='watchdog', daemon=True).start()
     sys.excepthook = _report_error
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]  # Python's own hook
+
+
+def _send_error(queue: multiprocessing.queues.Queue, error: Exception, message: tuple[int, Any]) -> None:
+    """Send an error in the place of a batch that cannot be sent, for which the main process would wait for ever."""
+    if isinstance(error, ConnectionError):  # the main process is gone
+        return
+    reason = UserError(f'a worker cannot send a batch: {first_line(error)}: {RESOURCES}.')
+    queue.put((message[0], ExceptionWrapper((UserError, reason, None), 'in a worker')))
 
 
 def _end_with(main_process: int) -> None:
@@ -170,15 +205,20 @@ def translate_worker_errors() -> Iterator[None]:
     """Translate the errors of a worker that reach the main process.
 
     Raises:
-        UserError: As the worker raised it; torch adds a traceback to its text.
+        UserError: As the worker raised it; torch adds a traceback to its text. Or too few files can be open for a
+            batch to be received.
         WorkerLost: The worker died while it sent a batch.
     """
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].rpartition('UserError: ')[2]) from error
+        raise UserError(str(error).rpartition('UserError: ')[2].strip()) from error  # names may have several lines
     except (EOFError, ConnectionError) as error:
         raise WorkerLost from error
+    except RuntimeError as error:
+        if 'open files' in str(error) or 'ancdata' in str(error):
+            raise UserError(f'a batch of a worker cannot be received: {first_line(error)}: {RESOURCES}.') from error
+        raise
 
 
 def is_lost_worker(error: BaseException) -> bool:

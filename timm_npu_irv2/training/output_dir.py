@@ -1,22 +1,20 @@
 """The output folder of a run: locked by one run at a time, never with the files of two runs in it."""
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
 import socket
-import stat
 import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
 
 from timm.models import safe_model_name
 
 from ..distributed import World, agree, restarted
 from ..errors import UserError
+from ..serialization import open_record
 from .saver import checkpoints_in
 
 __all__ = ['default_name', 'output_dir']
@@ -59,25 +57,6 @@ def _enter(folder: Path, resume: str, stack: contextlib.ExitStack) -> None:
             leftover.unlink()
 
 
-def _open_lock(path: Path) -> TextIO:
-    """Open the lock file, which is created unless it exists.
-
-    Raises:
-        UserError: Something lies there that stands for another file, whose content would be lost.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise UserError(f'{path} is a symbolic link: remove it, or choose another --output.') from error
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-        os.close(descriptor)
-        raise UserError(f'{path} is not a file of its own: remove it, or choose another --output.')
-    return os.fdopen(descriptor, 'r+')
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock that ends with the process, however that ends.
@@ -88,7 +67,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # the lock may be there, and writable, where no file can be created
             pass
-        file = _open_lock(folder / '.lock')
+        file = open_record(folder / '.lock')
     except OSError as error:
         raise UserError(f"cannot write to the output folder '{folder}': {error.strerror}; choose --output.") from error
     with file:
