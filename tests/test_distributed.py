@@ -34,7 +34,9 @@ from timm_npu_irv2.distributed import (
     gather_objects,
     initialize,
     is_launched,
+    is_lost_peer,
     launch,
+    on_primary,
     shutdown,
     sum_over_ranks,
     together,
@@ -206,7 +208,10 @@ def test_an_insistent_interrupt_is_an_interrupt(monkeypatch):
 
 def _tell(world: World) -> dict:
     exact = sum_over_ranks(torch.tensor([2**53 + world.rank, 1]), world)
-    return {'rank': world.rank, 'size': world.size, 'sum': exact, 'all': gather_objects({'rank': world.rank}, world)}
+    works: list[int] = []
+    on_primary(lambda: works.append(world.rank), world)
+    return {'rank': world.rank, 'size': world.size, 'sum': exact, 'all': gather_objects({'rank': world.rank}, world),
+            'works': works}
 
 
 def test_processes_know_each_other(two):
@@ -214,6 +219,7 @@ def test_processes_know_each_other(two):
     assert [(each['rank'], each['size']) for each in told] == [(0, 2), (1, 2)]
     assert all(each['sum'].tolist() == [2**54 + 1, 2] for each in told)
     assert told[0]['all'] == [{'rank': 0}, {'rank': 1}] and told[1]['all'] == []
+    assert told[0]['works'] == [0] and told[1]['works'] == []
 
 
 def test_rank_0_alone_searches_a_folder_and_all_have_its_images_or_its_error(two):
@@ -282,6 +288,15 @@ def evaluate_distributed(world: World) -> list[float]:
 def test_an_evaluation_goes_past_ddp_whose_forward_waits_for_processes_with_fewer_batches(two):
     """It would have shared the statistics of rank 0, too."""
     assert two['statistics'] == [[0, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(('error', 'expected'), [
+    (torch.distributed.DistNetworkError('The client socket has timed out'), True),
+    (RuntimeError('[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:7'), True),
+    (RuntimeError('mat1 and mat2 shapes cannot be multiplied'), False),
+])
+def test_the_end_of_another_process_is_known_by_its_error(error, expected):
+    assert is_lost_peer(error) is expected
 
 
 class EnterFolders:

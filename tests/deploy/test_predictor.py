@@ -1,5 +1,6 @@
 """The predictor: each call gets its own answers, one bad image harms no other, and every call ends."""
 
+import ctypes
 import io
 import multiprocessing
 import os
@@ -184,6 +185,7 @@ class Marked(torch.Tensor):
     torch.zeros(3, SIZE, SIZE), torch.zeros(3, SIZE + 1, SIZE, dtype=torch.uint8),
     None, 3, b'', b'no image', 'nowhere.png',
     np.zeros((3, 4, 5, 6), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 9), np.uint8),
+    np.zeros((4, 4), np.int32), np.zeros((4, 4), np.uint16), np.zeros((4, 4), np.float32), np.zeros((4, 4), bool),
     torch.nested.nested_tensor([torch.zeros(3, 4, 4, dtype=torch.uint8)]), 'a\nb.png', '/dev/zero',
     Image.new('RGB', (0, 0)), Image.new('F', (4, 4)), object(), [None], {'a': 1},
 ], ids=lambda bad: f'{type(bad).__name__}')
@@ -191,11 +193,36 @@ def test_what_is_no_image_is_refused_and_harms_no_other_call(small, bad):
     slow = Slow()
     with Predictor(small, compiled=slow, batch_size=8) as predictor, ThreadPoolExecutor(4) as threads:
         others = [threads.submit(predictor.predict, marked(mark)) for mark in (1, 2, 3)]
-        with pytest.raises(UserError) as caught:
-            predictor.predict(bad if isinstance(bad, list) else [bad])
+        try:
+            with pytest.raises(UserError) as caught:
+                predictor.predict(bad if isinstance(bad, list) else [bad], timeout=0.05)
+        finally:
+            slow.go.set()
         assert '\n' not in str(caught.value)
-        slow.go.set()
         assert [other.result(SECONDS)[0]['indices'][0] for other in others] == [1, 2, 3]
+
+
+@pytest.mark.parametrize('bad', [None, 3, io.BytesIO(b'')])
+def test_what_is_no_image_is_named_by_its_type(small, bad):
+    """An open file is read by nobody: who closes it, and from where it is read, would be open questions."""
+    said = f'image 0 cannot be read: a {type(bad).__name__} is not an image'
+    with Predictor(small, compiled=Echo([])) as predictor, pytest.raises(UserError, match=said):
+        predictor.predict([bad])
+
+
+def test_there_are_no_more_answers_than_classes(small):
+    with Predictor(small, topk=100) as predictor:
+        (answer,) = predictor.predict(marked(1))
+    assert sorted(answer['indices']) == list(range(CLASSES))
+
+
+def test_closing_does_not_wait_for_a_batch_to_fill(small):
+    predictor = Predictor(small, compiled=Echo([]), batch_size=2, max_wait=10 * SECONDS)
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(predictor.predict, marked(1))
+        wait_until_waiting(predictor, 1)
+        predictor.close(timeout=SECONDS)
+        assert call.result(SECONDS)[0]['indices'][0] == 1
 
 
 def test_a_subclass_of_tensor_is_an_image(small):
@@ -316,7 +343,8 @@ def test_the_queue_is_bounded(small):
         with pytest.raises(QueueFull, match='max_waiting=2'):
             predictor.predict(marked(3), block=False)
         with pytest.raises(TimeoutError):
-            predictor.predict(marked(3), timeout=0.05)
+            predictor.predict([marked(3)] * 3, timeout=0.05)
+        assert predictor.waiting == 2
         calls.append(threads.submit(predictor.predict, [marked(mark) for mark in (4, 5, 6)]))  # waits for room
         slow.go.set()
         assert [answer['indices'][0] for call in calls for answer in call.result(SECONDS)] == [0, 1, 2, 4, 5, 6]
@@ -337,6 +365,63 @@ def test_closing_may_drop_what_waits(small):
         slow.go.set()
         assert first.result(SECONDS)[0]['indices'][0] == 1
         closing.join(SECONDS)
+
+
+def test_a_call_that_waits_for_room_ends_when_the_predictor_is_closed(small):
+    """Also where the network does not return, so that there will be no room."""
+    slow = Slow()
+    predictor = Predictor(small, compiled=slow, batch_size=1, max_waiting=1)
+    with ThreadPoolExecutor(3) as threads:
+        calls = [threads.submit(predictor.predict, marked(0))]
+        assert slow.begun.wait(SECONDS)
+        calls.append(threads.submit(predictor.predict, marked(1)))
+        wait_until_waiting(predictor, 1)
+        calls.append(threads.submit(predictor.predict, marked(2)))
+        time.sleep(0.1)  # so that it does wait; a later call is refused in any case
+        with pytest.raises(TimeoutError):
+            predictor.close(timeout=0.01)
+        try:
+            for call in calls:
+                with pytest.raises(RuntimeError, match='closed'):
+                    call.result(SECONDS)
+        finally:
+            slow.go.set()
+        predictor.close()
+
+
+def test_what_a_call_has_queued_is_dropped_if_there_is_no_room_for_the_rest(small):
+    slow = Slow()
+    with Predictor(small, compiled=slow, batch_size=1, max_waiting=2) as predictor, ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(predictor.predict, marked(0))]
+        assert slow.begun.wait(SECONDS)
+        calls.append(threads.submit(predictor.predict, marked(1)))
+        wait_until_waiting(predictor, 1)
+        with pytest.raises(TimeoutError):
+            predictor.predict([marked(2)] * 3, timeout=0.05)
+        slow.go.set()
+        assert [call.result(SECONDS)[0]['indices'][0] for call in calls] == [0, 1]
+    assert sum(slow.log) == 2
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+def test_if_the_thread_dies_calls_fail_instead_of_waiting_for_ever(small):
+    """A server may kill threads that have worked for too long, with an exception from outside."""
+    predictor = Predictor(small, compiled=Echo([]))
+    (thread,) = (each for each in threading.enumerate() if each.name == 'predictor')
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match='closed'):
+            predictor.predict(marked(1), timeout=SECONDS)
+    predictor.close()
+
+
+def test_a_network_of_many_channels_takes_tensors_alone():
+    network = to_inference(timm.create_model(OURS, num_classes=2, in_chans=5).eval())
+    network.pretrained_cfg['input_size'] = (5, SIZE, SIZE)
+    with Predictor(network, compiled=Echo([])) as predictor:
+        with pytest.raises(UserError, match='takes 5 channels, which no image file has: use tensors'):
+            predictor.predict(Image.new('RGB', (9, 9)))
+        assert predictor.predict(torch.full((5, SIZE, SIZE), 3, dtype=torch.uint8))[0]['indices'][0] == 3
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
