@@ -1,6 +1,8 @@
 """Files are whole or not there, whatever lies in the folder, and what cannot be written is one message."""
 
+import importlib
 import os
+import pwd
 import subprocess
 import sys
 import zipfile
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from timm_npu_irv2 import serialization
+from timm_npu_irv2.cli import environment
 from timm_npu_irv2.cli.checks import check_output_file
 from timm_npu_irv2.data.decode import read_image
 from timm_npu_irv2.data.folder import ImageFile
@@ -281,3 +284,17 @@ def test_a_damaged_image_of_a_long_path_does_not_spoil_the_checkpoint(tmp_path):
     state = {'state_dict': {'a': torch.zeros(1)}, 'bad_images': {'folder/' * 500 + 'a.png': 'it is torn'}}
     serialization.write_checkpoint(state, tmp_path / 'a.pth.tar')
     assert serialization.read_checkpoint(tmp_path / 'a.pth.tar')['bad_images'] == state['bad_images']
+
+
+def test_a_user_without_a_home_has_no_folder_called_tilde(monkeypatch):
+    """As ``docker run --user`` may have none; libraries read HOME themselves, and so would make one."""
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv('HOME', raising=False)
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.delenv('TIMM_NPU_IRV2_CACHE', raising=False)
+    monkeypatch.setattr(pwd, 'getpwuid', unknown)
+    assert serialization.cache_folder() == Path('/.cache/timm_npu_irv2')
+    importlib.reload(environment)
+    assert os.environ['HOME'] == '/'

@@ -104,7 +104,9 @@ def _reason(error: BaseException) -> str:
     if broken is not None:
         return (f'{where} cannot be reached, and it is not in the cache ({one_line(broken)}): check the network, '
                 'set HF_ENDPOINT to a mirror, or load from a folder with local-dir:.')
-    return one_line(chain[0])
+    advice = (f': check the cache {hub_constants.HF_HUB_CACHE}, or choose another with HF_HOME.'
+              if isinstance(chain[0], OSError | UnicodeError) else '')
+    return one_line(chain[0]) + advice
 
 
 def split_revision(repo: str) -> tuple[str, str | None]:

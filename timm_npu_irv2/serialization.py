@@ -165,7 +165,8 @@ def open_record(path: Path) -> TextIO:
 def cache_folder() -> Path:
     """Return this package's folder for what was measured here: $TIMM_NPU_IRV2_CACHE, or one in the user's cache."""
     own = os.environ.get('TIMM_NPU_IRV2_CACHE')
-    users = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')  # noqa: PTH111 - Path.home may raise
+    # A user without a home, as of `docker run --user`, keeps the ~, which is no folder of the working directory.
+    users = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache').removeprefix('~')  # noqa: PTH111 - as above
     return Path(own or Path(users) / 'timm_npu_irv2')
 
 

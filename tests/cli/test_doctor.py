@@ -53,6 +53,18 @@ def test_a_home_that_is_no_folder_is_no_traceback(home):
     assert (process.returncode, process.stderr) == (0, '')
 
 
+def test_a_folder_that_may_not_be_looked_into_is_no_traceback(tmp_path, monkeypatch):
+    look = os.stat
+
+    def refuse(path: object, *words: object, **options: object) -> os.stat_result:  # root may look into every folder
+        if str(path).startswith(str(tmp_path)):
+            raise PermissionError(13, 'Permission denied')
+        return look(path, *words, **options)
+
+    monkeypatch.setattr(os, 'stat', refuse)
+    assert finding(diagnose(dict(os.environ), root=tmp_path), 'CANN').value == 'not found'
+
+
 def test_a_broken_torch_npu_is_diagnosed_though_it_breaks_import_torch(tmp_path):
     process = doctor(PYTHONPATH=install_broken_torch_npu(tmp_path, '2.1.0'))
     assert process.returncode == 1

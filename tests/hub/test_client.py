@@ -130,6 +130,14 @@ def test_a_damaged_file_that_cannot_be_removed_is_named(for_timm, online, monkey
         download('me/insects')
 
 
+def test_a_damaged_name_in_the_cache_is_told_with_the_place_of_the_cache(for_timm, online):
+    folder = cached(online, for_timm).parents[2]
+    online.stop()
+    (folder / 'refs' / 'main').write_bytes(bytes([0xff]) * 40)
+    with pytest.raises(UserError, match=rf'^me/insects: [^\n]*: check the cache {folder.parent}, or choose another'):
+        download('me/insects')
+
+
 def test_a_pipe_in_the_cache_is_not_waited_for(for_timm, online):
     blob = cached(online, for_timm).resolve()
     blob.unlink()

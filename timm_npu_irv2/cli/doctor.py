@@ -103,7 +103,7 @@ def _toolkits(environ: Mapping[str, str], root: Path) -> list[Path]:
     places = [base / name for base in bases for name in ('cann', 'ascend-toolkit')]
     if environ.get('ASCEND_TOOLKIT_HOME'):
         places.insert(0, Path(environ['ASCEND_TOOLKIT_HOME']))
-    return [place for place in places if place.is_dir()]
+    return [place for place in places if os.path.isdir(place)]  # noqa: PTH112 - Path.is_dir raises where it may not look
 
 
 def _cann_version(environ: Mapping[str, str], root: Path) -> str | None:

@@ -1,5 +1,8 @@
 """The command line of the hub: export, push, pull."""
 
+import timm_npu_irv2.cli.environment  # noqa: F401 - sets variables that libraries read when they are loaded
+
+# isort: split
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
