@@ -12,6 +12,8 @@ from timm_npu_irv2.data.pipeline import ImagePipeline
 from timm_npu_irv2.data.stream import create_stream_loader
 from timm_npu_irv2.distributed import World
 
+from .endings import error_without_shared_memory
+
 PIPELINE = ImagePipeline((3, 32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.5), crop_pct=0.9)
 IMAGES = [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8))
           for seed in range(6)]
@@ -61,3 +63,8 @@ def test_a_stream_says_that_it_starts_an_epoch_again(caplog):
     stream = loader()
     stream.set_epoch(3, start_batch=2)
     assert stream.samples.reader.epochs == [3] and 'epoch 3 starts again' in caplog.text
+
+
+def test_a_batch_for_which_there_is_no_shared_memory_is_an_error_of_one_line():
+    found = error_without_shared_memory(loader(num_workers=1))
+    assert len(found) == 1 and found[0].startswith('a worker cannot send a batch: '), found

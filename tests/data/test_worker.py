@@ -9,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -25,6 +24,8 @@ from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.training.loaders import build_eval_loader, build_train_loader
 from timm_npu_irv2.training.options import parse_args
+
+from .endings import error_of, error_without_shared_memory
 
 CONFIG = {'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bilinear',
           'crop_pct': 1.0, 'crop_mode': 'center'}
@@ -151,36 +152,11 @@ def test_the_four_colours_of_print_become_three(tmp_path):
     assert np.abs(pixels - (200, 30, 60)).max() <= 4
 
 
-LIMIT = 600  # seconds, for a machine that is busy
-
-
-def error_of(loader) -> list[str]:
-    """Return the text of the UserError that ends an iteration; [] if it has not ended in time."""
-    found: list[str] = []
-
-    def iterate() -> None:
-        try:
-            list(loader)
-            found.append('no error')
-        except UserError as error:
-            found.append(str(error))
-
-    thread = threading.Thread(target=iterate, daemon=True)
-    thread.start()
-    thread.join(LIMIT)
-    return found
-
-
 def test_a_batch_for_which_there_is_no_shared_memory_is_an_error_of_one_line(folder):
     """A container has 64 MiB unless it is told otherwise. A limit on the size of files stands for that."""
     _, loader = loaders(options(folder, '-j', '1'))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # the batch has 4 × 3 × 32 × 32 bytes
-    try:
-        found = error_of(loader)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        loader.close()
+    found = error_without_shared_memory(loader)
+    loader.close()
     assert len(found) == 1 and '\n' not in found[0], found
     assert found[0].startswith('a worker cannot send a batch: ') and 'docker run --shm-size' in found[0]
 

@@ -1,7 +1,8 @@
 """Data sets that are streams, through timm's own loader."""
 
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..errors import UserError
 from .augmentation import Augmentation
 from .dataset import class_to_idx
 from .pipeline import ImagePipeline
-from .worker import translate_worker_errors
+from .worker import send_errors, translate_worker_errors
 
 __all__ = ['StreamLoader', 'create_stream_loader']
 
@@ -135,7 +136,14 @@ def create_stream_loader(
         collate_fn=mixup,
         **options,
     )
+    inner = getattr(loader, 'loader', loader)
+    inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
     return StreamLoader(loader, world.device, dtype, pipeline, mixup)
+
+
+def _start_worker(seed_worker: Callable[[int], None], worker_id: int) -> None:
+    send_errors()
+    seed_worker(worker_id)
 
 
 def _last_line(error: BaseException) -> str:

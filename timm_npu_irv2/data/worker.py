@@ -27,8 +27,8 @@ from .decode import to_pil_mode
 from .samplers import Batch, SampleKey, derive_seed, preserve_rng_state, reseed
 from .wds import LeftOut
 
-__all__ = ['BatchDataset', 'LoadedBatch', 'WorkerDataLoader', 'WorkerLost', 'is_lost_worker', 'start_method',
-           'start_worker', 'translate_worker_errors']
+__all__ = ['BatchDataset', 'LoadedBatch', 'WorkerDataLoader', 'WorkerLost', 'is_lost_worker', 'send_errors',
+           'start_method', 'start_worker', 'translate_worker_errors']
 
 GRACE = 30  # seconds; torchrun, too, waits as long between SIGTERM and SIGKILL
 POLL = 1  # seconds between two looks of a worker at its main process
@@ -172,11 +172,18 @@ def start_worker(worker_id: int, main_process: int) -> None:
             signal.signal(number, lambda number, frame: signal.alarm(GRACE))
     threading.Thread(target=_end_with, args=(main_process,), name='watchdog', daemon=True).start()
     sys.excepthook = _report_error
-    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]  # Python's own hook
+    send_errors()
+
+
+def send_errors() -> None:
+    """Let a worker send an error in the place of a batch that it cannot send, which Python would drop.
+
+    The main process would wait for that batch for ever.
+    """
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]  # a hook of Python's
 
 
 def _send_error(queue: multiprocessing.queues.Queue, error: Exception, message: tuple[int, Any]) -> None:
-    """Send an error in the place of a batch that cannot be sent, for which the main process would wait for ever."""
     if isinstance(error, ConnectionError):  # the main process is gone
         return
     reason = UserError(f'a worker cannot send a batch: {first_line(error)}: {RESOURCES}.')
