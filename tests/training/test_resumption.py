@@ -195,6 +195,29 @@ def test_what_has_changed_in_the_data_is_named(now, said):
                                  '--allow-changed-data to continue with it as it is.')
 
 
+def test_what_a_fingerprint_does_not_know_is_not_compared():
+    then, now = fingerprint('a/1 b/1'), fingerprint('a/1 b/2')
+    for unknown in 'names', 'classes', 'count':
+        then['training'][unknown] = None
+        if unknown == 'names':
+            check_data('last.pth.tar', then, now)
+            check_data('last.pth.tar', now, then)
+    check_data('last.pth.tar', then, fingerprint('c/1 c/2 c/3'))
+
+
+def test_classes_that_change_places_are_changed_data():
+    files = Samples(['a/1', 'b/1'])
+    then, now = ({'training': describe_data(files, classes)} for classes in ({'a': 0, 'b': 1}, {'a': 1, 'b': 0}))
+    with pytest.raises(UserError, match='the classes have other indices'):
+        check_data('last.pth.tar', then, now)
+
+
+def test_names_of_any_bytes_have_a_fingerprint_and_their_borders_count():
+    odd = [describe_data(Samples(names), None)['names'] for names in (
+        ['caf\udce9/1', '2'], ['caf\udce9/', '12'], ['café/1', '2'])]
+    assert len(set(odd)) == 3
+
+
 @pytest.mark.parametrize(('now', 'position'), [('a/1 b/1', Position(0, 2, 2)), ('a/1 b/2', Position(0, 0, 0))])
 def test_an_epoch_begins_again_with_changed_data_that_are_allowed(tmp_path, now, position):
     trainer, info = trainer_by_options(seed=0)

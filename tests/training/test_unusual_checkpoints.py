@@ -14,6 +14,7 @@ from tests.training.test_checkpoint import (
     assert_same,
     info_of,
     options,
+    save_at,
     saver_in,
     train_epochs,
     trainer_by_options,
@@ -235,7 +236,35 @@ def test_entries_that_would_act_are_refused(tmp_path, change, said):
     assert '\n' not in str(caught.value)
 
 
+def test_the_optimizer_of_another_program_keeps_its_settings(tmp_path):
+    """As in timm, whose checkpoints do not tell which options have changed."""
+    trainer = trainer_of(ARGS)
+    trainer.train_one_epoch()
+    state = trainer.optimizer.state_dict()
+    state['param_groups'][0].update(momentum=0.7, weight_decay=0.01)
+    write_checkpoint({'state_dict': trainer.module.state_dict(), 'optimizer': state}, tmp_path / 'a.pth.tar')
+    resume(trainer, tmp_path / 'a.pth.tar', info_of(ARGS))
+    group = trainer.optimizer.param_groups[0]
+    assert (group['momentum'], group['weight_decay']) == (0.7, 0.01)
+
+
 # The saver
+
+
+def test_an_epoch_without_a_metric_is_never_the_best(tmp_path):
+    trainer, saver = trainer_of(ARGS), saver_in(tmp_path, ARGS)
+    for epoch, metric in enumerate([float('nan'), 10.0]):
+        saver.save_epoch(trainer, epoch, metric)
+    saver.wait()
+    assert (saver.best_metric, saver.best_epoch) == (10.0, 1)
+
+
+def test_what_is_resumed_last_is_the_newest_though_others_went_further(tmp_path):
+    trainer = trainer_of(ARGS)
+    save_at(tmp_path, trainer, (4, 2), (5, 3))
+    save_at(tmp_path, trainer, (4, 3), resumed_from=tmp_path / 'recovery-4-2.pth.tar')
+    last = save_at(tmp_path, trainer, (2, 0), resumed_from=tmp_path / 'recovery-5-3.pth.tar')
+    assert find_newest(tmp_path) == Path(last) == tmp_path / 'recovery-2-0.pth.tar'
 
 
 def test_weights_so_large_that_their_sum_overflows_are_saved(tmp_path):
