@@ -122,8 +122,8 @@ def atomic_link(source: Path, target: Path) -> None:
 
 def describe_obstacle(path: str | os.PathLike) -> str:
     """Return why a path cannot be that of a file to write or read, such as /dev/null; '' if it can be."""
-    with contextlib.suppress(OSError, ValueError):
-        if str(Path(path).readlink()).startswith('/proc/'):  # /dev/stdout leads to a file where output goes to one
+    with contextlib.suppress(OSError, ValueError):  # /dev/stdout and /dev/fd/1 lead to a file where output goes to one
+        if any(str(place).startswith('/proc/') for place in (Path(path).parent.resolve(), Path(path).readlink())):
             return 'it is one of the streams of the program'
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir may raise
         return 'it is a folder'
@@ -164,10 +164,9 @@ def open_record(path: Path) -> TextIO:
 
 def cache_folder() -> Path:
     """Return this package's folder for what was measured here: $TIMM_NPU_IRV2_CACHE, or one in the user's cache."""
-    own = os.environ.get('TIMM_NPU_IRV2_CACHE')
     # A user without a home, as of `docker run --user`, keeps the ~, which is no folder of the working directory.
     users = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache').removeprefix('~')  # noqa: PTH111 - as above
-    return Path(own or Path(users) / 'timm_npu_irv2')
+    return Path(os.environ.get('TIMM_NPU_IRV2_CACHE') or Path(users) / 'timm_npu_irv2')
 
 
 @contextlib.contextmanager

@@ -59,6 +59,13 @@ def test_links_are_followed_and_circles_end(tmp_path):
     assert [image.name for image in find_images(root)] == ['cat/a.png', 'dog/b.png']
 
 
+def test_a_link_to_itself_is_named(tmp_path):
+    (tmp_path / 'dog').mkdir()
+    (tmp_path / 'dog' / 'link').symlink_to('link')
+    with pytest.raises(UserError, match=rf'^{tmp_path}/dog/link: Too many levels of symbolic links$'):
+        list(find_images(str(tmp_path)))
+
+
 def test_a_tar_file_holds_what_unpacking_it_gives(tmp_path, caplog):
     first, second = (write(tmp_path / f'{number}.png', number).read_bytes() for number in (1, 2))
 

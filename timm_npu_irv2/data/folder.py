@@ -126,7 +126,8 @@ def _name_root(root: str) -> Iterator[None]:
     try:
         yield
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f'{root}: {getattr(error, "strerror", None) or first_line(error)}') from error
+        place = getattr(error, 'filename', None) or root
+        raise UserError(f'{place}: {getattr(error, "strerror", None) or first_line(error)}') from error
 
 
 def _no_images(root: str, skipped: int) -> UserError:
