@@ -169,7 +169,7 @@ def load_tuned(path: str | Path) -> Tuned:
     try:
         report = read_json(path)
     except UserError as error:
-        raise UserError(f'{error} Run `benchmark.py tune` again.') from error
+        raise UserError(f'{str(error).rstrip(".")}. Run `benchmark.py tune` again.') from error
     with rules.naming(path):
         schema.check_tuned(report)
     return Tuned(Workload(**report['workload']), report['chosen'], path, report)
