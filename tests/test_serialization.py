@@ -281,6 +281,20 @@ def test_a_text_without_end_is_not_read_to_its_end(tmp_path):
         serialization.read_text(tmp_path / 'a.txt', 'the text')
 
 
+@pytest.mark.parametrize(('weights', 'average'), [('state_dict', 'state_dict_ema'), ('model', 'model_ema'),
+                                                  (None, None)])
+def test_weights_are_found_under_the_names_of_other_programs(tmp_path, weights, average):
+    """Without the prefixes of DDP and torch.compile, and without what is no tensor."""
+    def states(value: float) -> dict:
+        return {'module._orig_mod.a': torch.full((2,), value), 'epoch': 7}
+
+    torch.save({weights: states(1), average: states(2)} if weights else states(1), tmp_path / 'a.pth')
+    found = serialization.read_checkpoint(tmp_path / 'a.pth')
+    assert {name: value.tolist() for name, value in found['state_dict'].items()} == {'a': [1, 1]}
+    chosen = serialization.load_weights(tmp_path / 'a.pth', use_ema=True)['a']
+    assert chosen.tolist() == ([2, 2] if average else [1, 1])
+
+
 def test_a_damaged_image_of_a_long_path_does_not_spoil_the_checkpoint(tmp_path):
     state = {'state_dict': {'a': torch.zeros(1)}, 'bad_images': {'folder/' * 500 + 'a.png': 'it is torn'}}
     serialization.write_checkpoint(state, tmp_path / 'a.pth.tar')

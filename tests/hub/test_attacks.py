@@ -114,6 +114,7 @@ CONFIGS = {
     'cfg in model_args': lambda url: {'model_args': {'pretrained_cfg': {'url': url}, 'pretrained': True}},
     'url': lambda url: {'pretrained_cfg': {'url': url}},
     'file': lambda url: {'pretrained_cfg': {'file': '/etc/passwd'}},
+    'weights': lambda url: {'pretrained_cfg': {'state_dict': {'classif.bias': [0, 0]}}},
     'another repository': lambda url: {'pretrained_cfg': {'hf_hub_id': 'me/other'}},
     'a pickle': lambda url: {'pretrained_cfg': {'hf_hub_filename': 'pytorch_model.bin'}},
     'outside': lambda url: {'pretrained_cfg': {'hf_hub_filename': '../model.safetensors'}},

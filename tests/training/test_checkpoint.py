@@ -20,7 +20,7 @@ from timm_npu_irv2 import serialization
 from timm_npu_irv2.distributed import World
 from timm_npu_irv2.errors import CannotWrite, UserError
 from timm_npu_irv2.precision import create_precision
-from timm_npu_irv2.serialization import read_checkpoint, write_checkpoint
+from timm_npu_irv2.serialization import peek_checkpoint, read_checkpoint, write_checkpoint
 from timm_npu_irv2.training import setup
 from timm_npu_irv2.training.checkpoint import RunInfo, resume, training_state
 from timm_npu_irv2.training.engine import Diverged, Position, Trainer, TrainSettings
@@ -494,7 +494,7 @@ class Payload:
 
 @pytest.mark.parametrize('form', ['torch', 'pickle'])
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, form):
-    path, proof = tmp_path / 'a.pth.tar', tmp_path / 'it ran'
+    path, proof = tmp_path / 'last.pth.tar', tmp_path / 'it ran'
     if form == 'torch':
         torch.save({'state_dict': Payload(proof)}, path)
     else:
@@ -502,6 +502,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, form
     with pytest.raises(UserError, match='cannot be read as a checkpoint') as caught:
         read_checkpoint(path)
     assert '\n' not in str(caught.value)
+    assert peek_checkpoint(path) is None and find_newest(tmp_path) is None
     assert not proof.exists()
 
 

@@ -16,7 +16,7 @@ from timm_npu_irv2.errors import UserError
 from timm_npu_irv2.serialization import read_checkpoint, write_checkpoint
 from timm_npu_irv2.training.checkpoint import resume, training_state
 from timm_npu_irv2.training.engine import Position
-from timm_npu_irv2.training.layout import Layout, plan_layout
+from timm_npu_irv2.training.layout import Layout, check_layout, plan_layout, stored_layout
 from timm_npu_irv2.training.options import parse_args
 
 
@@ -168,3 +168,16 @@ def test_checkpoints_of_earlier_versions_go_on_where_they_are(tmp_path):
 def test_elastic_needs_what_it_goes_on_from(words, message):
     with pytest.raises(UserError, match=message):
         parse_args(words.split())
+
+
+def test_the_oldest_checkpoints_tell_the_layout_by_their_options():
+    training = {'processes': [{}, {}]}
+    assert stored_layout(training, {'batch_size': 8, 'grad_accum_steps': None}) == Layout(2, 8, 1)
+    assert stored_layout(training, {'batch_size': 8, 'multiprocessing_distributed': True}) == Layout(2, 4, 1)
+
+
+def test_batches_of_several_sizes_go_on_with_the_same_numbers_alone():
+    check_layout('a', Layout(2, 4, 1), Layout(2, 4, 1, 64), several_sizes=True)
+    check_layout('a', Layout(2, 4, 1), Layout(1, 8, 1))
+    with pytest.raises(UserError, match='such a run goes on with the same numbers only'):
+        check_layout('a', Layout(2, 4, 1), Layout(1, 8, 1), several_sizes=True)
