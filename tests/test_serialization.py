@@ -295,6 +295,23 @@ def test_weights_are_found_under_the_names_of_other_programs(tmp_path, weights, 
     assert chosen.tolist() == ([2, 2] if average else [1, 1])
 
 
+def test_the_checksum_of_weights_covers_names_types_and_shapes():
+    bits = torch.arange(4, dtype=torch.float32)
+    same_bits = {'a': bits}, {'b': bits}, {'a': bits.view(2, 2)}, {'a': bits.view(torch.int32)}
+    assert len({serialization.weights_checksum(each) for each in same_bits}) == 4
+
+
+def test_what_is_under_a_number_is_no_weight(tmp_path):
+    torch.save({'a': torch.ones(2), 7: torch.ones(2)}, tmp_path / 'a.pth')
+    assert list(serialization.load_weights(tmp_path / 'a.pth')) == ['a']
+
+
+def test_json_that_nests_too_deep_is_refused(tmp_path):
+    (tmp_path / 'config.json').write_text('{"a": ' + '[' * 60 + ']' * 60 + '}')
+    with pytest.raises(UserError, match='it nests more than'):
+        serialization.read_json(tmp_path / 'config.json')
+
+
 def test_a_damaged_image_of_a_long_path_does_not_spoil_the_checkpoint(tmp_path):
     state = {'state_dict': {'a': torch.zeros(1)}, 'bad_images': {'folder/' * 500 + 'a.png': 'it is torn'}}
     serialization.write_checkpoint(state, tmp_path / 'a.pth.tar')
