@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on one CUDA device, without a network, in at most 8 minutes: bash tests/gpu.sh [OUTPUT_FOLDER]
 # It needs torch 2.11 or newer with CUDA, this package (pip install -e .), and pytest. Each benchmark writes a JSON file
-# into the folder (./gpu by default) and prints a table. BATCH, 128 by default, is the batch size, LIMIT=480 the seconds for all.
+# into the folder (./gpu by default) and prints a table. BATCH, 128 by default, is the batch size, LIMIT=480 the seconds for
+# all; COMPILED=1 adds training compiled by Inductor, which takes minutes more: LIMIT=900 with it.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
@@ -30,7 +31,9 @@ fi
 
 mkdir -p "$output" || exit 2
 failed=()
-# step NAME COMMAND...: runs it in the time that is left, 170 s at most, with the output on the screen and in a file, and
+step_limit=${COMPILED:+500}
+step_limit=${step_limit:-170}
+# step NAME COMMAND...: runs it in the time that is left, $step_limit s at most, with the output on the screen and in a file, and
 # notes a failure.
 step() {
     local name=$1 left=$((limit - SECONDS))
@@ -40,13 +43,13 @@ step() {
         return
     fi
     printf '\n== %s (%s s)\n' "$name" "$SECONDS"
-    timeout -k 10 $((left < 170 ? left : 170)) "$@" 2>&1 | tee "$output/$name.log" || failed+=("$name")
+    timeout -k 10 $((left < step_limit ? left : step_limit)) "$@" 2>&1 | tee "$output/$name.log" || failed+=("$name")
 }
 
 "$python" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__)' | tee "$output/device.txt"
 step tests "$python" -m pytest -q -m cuda tests/cuda
 step step "${benchmark[@]}" step --device cuda --json "$output/step.json"
-step train "${benchmark[@]}" train --device cuda --amp -b "$batch" --rounds 5 --steps 5 --json "$output/train.json"
+step train "${benchmark[@]}" train --device cuda --amp ${COMPILED:+--compiled} -b "$batch" --rounds 5 --steps 5 --json "$output/train.json"
 step infer "${benchmark[@]}" infer --device cuda --dtype float16 -b "$batch" --rounds 5 --latencies 20 --json "$output/infer.json"
 step ops "${benchmark[@]}" ops --device cuda --json "$output/ops.json"
 budget=$((limit - SECONDS - 50))  # the verification at the end takes some time more

@@ -96,3 +96,10 @@ def test_a_safetensors_header_larger_than_its_file_is_refused(tmp_path, length):
 def test_safetensors_of_others_have_no_checksum_and_are_read(tmp_path, state_dict):
     safetensors.torch.save_file(state_dict, tmp_path / 'model.safetensors')
     assert not differences(serialization.load_weights(tmp_path / 'model.safetensors'), state_dict)
+
+
+@pytest.mark.parametrize('average', [torch.ones(0), torch.ones(2), 'x', [1]], ids=str)
+def test_an_average_that_is_no_state_dict_is_refused(tmp_path, state_dict, average):
+    torch.save({'state_dict': state_dict, 'state_dict_ema': average}, tmp_path / 'x.pth')
+    with pytest.raises(UserError):
+        serialization.read_checkpoint(tmp_path / 'x.pth')

@@ -86,3 +86,8 @@ def test_words_of_markdown_are_no_markup():
     for active in ('<', '[', '`', '*', '_', '!', '&', '#', '|'):
         assert f'\\{active}' in text and text.count(active) == text.count(f'\\{active}')
     assert '\n' not in text
+
+
+def test_a_word_that_is_too_long_for_a_line_is_cut():
+    text = str(UserError(f"--dist-url '{'a' * 5000}': expected tcp://host:port."))
+    assert text.startswith("--dist-url 'aaa") and text.endswith("': expected tcp://host:port.") and len(text) < 500

@@ -46,6 +46,8 @@ class Backend:
         cheap_elu: An ELU takes no longer than a ReLU, since both wait for memory. A CPU waits for its arithmetic.
         slow_slices: BatchNorm of a slice is faster with a copy first: a CPU vectorizes only what has no gaps.
         sums_products: A sum of products of matrices (torch.addbmm) is one call, elsewhere a loop.
+        fused_convolutions: The library whose convolutions add the bias and a residual, and take the ReLU.
+        records_kernels: :func:`record` works.
         tunable: Settings that ``benchmark.py tune`` tries only on devices of this type.
     """
 
@@ -57,14 +59,24 @@ class Backend:
     cheap_elu: bool = True
     slow_slices: bool = False
     sums_products: bool = False
+    fused_convolutions: str | None = None
+    records_kernels: bool = False
     tunable: tuple[str, ...] = ('memory_format',)
 
     @property
     def fused_convolution_dtypes(self) -> tuple[torch.dtype, ...]:
-        """Dtypes of oneDNN's convolutions with bias, addition and ReLU in one operator; none but on the CPU."""
+        """Dtypes for which ``fused_convolutions`` are available and worth using."""
+        if self.fused_convolutions == 'cudnn':
+            return (torch.float16, torch.bfloat16) if torch.backends.cudnn.enabled and _has_tensor_cores() else ()
         if self.type != 'cpu' or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
             return ()
         return (torch.float32, torch.bfloat16) if _onednn_has_bfloat16() else (torch.float32,)
+
+
+@functools.cache
+def _has_tensor_cores() -> bool:
+    """Return True if the GPU multiplies matrices of either 16-bit type: one of Ampere's generation or a later one."""
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 @functools.cache
@@ -78,8 +90,10 @@ _BACKENDS = {
     'npu': Backend('npu', 'hccl', visible='ASCEND_RT_VISIBLE_DEVICES', sums_products=True, tunable=(
         'lazy_fusion', 'task_queue', 'jit_compile', 'allow_internal_format', 'allow_hf32')),
     'cuda': Backend('cuda', 'nccl', torch.channels_last, visible='CUDA_VISIBLE_DEVICES', tunable=(
-        'memory_format', 'cudnn_benchmark', 'allow_tf32')),
-    'cpu': Backend('cpu', 'gloo', torch.channels_last, torch.bfloat16, cheap_elu=False, slow_slices=True),
+        'memory_format', 'cudnn_benchmark', 'allow_tf32'), fused_convolutions='cudnn',
+        records_kernels=True),
+    'cpu': Backend('cpu', 'gloo', torch.channels_last, torch.bfloat16, cheap_elu=False, slow_slices=True,
+                   fused_convolutions='onednn'),
 }
 _OTHER = Backend('other')
 
@@ -236,6 +250,30 @@ def preserve_switches(device: torch.device) -> Iterator[None]:
         products.allow_tf32, cudnn.benchmark = tf32, benchmark
         if options:
             options._npu_setOption(before)
+
+
+def record(work: Callable[[], torch.Tensor], device: torch.device) -> tuple[Callable[[], None], torch.Tensor]:
+    """Record the kernels of ``work`` on a GPU as a CUDA graph.
+
+    Args:
+        work: Function that launches the same kernels on the same memory in each call.
+        device: The GPU.
+
+    Returns:
+        A function that launches the kernels again, by a single call of the driver, and the tensor that receives the
+        result each time.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # outside the graph: the choice of algorithms, and the memory they need
+            work()
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = work()
+    return graph.replay, out
 
 
 def memory_format(device: torch.device | str) -> torch.memory_format:

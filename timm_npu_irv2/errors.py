@@ -1,5 +1,6 @@
 """Errors that a user can cause. Their text is one line: what was wrong, and what to do."""
 
+import re
 import signal
 
 __all__ = ['CannotWrite', 'DeviceUnavailable', 'Stopped', 'UnknownDialect', 'UserError', 'first_line', 'one_line',
@@ -16,6 +17,10 @@ class UserError(Exception):
 
     is_reported = False
     is_echo = False
+
+    def __str__(self) -> str:
+        """Return the text; of a word that is far too long for a line only the two ends."""
+        return re.sub(r'\S{400,}', lambda word: f'{word[0][:200]}…{word[0][-100:]}', super().__str__())
 
     @classmethod
     def echo(cls, text: str) -> 'UserError':

@@ -26,8 +26,8 @@ __all__ = ['BatchNormAct2d', 'BlockSequence', 'LayerFactory', 'PiecewiseNorm', '
 class _Dictionary:
     """The dictionary of a module's buffers once more.
 
-    Dynamo takes ``__dict__['_buffers']`` for the property of that name up to PyTorch 2.11, and a getter that looks there
-    calls itself without an end. In a plain dictionary torch.export would take the buffers for attributes and copy it.
+    Up to PyTorch 2.11 Dynamo takes ``__dict__['_buffers']`` for the property of that name, and a getter that looks
+    there calls itself without an end. A plain dictionary torch.export would take for an attribute, and copy it.
     """
 
     def __init__(self, buffers: Dict[str, Optional[Tensor]]) -> None:

@@ -417,7 +417,7 @@ def _read_pickle(path: Path) -> Any:
 def _with_usual_names(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the entries of a checkpoint under timm's names for them."""
     weights = content.get('state_dict', content.get('model', content))
-    average = content.get('state_dict_ema') or content.get('model_ema')
+    average = content.get('state_dict_ema', content.get('model_ema'))
     rest = {} if weights is content else {key: value for key, value in content.items() if key not in _WEIGHTS}
     rest['state_dict'] = _clean(weights, path)
     if average is not None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from timm_npu_irv2.deploy import Predictor, to_inference
+from timm_npu_irv2.deploy import Predictor, to_inference, trace
 from timm_npu_irv2.ops import batch_norm_relu, normalize_images, scaled_relu, scaled_residual_relu, use_variants
 from timm_npu_irv2.ops.activation import scaled_relu_reference
 from timm_npu_irv2.ops.batch_norm import batch_norm_relu_reference
@@ -105,6 +105,15 @@ def test_the_network_is_that_of_timm(kernels):
         assert relative_error(ours.eval()(images), reference.eval()(images)) < 1e-4
 
 
+def test_the_network_compiles():
+    model = timm.create_model('inception_resnet_v2_npu', num_classes=10, drop_rate=0.0).to(CUDA).train()
+    images = values(2, 3, 107, 107)
+    with torch.no_grad():
+        expected = model(images)
+        actual = torch.compile(model, backend='aot_eager')(images)
+    assert relative_error(actual, expected) < 1e-4
+
+
 @pytest.mark.parametrize('optimizer', ['sgd', 'adamw', 'npufusedsgd'])
 @pytest.mark.parametrize('level', ['O1', 'O2'])
 def test_a_step_in_16_bits_lowers_the_loss(level, optimizer):
@@ -135,7 +144,13 @@ def test_inference(dtype):
         expected = reference.eval()(images)
         network = to_inference(ours.eval(), CUDA, dtype)
         actual = network(images.to(CUDA)).float().cpu()
-    assert relative_error(actual, expected) < (1e-4 if dtype == torch.float32 else 5e-2)
+        replayed = trace(network, images.to(CUDA, dtype))
+        again = [replayed(each.to(CUDA, dtype)).float().cpu() for each in (images.flip(0), images, images[:1])]
+        again.append(torch.compile(network, backend='aot_eager')(images.to(CUDA, dtype)).float().cpu())
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    assert relative_error(actual, expected) < tolerance
+    for found, right in zip(again, (expected.flip(0), expected, expected[:1], expected), strict=True):
+        assert relative_error(found, right) < tolerance
     with Predictor(network, topk=2) as predictor:
         answers = predictor.predict(list(torch.randint(0, 256, (5, 3, 299, 299), dtype=torch.uint8)))
     assert len(answers) == 5 and all(len(answer['indices']) == 2 for answer in answers)

@@ -448,3 +448,11 @@ def test_validate_and_inference_run_on_an_engine(run, capsys, tmp_path):
 def test_what_an_engine_cannot_do_is_told_in_a_line(run, capsys, script, options, message):
     code, error = run(script, capsys, *options)
     assert code == 2 and message in error.splitlines()[-1]
+
+
+def test_onnx_runtime_reports_nothing(tmp_path):
+    """Its reports are collected in a file in the folder of temporary files before they are sent."""
+    environment = {name: value for name, value in os.environ.items() if name not in ('ORT_DISABLE_TELEMETRY', 'CI')}
+    code = "from timm_npu_irv2.deploy.onnx import optional; optional('onnxruntime')"
+    subprocess.run([sys.executable, '-c', code], env={**environment, 'TMPDIR': str(tmp_path)}, check=True)
+    assert not list(tmp_path.iterdir())

@@ -178,6 +178,15 @@ def test_frozen_weights_stay_out_of_the_buffers():
     assert all(torch.equal(after[name], free.state()[name]) for name in ('block.weight', 'norm.weight'))
 
 
+def test_a_state_that_fits_some_parameters_only_is_one_line():
+    run = Run('sgd')
+    run.step()
+    state = run.optimizer.state_dict()
+    state['state'][1]['momentum_buffer'] = None
+    with pytest.raises(UserError, match='momentum_buffer fits some of its parameters only'):
+        Run('sgd').optimizer.load_state_dict(state)
+
+
 def test_a_weight_outside_the_loss_is_named():
     run = Run('sgd')
     run.model.forward = lambda x: run.model.stem(x.bfloat16()).float().mean((2, 3))

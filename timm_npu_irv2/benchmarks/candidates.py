@@ -66,9 +66,10 @@ def candidates(
         recompute: bool = False,
         zoo: bool = False,
         best: bool = False,
+        compiled: bool = False,
         settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Candidate]:
-    """Return {short name: candidate}: 'ours', 'timm', and 'ours, recomputing' and 'zoo' if asked for.
+    """Return {short name: candidate}: 'ours', 'timm', and others if asked for.
 
     All train with label smoothing 0.1; all but the zoo's with timm's 'sgd' (Nesterov's momentum, weight decay but for
     biases and norms).
@@ -80,12 +81,21 @@ def candidates(
         best: Add ours with the variants that move the fewest bytes on an A2 by count: 1×1 convolutions as products of
             matrices, and TORCH_NPU_LAZY_FUSION.
         zoo: Add the recipe of the model zoo's script: apex's O2 with a static loss scale of 128 and apex's NpuFusedSGD.
+        compiled: Add ours and timm's, compiled by Inductor.
         settings: Settings of ours that ``benchmark.py tune`` chose, of those that do not hold for the whole process.
     """
     found = {
         'ours': Candidate('inception_resnet_v2_npu', lambda workload: _ours(workload, amp, settings=settings)),
         'timm': Candidate('inception_resnet_v2 (timm)', lambda workload: _timm(workload, amp)),
     }
+    if compiled:
+        inductor = {**(settings or {}), 'torchcompile': 'inductor'}
+        found['ours, compiled'] = Candidate(
+            'inception_resnet_v2_npu, compiled', lambda workload: _ours(workload, amp, settings=inductor),
+        )
+        found['timm, compiled'] = Candidate(
+            'inception_resnet_v2 (timm), compiled', lambda workload: _timm(workload, amp, 'inductor'),
+        )
     if recompute:
         found['ours, recomputing'] = Candidate(
             'inception_resnet_v2_npu, recomputing', lambda workload: _ours(workload, amp, recompute='cheap'),
@@ -153,12 +163,14 @@ def _step(workload: Workload, precision: Precision, model: nn.Module, optimizer:
     return step
 
 
-def _timm(workload: Workload, amp: bool) -> Step:
-    model = workload.network('inception_resnet_v2')
+def _timm(workload: Workload, amp: bool, compiler: str | None = None) -> Step:
+    model: Any = workload.network('inception_resnet_v2')
     dtype = devices.half_dtype(workload.device) if amp else None
     # The default first scale, 2**16, may overflow here, and a step that is skipped costs less than one that is not.
     scaler = torch.amp.GradScaler(workload.device.type, init_scale=2.0 ** 10, enabled=dtype == torch.float16)
     optimizer = _optimizer(model)
+    if compiler:
+        model = torch.compile(model, backend=compiler)
     images, targets = workload.batch()
     criterion = _criterion()
 

@@ -91,7 +91,8 @@ def _available(name: str, device: torch.device, dtype: str) -> bool:
         dtypes = ('float32', 'bfloat16', INT8) if runtime == OPENVINO else ('float32', INT8)
         return device.type == 'cpu' and not missing and dtype in dtypes and (name in ENGINES or dtype != INT8
                                                                              or runtime == OPENVINO)
-    return (dtype != INT8 or name in PEERS) and (device.type == 'cpu' or name != OURS_TRACED)
+    traceable = devices.backend(device).fused_convolutions is not None
+    return (dtype != INT8 or name in PEERS) and (name != OURS_TRACED or traceable)
 
 
 def prepare(folder: Path, names: Iterable[str], img_size: int, dtype: str = 'float32') -> None:

@@ -10,7 +10,7 @@ __all__ = ['BENCHMARK', 'CANDIDATES', 'CHIPS', 'CLIENTS', 'ENGINES', 'INT8']
 
 # Candidates of `infer`.
 OURS, OURS_COMPILED, OURS_UNFOLDED = 'ours', 'ours-compiled', 'ours-unfolded'  # the last as train.py evaluates it
-OURS_TRACED = 'ours-traced'  # only on a CPU
+OURS_TRACED = 'ours-traced'  # on a CPU and on a GPU
 TIMM, COMPILED = 'timm', 'timm-compiled'
 CHANNELS_LAST, ONNXRUNTIME, OPENVINO = 'timm-channels-last', 'onnxruntime', 'openvino'
 ENGINES = {f'ours-{name}': name for name in (ONNXRUNTIME, OPENVINO)}  # this package's network on them
@@ -61,6 +61,7 @@ _TRAIN = (
     _count('--rounds', 'turns of each network', 7),
     _count('--steps', 'steps in a turn', 3),
     _count('--warmup', 'steps before the first turn', 2, 0),
+    _switch('--compiled', 'also measure both networks compiled by Inductor; compiling takes minutes'),
     _TUNED,
 )
 

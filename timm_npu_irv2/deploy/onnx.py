@@ -41,6 +41,8 @@ def optional(name: str, extra: str = 'export', install: str = '') -> ModuleType:
     Raises:
         UserError: It is not installed.
     """
+    if name.partition('.')[0] == 'onnxruntime':  # from 1.29 on it reports its use to its maker, unless told otherwise
+        os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
     try:
         return __import__(name, fromlist=['*'])
     except ImportError as error:

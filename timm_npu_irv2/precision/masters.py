@@ -258,8 +258,12 @@ class FlatMasters(Masters):
         return {**state_dict, 'state': state, 'param_groups': groups}
 
     def _join_state(self, name: str, values: list[Any], part: '_Part') -> Any:
-        if not isinstance(values[0], Tensor) or values[0].shape != part.members[0].shape:
+        fits = [isinstance(v, Tensor) and v.shape == m.shape for v, m in zip(values, part.members, strict=True)]
+        if not any(fits):
             return values[0]
+        if not all(fits):
+            raise UserError(f"the optimizer's state {name} fits some of its parameters only: resume from an earlier "
+                            'checkpoint, or use --no-resume-opt.')
         pieces = [_in_memory_order(v.to(m), m) for v, m in zip(values, part.members, strict=True)]
         return torch.cat(_with_gaps(pieces)) * self._state_scale.get(name, 1.0)
 
