@@ -91,3 +91,8 @@ def test_words_of_markdown_are_no_markup():
 def test_a_word_that_is_too_long_for_a_line_is_cut():
     text = str(UserError(f"--dist-url '{'a' * 5000}': expected tcp://host:port."))
     assert text.startswith("--dist-url 'aaa") and text.endswith("': expected tcp://host:port.") and len(text) < 500
+
+
+@pytest.mark.parametrize('mark', '\\`*_{}[]<>#&|~$!')
+def test_no_character_of_a_text_is_markup(mark):
+    assert markdown_text(f'a{mark}b') == f'a\\{mark}b'
