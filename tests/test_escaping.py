@@ -96,3 +96,10 @@ def test_a_word_that_is_too_long_for_a_line_is_cut():
 @pytest.mark.parametrize('mark', '\\`*_{}[]<>#&|~$!')
 def test_no_character_of_a_text_is_markup(mark):
     assert markdown_text(f'a{mark}b') == f'a\\{mark}b'
+
+
+@pytest.mark.parametrize(('text', 'span'), [
+    ('a', '`a`'), ('`a', '`` `a ``'), ('a`', '`` a` ``'), (' ', '`   `'), ('', '`  `'),
+])
+def test_a_code_span_holds_any_text(text, span):
+    assert markdown_code(text) == span
