@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters, rendezvous_handler_registry
@@ -32,7 +33,7 @@ def serve_on_loopback(port: int, timeout: timedelta) -> tuple[dist.TCPStore, int
     port = listener.getsockname()[1]
     store = dist.TCPStore(
         '127.0.0.1', port, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True,
-        master_listen_fd=listener.detach())
+        master_listen_fd=listener.detach(), use_libuv=torch.__version__ >= '2.8')  # PyTorch 2.5's takes no descriptor
     return store, port
 
 

@@ -12,7 +12,6 @@ from ..distributed import World, sum_over_ranks, together
 __all__ = ['evaluate']
 
 
-@torch.inference_mode()
 def evaluate(
         model: nn.Module,
         loader: Iterable[tuple[Tensor, Tensor]],
@@ -48,6 +47,7 @@ def evaluate(
     losses: list[Tensor] = []
     sizes: list[int] = []
 
+    @torch.inference_mode()  # not around the talk of the processes, which PyTorch 2.5 refuses there
     def answer_all() -> None:
         model.eval()
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
