@@ -16,8 +16,10 @@ from torch import nn
 
 from .ascend.environment import environment, running_on
 
-# Programs under test leave an ignored SIGHUP alone, and would inherit it where nohup has started pytest.
+# Programs under test leave ignored signals alone, and would inherit them where nohup has started pytest (SIGHUP), or a
+# script in the background (SIGINT).
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = 'inception_resnet_v2'
