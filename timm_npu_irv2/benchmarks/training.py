@@ -67,8 +67,8 @@ def _summary(
         pairs += [('ours, compiled', 'timm, compiled'), ('ours', 'timm, compiled')]
     ratios = {f'{own} / {other}': ratio(rates[own], rates[other]) for own, other in pairs}
     for label, each in ratios.items():
-        print(f'  ratio {label}: {each.median:.3f} (from {each.least:.3f} to {each.greatest:.3f} '
-              f'in {args.rounds} rounds)')
+        print(f'  ratio {each.median:.3f} (from {each.least:.3f} to {each.greatest:.3f} in {args.rounds} rounds), '
+              f'{label}')
     first = ratios['ours / timm']
     return {'title': title, 'columns': columns, 'rows': rows, 'ratio': first.median, 'ratio_min': first.least,
             'ratio_max': first.greatest, 'ratios': {label: each._asdict() for label, each in ratios.items()},
