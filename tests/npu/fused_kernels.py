@@ -23,8 +23,9 @@ def returns(*inputs: Tensor, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs
 
 
-def batch_norm_relu(x, weight, bias, eps, scale):
-    return returns(x, weight, bias, outputs=tuple(map(torch.empty_like, (x, weight, weight))))
+def batch_norm_relu(x, weight, bias, running_mean, running_var, momentum, eps, scale):
+    outputs = tuple(map(torch.empty_like, (x, weight, weight)))
+    return returns(x, weight, bias, *[running_mean, running_var] * 2, outputs=outputs)  # read and written
 
 
 def batch_norm_relu_backward(grad, x, weight, bias, mean, variance, eps, scale):
